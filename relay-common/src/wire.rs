@@ -158,7 +158,11 @@ impl Mac {
     #[must_use]
     pub const fn words(self) -> [Be16; 3] {
         let [a, b, c, d, e, f] = self.bytes;
-        [Be16::from_bytes([a, b]), Be16::from_bytes([c, d]), Be16::from_bytes([e, f])]
+        [
+            Be16::from_bytes([a, b]),
+            Be16::from_bytes([c, d]),
+            Be16::from_bytes([e, f]),
+        ]
     }
 }
 

@@ -93,7 +93,11 @@ impl Packet for Xdp<'_> {
 
     #[inline(always)]
     fn partial_checksum(&self) -> PartialChecksum {
-        if GENERIC.load() == 1 { PartialChecksum::Kept } else { PartialChecksum::Lost }
+        if GENERIC.load() == 1 {
+            PartialChecksum::Kept
+        } else {
+            PartialChecksum::Lost
+        }
     }
 }
 
