@@ -122,9 +122,15 @@ pub fn find() -> Result<Toolchain, Missing> {
         };
         let linker_llvm = linker_llvm(&compiler)?;
         if linker_llvm >= compiler.llvm {
-            return Ok(Toolchain { compiler, linker_llvm });
+            return Ok(Toolchain {
+                compiler,
+                linker_llvm,
+            });
         }
-        if too_old.as_ref().is_none_or(|(_, nearest)| compiler.llvm < nearest.llvm) {
+        if too_old
+            .as_ref()
+            .is_none_or(|(_, nearest)| compiler.llvm < nearest.llvm)
+        {
             too_old = Some((linker_llvm, compiler));
         }
     }
@@ -146,7 +152,12 @@ pub fn compilers() -> Result<Vec<Result<Compiler, Unfit>>, Missing> {
         .lines()
         .filter(|line| *line != "no installed toolchains")
         .filter_map(|line| line.split_whitespace().next())
-        .map(|name| compiler(name).map_err(|why| Unfit { name: name.to_owned(), why }))
+        .map(|name| {
+            compiler(name).map_err(|why| Unfit {
+                name: name.to_owned(),
+                why,
+            })
+        })
         .collect())
 }
 
@@ -163,7 +174,11 @@ fn compiler(name: &str) -> Result<Compiler, Lack> {
     if !source.exists() {
         return Err(Lack::Source(source));
     }
-    Ok(Compiler { name: name.to_owned(), release, llvm })
+    Ok(Compiler {
+        name: name.to_owned(),
+        release,
+        llvm,
+    })
 }
 
 /// Major version of the LLVM in the bpf-linker that `compiler` would run.
@@ -182,7 +197,10 @@ pub fn linker_llvm(compiler: &Compiler) -> Result<u32, Missing> {
 /// What `program` prints when it is run as in a build with `toolchain`: rustup puts cargo's own
 /// folder of programs in front of `PATH`.
 fn output(toolchain: &str, program: &str, args: &[&str]) -> Result<String, String> {
-    let ran = Command::new("rustup").args(["run", toolchain, program]).args(args).output();
+    let ran = Command::new("rustup")
+        .args(["run", toolchain, program])
+        .args(args)
+        .output();
     match ran {
         Ok(Output { status, stdout, .. }) if status.success() => {
             Ok(String::from_utf8_lossy(&stdout).into_owned())
@@ -201,14 +219,23 @@ fn output(toolchain: &str, program: &str, args: &[&str]) -> Result<String, Strin
 
 /// Release and LLVM major version in what `rustc -vV` prints.
 fn identity(version: &str) -> Option<(Release, u32)> {
-    let release = version.lines().find_map(|line| line.strip_prefix("release: "))?;
-    Some((Release::parse(release)?, major_after(version, "LLVM version: ")?))
+    let release = version
+        .lines()
+        .find_map(|line| line.strip_prefix("release: "))?;
+    Some((
+        Release::parse(release)?,
+        major_after(version, "LLVM version: ")?,
+    ))
 }
 
 /// The number right after `label`.
 fn major_after(text: &str, label: &str) -> Option<u32> {
     let (_, version) = text.split_once(label)?;
-    version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    version
+        .split(|c: char| !c.is_ascii_digit())
+        .next()?
+        .parse()
+        .ok()
 }
 
 fn list(unfit: &[Unfit]) -> String {
@@ -229,7 +256,10 @@ impl Release {
     pub fn parse(version: &str) -> Option<Self> {
         let (major, rest) = version.split_once('.')?;
         let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-        Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
+        Some(Self {
+            major: major.parse().ok()?,
+            minor: minor.parse().ok()?,
+        })
     }
 }
 
@@ -247,7 +277,10 @@ impl fmt::Display for Unfit {
 
 impl fmt::Display for Toolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { compiler, linker_llvm } = self;
+        let Self {
+            compiler,
+            linker_llvm,
+        } = self;
         write!(
             f,
             "toolchain `{}` (rustc {}, LLVM {}) with {LINKER} (LLVM {linker_llvm})",
@@ -264,22 +297,44 @@ mod tests {
     fn a_compiler_tells_its_release_and_its_llvm() {
         let nightly = "rustc 1.97.0-nightly (e50aa6fba 2026-05-19)\nbinary: rustc\n\
                        release: 1.97.0-nightly\nLLVM version: 22.1.4\n";
-        assert_eq!(identity(nightly), Some((Release { major: 1, minor: 97 }, 22)));
-        assert_eq!(identity("release: 1.97.0\n"), None, "built with another backend than LLVM");
+        assert_eq!(
+            identity(nightly),
+            Some((
+                Release {
+                    major: 1,
+                    minor: 97
+                },
+                22
+            ))
+        );
+        assert_eq!(
+            identity("release: 1.97.0\n"),
+            None,
+            "built with another backend than LLVM"
+        );
     }
 
     #[test]
     fn a_linker_tells_its_llvm() {
         let debian = "Debian LLVM version 22.1.8\n  Optimized build.\n";
         assert_eq!(major_after(debian, "LLVM version "), Some(22));
-        assert_eq!(major_after("LLVM version 23.0.0-rust-1.99\n", "LLVM version "), Some(23));
+        assert_eq!(
+            major_after("LLVM version 23.0.0-rust-1.99\n", "LLVM version "),
+            Some(23)
+        );
         assert_eq!(major_after("bpf-linker 0.13.0\n", "LLVM version "), None);
     }
 
     #[test]
     fn releases_are_ordered_by_number() {
         let release = |text| Release::parse(text).expect(text);
-        assert_eq!(release("1.96.0+dfsg1-1~deb12u2"), Release { major: 1, minor: 96 });
+        assert_eq!(
+            release("1.96.0+dfsg1-1~deb12u2"),
+            Release {
+                major: 1,
+                minor: 96
+            }
+        );
         assert!(release("1.100") > release("1.95.0"));
         assert!(release("2.0") > release("1.95"));
         assert_eq!(Release::parse("(none)"), None);
@@ -288,9 +343,15 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_said_with_the_command_that_mends_it() {
-        let unfit = Unfit { name: "stable".to_owned(), why: Lack::Source("/s/Cargo.lock".into()) };
+        let unfit = Unfit {
+            name: "stable".to_owned(),
+            why: Lack::Source("/s/Cargo.lock".into()),
+        };
         let text = Missing::Compiler(vec![unfit]).to_string();
-        assert!(text.contains("`stable`: it has no library source, /s/Cargo.lock"), "{text}");
+        assert!(
+            text.contains("`stable`: it has no library source, /s/Cargo.lock"),
+            "{text}"
+        );
         assert!(text.ends_with("run `cargo xtask setup`"), "{text}");
     }
 }
