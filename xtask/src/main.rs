@@ -90,19 +90,21 @@ fn run(command: Xtask) -> Result<ExitCode> {
             if asterisk {
                 args.insert(0, "--asterisk".into());
             }
-            workspace::build(Profile::Release, &["relay-user", "relay-tests"])?;
+            workspace::build(&["--release", "--package=relay-user", "--package=relay-tests"])?;
             become_program("demo", args)
         }
         Xtask::Test { args, harness } => {
             need_root("the test suite")?;
             setup::ensure(Task::Test)?;
-            workspace::build(Profile::Debug, &["relay-user"])?;
+            // What `cargo test` builds, and the controller's binary besides. Alone, that would
+            // be built with other features of its dependencies, and so would all of these.
+            workspace::build(&["--workspace", "--all-targets"])?;
             test::run(args, harness)
         }
         Xtask::Bench { args } => {
             need_root("the benchmark")?;
             setup::ensure(Task::Bench)?;
-            workspace::build(Profile::Release, &["relay-user", "relay-bench"])?;
+            workspace::build(&["--release", "--package=relay-user", "--package=relay-bench"])?;
             become_program("relay-bench", args)
         }
     }

@@ -55,7 +55,7 @@ const TOOLS: &[Tool] = &[
 
 /// Debian's compiler, its cargo and its library source. In bookworm they are kept as new as
 /// Firefox needs them, by the security suite.
-const DEBIAN_COMPILER: &[&str] = &["rustc-web", "cargo-web", "rust-web-src"];
+const DEBIAN_COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 /// What rustup calls the compiler in `/usr`.
 const DEBIAN_TOOLCHAIN: &str = "relay-debian";
 const SECURITY_SUITE: &str = "echo 'deb http://security.debian.org/debian-security bookworm-security main' > /etc/apt/sources.list.d/bookworm-security.list";
@@ -248,21 +248,17 @@ fn linker_plan(apt: &mut Option<Apt>, compilers: &[Compiler]) -> Result<Option<P
 }
 
 fn install_compiler(apt: &mut Option<Apt>) -> Result<()> {
-    let mut debian_is_old = None;
+    let [rustc, ..] = DEBIAN_COMPILER;
     if let Some(apt) = apt
-        && let Some(release) = apt
-            .candidate(DEBIAN_COMPILER[0])?
-            .as_deref()
-            .and_then(Release::parse)
+        && let Some(release) = apt.candidate(rustc)?.as_deref().and_then(Release::parse)
     {
-        if release >= Release::oldest() {
-            return install_debian_compiler(apt);
-        }
-        debian_is_old = Some(format!(
-            "{} here is {release}, and {} is needed: bookworm's security suite has it, so run `{SECURITY_SUITE}`",
-            DEBIAN_COMPILER[0],
-            Release::oldest()
-        ));
+        let oldest = Release::oldest();
+        ensure!(
+            release >= oldest,
+            "the package {rustc} is {release} here, and {oldest} is needed: bookworm's security \
+             suite has it, so run `{SECURITY_SUITE}` and set up again"
+        );
+        return install_debian_compiler(apt);
     }
     let command = format!("rustup {}", NIGHTLY.join(" "));
     say("installing", &format!("eBPF compiler: {command}"));
@@ -270,18 +266,16 @@ fn install_compiler(apt: &mut Option<Apt>) -> Result<()> {
         .args(NIGHTLY)
         .status()
         .context("cannot run rustup")?;
-    if status.success() {
-        return Ok(());
-    }
-    match debian_is_old {
-        Some(why) => bail!("{why} and set up again (or get `{command}` to work)"),
-        None => bail!("`{command}` failed, see above: get it to work, then set up again"),
-    }
+    ensure!(
+        status.success(),
+        "`{command}` failed, see above: get it to work, then set up again"
+    );
+    Ok(())
 }
 
 fn install_debian_compiler(apt: &mut Apt) -> Result<()> {
     let before = fit()?.len();
-    apt.install(DEBIAN_COMPILER)?;
+    apt.install(&DEBIAN_COMPILER)?;
     // Where `/usr` has been linked under whatever name, the packages were all that it lacked.
     if fit()?.len() == before {
         say(
@@ -383,16 +377,17 @@ fn install_linker(apt: &mut Option<Apt>, llvm: &Llvm) -> Result<()> {
 }
 
 fn no_llvm(compilers: &[Compiler]) -> String {
-    let Some(oldest) = compilers.iter().map(|compiler| compiler.llvm).min() else {
-        return "an eBPF compiler was installed and yet rustup does not list it".to_owned();
+    let Some(llvm) = compilers.iter().map(|compiler| compiler.llvm).min() else {
+        return "an eBPF compiler was installed, and yet rustup lists none that fits".to_owned();
     };
+    let arch = env::consts::ARCH;
+    let ready_made = format!("bpf-linker-{arch}-unknown-linux-musl.tar.zst");
     format!(
-        "{LINKER} is missing, and so is the LLVM to build it with: install the development files of \
-         LLVM {oldest} to {} (`dnf install llvm-devel`, `pacman -S llvm`, `apt-get install llvm-{oldest}-dev`) \
-         and set up again, or take the ready-made {LINKER}: `curl -fL https://github.com/aya-rs/bpf-linker/releases/latest/download/bpf-linker-{}-unknown-linux-musl.tar.zst \
-         | tar --zstd -x -C ~/.cargo/bin`",
-        LINKER_LLVM.end(),
-        env::consts::ARCH
+        "{LINKER} is missing, and so is what it is built with, the development files of LLVM \
+         {llvm}: install these (`apt-get install llvm-{llvm}-dev`, `dnf install llvm-devel`, \
+         `pacman -S llvm`, whichever has {llvm}) and set up again, or take the ready-made linker: \
+         `curl -fL https://github.com/aya-rs/bpf-linker/releases/latest/download/{ready_made} \
+         | tar --zstd -x -C ~/.cargo/bin`"
     )
 }
 

@@ -37,25 +37,14 @@ pub(crate) fn cargo() -> Command {
     cargo
 }
 
-/// Builds the binaries of `packages`.
+/// Builds what `selection`, arguments of `cargo build`, says.
 ///
 /// # Errors
-/// When one does not build; cargo has then said why.
-pub(crate) fn build(profile: Profile, packages: &[&str]) -> Result<()> {
-    let mut cargo = cargo();
-    cargo.args(["build", "--locked", "--bins"]);
-    for package in packages {
-        cargo.args(["--package", package]);
-    }
-    if let Profile::Release = profile {
-        cargo.arg("--release");
-    }
-    let status = cargo.status().context("cannot run cargo")?;
-    ensure!(
-        status.success(),
-        "{} did not build, see above",
-        packages.join(" and ")
-    );
+/// When it does not build; cargo has then said why.
+pub(crate) fn build(selection: &[&str]) -> Result<()> {
+    let status = cargo().args(["build", "--locked"]).args(selection).status();
+    let status = status.context("cannot run cargo")?;
+    ensure!(status.success(), "the workspace does not build, see above");
     Ok(())
 }
 
