@@ -3,4 +3,5 @@
 //! The binary of this crate only parses arguments and calls in here.
 
 pub mod datapath;
+pub mod next_hop;
 pub mod pair;
