@@ -2,4 +2,5 @@
 //!
 //! The binary of this crate only parses arguments and calls in here.
 
+pub mod ami;
 pub mod pair;
