@@ -4,4 +4,5 @@
 
 pub mod datapath;
 pub mod next_hop;
+pub mod ami;
 pub mod pair;
