@@ -2,4 +2,11 @@
 //!
 //! The binary of this crate only parses arguments and calls in here.
 
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod logging;
+pub mod output;
 pub mod pair;
+pub mod secret;
