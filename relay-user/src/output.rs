@@ -80,7 +80,14 @@ pub fn pairs(pairs: &[PairReport], style: Style) -> String {
         "WHY",
     ]);
     for pair in pairs {
-        let mut legs = pair.legs.iter().map(leg);
+        let mut legs = pair.legs.iter().map(|report| {
+            // Between the addresses, or a narrow terminal would break them in the middle.
+            if style.lines {
+                leg(report).replace('=', "=\n")
+            } else {
+                leg(report)
+            }
+        });
         table.add_row([
             number(pair.id),
             Cell::new(feed(pair.feed)),
