@@ -5,4 +5,11 @@
 pub mod datapath;
 pub mod next_hop;
 pub mod ami;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod logging;
+pub mod output;
 pub mod pair;
+pub mod secret;
