@@ -4,9 +4,11 @@
 //! Everything here needs root. Nothing here outlives the process: machines are anonymous namespaces, children die
 //! with the process that started them, and so a killed test leaves nothing behind.
 
+pub mod ami;
 pub mod capture;
 pub mod link;
 pub mod namespace;
+pub mod pbx;
 pub mod phone;
 pub mod relay;
 pub mod rtp;

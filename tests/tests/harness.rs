@@ -14,9 +14,11 @@ use nix::{
     unistd::Pid,
 };
 use relay_tests::{
+    ami::{Client, Message},
     capture::{Capture, Direction, Injector},
     namespace::Host,
-    phone::{Bank, PACKET_TIME, Talk},
+    pbx::{self, Counters, Pbx},
+    phone::{Bank, PACKET_TIME, Phone, Talk},
     rtp::{Rtp, Stamp},
     topology::{Direct, PBX_MAC, PBX_V4, PBX_V6, PHONES_MAC, Routed},
 };
@@ -443,4 +445,218 @@ fn killed_test_leaves_nothing_behind() {
 fn state(pid: i32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit(')').next()?.trim().chars().next()
+}
+
+/// A PBX, two phones in a call through it, and the network they need.
+struct Call {
+    net: Direct,
+    pbx: Pbx,
+    call: pbx::Call,
+    caller: Phone,
+    callee: Phone,
+    bank: Bank,
+}
+
+fn call(v6: bool) -> Call {
+    let net = Direct::new(2).expect("network");
+    let (address, phone): (_, fn(u8) -> _) = if v6 {
+        (PBX_V6, Direct::phone_v6)
+    } else {
+        (PBX_V4, Direct::phone_v4)
+    };
+    let pbx = Pbx::start(&net.pbx, address).expect("PBX");
+    let bank = Bank::new(&net.phones).expect("phones");
+    let caller = bank
+        .phone(SocketAddr::new(phone(0), 30_000))
+        .expect("phone");
+    let callee = bank
+        .phone(SocketAddr::new(phone(1), 30_002))
+        .expect("phone");
+    let call = pbx.call(caller.local(), callee.local()).expect("call");
+    Call {
+        net,
+        pbx,
+        call,
+        caller,
+        callee,
+        bank,
+    }
+}
+
+fn login(call: &Call) -> Client {
+    let secret = fs::read_to_string(call.pbx.secret_file()).expect("secret");
+    Client::login(&call.net.pbx, call.pbx.ami(), pbx::USER, &secret).expect("login")
+}
+
+fn technology(client: &mut Client, bridge: &str) -> String {
+    let info = client
+        .action("BridgeInfo", &[("BridgeUniqueid", bridge)])
+        .expect("BridgeInfo");
+    info.last()
+        .and_then(|end| end.get("BridgeTechnology"))
+        .expect("technology")
+        .to_owned()
+}
+
+fn is_bridge_peer(event: &Message) -> bool {
+    event.is_event("VarSet") && event.get("Variable") == Some("BRIDGEPEER")
+}
+
+#[test]
+fn the_fake_pbx_forwards_and_counts() {
+    for v6 in [false, true] {
+        let it = call(v6);
+        let mut client = login(&it);
+        let bridges = client.action("BridgeList", &[]).expect("BridgeList");
+        let bridge = bridges[1].get("BridgeUniqueid").expect("id").to_owned();
+        while technology(&mut client, &bridge) != "native_rtp" {
+            client
+                .wait_event(PATIENCE, is_bridge_peer)
+                .expect("the burst that comes with native RTP");
+        }
+        let stranger = it
+            .bank
+            .phone(SocketAddr::new(it.caller.local().ip(), 0))
+            .expect("phone");
+        stranger.talk(Talk {
+            count: Some(3),
+            ..Talk::to(it.call.local[0], 5)
+        });
+        stranger.wait_sent(3, PATIENCE).expect("sent");
+        it.caller.talk(Talk {
+            count: Some(100),
+            ..Talk::to(it.call.local[0], 1)
+        });
+        it.callee.talk(Talk {
+            count: Some(50),
+            ..Talk::to(it.call.local[1], 2)
+        });
+        it.callee.wait_received(100, PATIENCE).expect("all packets");
+        it.caller.wait_received(50, PATIENCE).expect("all packets");
+        let (down, up) = (it.callee.heard(&it.caller), it.caller.heard(&it.callee));
+        assert_eq!(
+            (down.received, down.lost, down.foreign, down.reordered),
+            (100, 0, 0, 0)
+        );
+        assert_eq!(
+            (up.received, up.lost, up.foreign, up.reordered),
+            (50, 0, 0, 0)
+        );
+        let arrivals = it.callee.arrivals();
+        assert!(
+            arrivals
+                .iter()
+                .all(|arrival| arrival.from == it.call.local[1])
+        );
+        assert!(
+            arrivals
+                .iter()
+                .all(|arrival| arrival.rtp.is_some_and(|rtp| rtp.ssrc == 1)),
+            "native: same SSRC"
+        );
+        let counters = it.pbx.counters().expect("counters")[&it.call.id];
+        let expected = [
+            Counters {
+                received: 103,
+                forwarded: 100,
+            },
+            Counters {
+                received: 50,
+                forwarded: 50,
+            },
+        ];
+        assert_eq!(
+            counters, expected,
+            "the stranger's three are received, not forwarded"
+        );
+        let items = client.action(
+            "Status",
+            &[("Variables", "CHANNEL(rtp,dest),CHANNEL(rtcp,rxcount)")],
+        );
+        let items = items.expect("Status");
+        let callee = items.iter().find(|item| {
+            item.get("Channel")
+                .is_some_and(|name| name.contains("callee"))
+        });
+        let callee = callee.expect("the callee's channel");
+        assert_eq!(callee.variable("CHANNEL(rtcp,rxcount)"), Some("50"));
+        assert_eq!(
+            callee.variable("CHANNEL(rtp,dest)"),
+            Some(it.callee.local().to_string().as_str())
+        );
+    }
+}
+
+#[test]
+fn the_fake_pbx_tells_what_happens_to_a_call() {
+    let it = call(false);
+    let mut client = login(&it);
+    let bridges = client.action("BridgeList", &[]).expect("BridgeList");
+    let bridge = bridges[1].get("BridgeUniqueid").expect("id").to_owned();
+    while technology(&mut client, &bridge) != "native_rtp" {
+        client
+            .wait_event(PATIENCE, is_bridge_peer)
+            .expect("the burst that comes with native RTP");
+    }
+    it.pbx.simple(it.call).expect("simple");
+    client.wait_event(PATIENCE, is_bridge_peer).expect("burst");
+    assert_eq!(technology(&mut client, &bridge), "simple_bridge");
+    it.caller.talk(Talk {
+        count: Some(3),
+        ..Talk::to(it.call.local[0], 1)
+    });
+    it.callee.wait_received(3, PATIENCE).expect("packets");
+    let own = it
+        .callee
+        .arrivals()
+        .iter()
+        .all(|arrival| arrival.rtp.is_some_and(|rtp| rtp.ssrc != 1));
+    assert!(own, "not native: the PBX's own SSRC");
+
+    it.pbx.hold(it.call).expect("hold");
+    let hold = client
+        .wait_event(PATIENCE, |event| event.is_event("Hold"))
+        .expect("Hold");
+    let channel = hold.get("Channel").expect("channel").to_owned();
+    let held = [
+        ("Channel", channel.as_str()),
+        ("Variable", "CHANNEL(rtp,hold)"),
+    ];
+    assert_eq!(
+        client.action("Getvar", &held).expect("Getvar")[0].get("Value"),
+        Some("1")
+    );
+    it.pbx.unhold(it.call).expect("unhold");
+    client
+        .wait_event(PATIENCE, |event| event.is_event("Unhold"))
+        .expect("Unhold");
+    assert_eq!(
+        client.action("Getvar", &held).expect("Getvar")[0].get("Value"),
+        Some("0")
+    );
+
+    it.pbx.hang_up(it.call).expect("hang up");
+    client
+        .wait_event(PATIENCE, |event| event.is_event("BridgeLeave"))
+        .expect("BridgeLeave");
+    client
+        .wait_event(PATIENCE, |event| event.is_event("BridgeDestroy"))
+        .expect("BridgeDestroy");
+    client
+        .wait_event(PATIENCE, |event| event.is_event("Hangup"))
+        .expect("Hangup");
+    assert!(
+        client
+            .action("Getvar", &held)
+            .is_err_and(|error| error.to_string().contains("No such channel"))
+    );
+    assert!(it.pbx.counters().expect("counters").is_empty());
+    assert!(it.pbx.hang_up(it.call).is_err(), "only once");
+
+    client.action("Logoff", &[]).expect("Logoff");
+    Client::login(&it.net.pbx, it.pbx.ami(), pbx::USER, "wrong").expect_err("the secret matters");
+    let mut client = login(&it);
+    it.pbx.disconnect_ami().expect("disconnect");
+    client.action("Ping", &[]).expect_err("cut off");
+    login(&it).action("Ping", &[]).expect("and welcome again");
 }
