@@ -238,7 +238,7 @@ pub struct Flow {
 }
 
 impl Flow {
-    fn push(&mut self, sequence: u16, at: Duration) {
+    pub(crate) fn push(&mut self, sequence: u16, at: Duration) {
         // The number nearest to the last one that ends in these 16 bits. The first lies one cycle up, so that
         // reordering at the start does not go below zero.
         let extended = match self.packets.last() {

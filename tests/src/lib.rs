@@ -5,6 +5,7 @@
 //! with the process that started them, and so a killed test leaves nothing behind.
 
 pub mod ami;
+pub mod asterisk;
 pub mod capture;
 pub mod link;
 pub mod namespace;

@@ -16,6 +16,7 @@ use std::{
     process::{self, Child, Command, ExitStatus, Output, Stdio},
     sync::{
         Arc, OnceLock,
+        atomic::{AtomicU32, Ordering},
         mpsc::{self, Sender},
     },
     thread,
@@ -43,7 +44,7 @@ pub struct Host {
 }
 
 #[derive(Debug)]
-struct Namespaces {
+pub(crate) struct Namespaces {
     net: OwnedFd,
     mount: OwnedFd,
 }
@@ -116,39 +117,25 @@ impl Host {
     ///
     /// # Errors
     /// The program cannot be started.
-    pub fn spawn(&self, mut command: Command) -> Result<Process> {
-        let name = command.get_program().to_string_lossy().into_owned();
-        let namespaces = Arc::clone(&self.namespaces);
-        let directory = match command.get_current_dir() {
-            Some(directory) => directory.to_owned(),
-            None => env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
-        };
-        let directory = CString::new(directory.as_os_str().as_bytes())
-            .context("working directory holds a NUL")?;
-        let parent = process::id();
-        // SAFETY: the closure runs between fork and exec, and makes system calls only: no allocation, no lock.
-        unsafe {
-            command.pre_exec(move || {
-                setns(&namespaces.net, CloneFlags::CLONE_NEWNET)?;
-                setns(&namespaces.mount, CloneFlags::CLONE_NEWNS)?;
-                libc::chdir(directory.as_ptr());
-                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                // The parent may have died before the line above: then no signal comes any more.
-                if libc::getppid().cast_unsigned() != parent {
-                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
-                }
-                Ok(())
-            });
-        }
-        let child = in_nursery(move || command.spawn()).with_context(|| {
-            format!(
-                "cannot start `{name}` in the simulated machine `{}`",
-                self.name
-            )
-        })?;
-        Process::new(name, child)
+    pub fn spawn(&self, command: Command) -> Result<Process> {
+        start(command, Some(Arc::clone(&self.namespaces)))
+            .with_context(|| format!("in the simulated machine `{}`", self.name))
+    }
+
+    /// Makes a new directory below the machine's `/run`, which only its own processes, and [`Host::run`], can see.
+    /// It goes with the machine.
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn directory(&self, name: &str) -> Result<PathBuf> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let path = PathBuf::from(format!(
+            "/run/{name}-{}",
+            NUMBER.fetch_add(1, Ordering::Relaxed)
+        ));
+        self.run(|| fs::create_dir(&path))
+            .with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(path)
     }
 
     /// Runs `command` in the machine to its end and returns its output, whatever its exit status. Standard input is
@@ -212,6 +199,43 @@ impl Host {
             self.namespaces.net.as_raw_fd()
         )
     }
+}
+
+/// Starts a child that dies with this process, in a machine or, with `None`, in the real one.
+///
+/// # Errors
+/// The program cannot be started.
+pub(crate) fn start(mut command: Command, machine: Option<Arc<Namespaces>>) -> Result<Process> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let directory = match command.get_current_dir() {
+        Some(directory) => directory.to_owned(),
+        None => env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
+    };
+    let directory =
+        CString::new(directory.as_os_str().as_bytes()).context("working directory holds a NUL")?;
+    let parent = process::id();
+    // SAFETY: the closure runs between fork and exec, and makes system calls only: no allocation, no lock.
+    unsafe {
+        command.pre_exec(move || {
+            if let Some(namespaces) = &machine {
+                setns(&namespaces.net, CloneFlags::CLONE_NEWNET)?;
+                setns(&namespaces.mount, CloneFlags::CLONE_NEWNS)?;
+                // Entering put the child at `/`; a directory that is hidden there leaves it so.
+                libc::chdir(directory.as_ptr());
+            }
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // The parent may have died before the line above: then no signal comes any more.
+            if libc::getppid().cast_unsigned() != parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            Ok(())
+        });
+    }
+    let child =
+        in_nursery(move || command.spawn()).with_context(|| format!("cannot start `{name}`"))?;
+    Process::new(name, child)
 }
 
 /// Runs in a thread that ends afterwards: the namespaces are then held by the returned descriptors only.
@@ -333,7 +357,7 @@ impl Process {
     }
 
     /// Reads both pipes to their end and waits.
-    fn output(&mut self) -> Result<Output> {
+    pub(crate) fn output(&mut self) -> Result<Output> {
         let mut stderr = self.child.stderr.take();
         let mut stdout = self.child.stdout.take();
         let (mut out, mut err) = (Vec::new(), Vec::new());

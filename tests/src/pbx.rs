@@ -12,7 +12,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{ChildStdin, ChildStdout, Command, Stdio},
     sync::Mutex,
     time::Duration,
@@ -20,7 +20,6 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, de::DeserializeOwned};
-use tempfile::TempDir;
 
 pub use exchange::{Options, run};
 
@@ -31,7 +30,8 @@ use crate::{
 
 /// The only AMI user, with the least privileges that the relay needs.
 pub const USER: &str = "relay";
-const SECRET: &str = "not a secret";
+/// Its secret.
+pub const SECRET: &str = "not a secret";
 
 /// A call of the fake PBX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -57,7 +57,7 @@ pub struct Pbx {
     process: Process,
     ami: SocketAddr,
     dialogue: Mutex<(ChildStdin, BufReader<ChildStdout>)>,
-    directory: TempDir,
+    secret_file: PathBuf,
 }
 
 impl Pbx {
@@ -70,9 +70,8 @@ impl Pbx {
         struct Ready {
             ami: SocketAddr,
         }
-        let directory = tempfile::Builder::new().prefix("relay-pbx-").tempdir()?;
-        let secret_file = directory.path().join("secret");
-        fs::write(&secret_file, SECRET)?;
+        let secret_file = host.directory("pbx")?.join("secret");
+        host.run(|| fs::write(&secret_file, SECRET))?;
         let mut command = Command::new(binary("pbx", "RELAY_PBX_BIN")?);
         command
             .arg("--address")
@@ -95,7 +94,7 @@ impl Pbx {
             process,
             ami: ready.ami,
             dialogue: Mutex::new((stdin, stdout)),
-            directory,
+            secret_file,
         })
     }
 
@@ -104,9 +103,9 @@ impl Pbx {
         self.ami
     }
 
-    /// The file with the AMI secret.
-    pub fn secret_file(&self) -> PathBuf {
-        self.directory.path().join("secret")
+    /// The file with [`SECRET`], which is visible inside the machine only.
+    pub fn secret_file(&self) -> &Path {
+        &self.secret_file
     }
 
     /// Connects two phones. The bridge turns native about 10 ms later.

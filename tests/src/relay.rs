@@ -4,18 +4,18 @@ use std::{
     env,
     ffi::OsStr,
     fs::File,
-    io::Read as _,
-    os::{fd::AsFd as _, unix::net::UnixDatagram},
-    path::{Path, PathBuf},
+    os::{
+        fd::AsFd as _,
+        unix::{fs::FileExt as _, net::UnixDatagram},
+    },
+    path::PathBuf,
     process::{Command, ExitStatus, Output, Stdio},
     time::{Duration, Instant},
 };
 
+use crate::namespace::{Host, Process, readable};
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
-use tempfile::TempDir;
-
-use crate::namespace::{Host, Process, readable};
 
 /// How long the daemon may take to say that it is ready, and to end when told to.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -48,7 +48,8 @@ pub struct Relay {
     host: Host,
     program: PathBuf,
     process: Process,
-    directory: TempDir,
+    directory: PathBuf,
+    log: File,
 }
 
 impl Relay {
@@ -62,27 +63,35 @@ impl Relay {
         args: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
         let program = binary("relay-user", "RELAY_USER_BIN")?;
-        let directory = tempfile::Builder::new().prefix("relay-").tempdir()?;
-        let notify = directory.path().join("notify");
-        let ready = UnixDatagram::bind(&notify)
+        let directory = host.directory("relay")?;
+        let (notify, log) = (directory.join("notify"), directory.join("log"));
+        let ready = host
+            .run(|| UnixDatagram::bind(&notify))
             .with_context(|| format!("cannot bind {}", notify.display()))?;
-        let log = File::create(directory.path().join("log"))?;
+        let log = host.run(|| {
+            File::options()
+                .create_new(true)
+                .read(true)
+                .append(true)
+                .open(log)
+        })?;
         let mut command = Command::new(&program);
         command
             .args(["attach", interface])
             .args(args)
             .arg("--socket")
-            .arg(directory.path().join("socket"))
+            .arg(directory.join("socket"))
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log);
+            .stderr(log.try_clone()?);
         let process = host.spawn(command)?;
         let mut relay = Self {
             host: host.clone(),
             program,
             process,
             directory,
+            log,
         };
         relay.await_ready(&ready)?;
         Ok(relay)
@@ -117,15 +126,23 @@ impl Relay {
         }
     }
 
-    /// The daemon's control socket.
+    /// The daemon's control socket, which is visible inside the machine only ([`Host::run`]).
     pub fn socket(&self) -> PathBuf {
-        self.directory.path().join("socket")
+        self.directory.join("socket")
     }
 
     /// What the daemon has written to standard output and standard error until now.
     pub fn log(&self) -> String {
-        read(&self.directory.path().join("log"))
-            .unwrap_or_else(|error| format!("(no log: {error:#})"))
+        let mut bytes = vec![
+            0;
+            self.log
+                .metadata()
+                .map_or(0, |metadata| metadata.len() as usize)
+        ];
+        match self.log.read_exact_at(&mut bytes, 0) {
+            Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) => format!("(no log: {error})"),
+        }
     }
 
     /// The daemon's process id.
@@ -210,10 +227,4 @@ impl Relay {
         }
         Ok(())
     }
-}
-
-fn read(path: &Path) -> Result<String> {
-    let mut bytes = Vec::new();
-    File::open(path)?.read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

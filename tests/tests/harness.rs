@@ -484,8 +484,7 @@ fn call(v6: bool) -> Call {
 }
 
 fn login(call: &Call) -> Client {
-    let secret = fs::read_to_string(call.pbx.secret_file()).expect("secret");
-    Client::login(&call.net.pbx, call.pbx.ami(), pbx::USER, &secret).expect("login")
+    Client::login(&call.net.pbx, call.pbx.ami(), pbx::USER, pbx::SECRET).expect("login")
 }
 
 fn technology(client: &mut Client, bridge: &str) -> String {
