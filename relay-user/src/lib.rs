@@ -12,4 +12,5 @@ pub mod daemon;
 pub mod logging;
 pub mod output;
 pub mod pair;
+pub mod registry;
 pub mod secret;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::Dscp,
+    datapath::AttachMode,
     pair::{Leg, Pair, PairError, PayloadTypes},
 };
 
@@ -142,16 +143,6 @@ pub struct NextHopReport {
 pub struct PairList {
     /// In the order of their numbers.
     pub pairs: Vec<PairReport>,
-}
-
-/// Where in the kernel the relay sits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum AttachMode {
-    /// The driver's receive path.
-    Native,
-    /// The kernel's generic receive path.
-    Generic,
 }
 
 /// The daemon, its interface and its counters.
