@@ -1352,6 +1352,23 @@ mod tests {
         assert_eq!(simulation.tracker.unanswered, 0);
     }
 
+    #[test]
+    fn a_growing_conference_is_refused_without_a_question() {
+        let mut simulation = offered();
+        let asked = simulation.queries.len();
+        for count in 3..50 {
+            simulation.event(&bridge_event(
+                "BridgeEnter",
+                "one",
+                count,
+                &format!("PJSIP/c-{count}"),
+            ));
+            simulation.pass(SECOND);
+        }
+        assert_eq!(simulation.queries.len(), asked);
+        assert!(simulation.told()[1].starts_with("refused channels in the bridge: 3"));
+    }
+
     /// Something that happens to one of three bridges and one of five channels.
     #[derive(Clone, Debug)]
     enum Step {
