@@ -406,7 +406,14 @@ fn another_user_is_kept_out() {
     };
     // A copy, because the folder of the real binary may be closed to that user.
     let binary = daemon.folder.path().join("relay-user");
-    fs::copy(BINARY, &binary).expect("copy");
+    // By another process: a file that this one has open for writing, if only in a child that a
+    // parallel test has just forked, cannot be run (ETXTBSY, execve(2)).
+    let copied = Command::new("cp")
+        .arg(BINARY)
+        .arg(&binary)
+        .status()
+        .expect("run cp");
+    assert!(copied.success());
     open(&binary, 0o755);
     open(daemon.folder.path(), 0o755);
     let as_nobody = || {

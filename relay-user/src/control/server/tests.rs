@@ -22,10 +22,15 @@ use crate::{
     pair::{Leg, PayloadTypes},
 };
 
+/// Cuts off what does not arrive, and nothing else in the time of a test.
 const SHORT: Limits = Limits {
     arrival: Duration::from_millis(200),
+    connection: Duration::from_secs(3600),
     ..LIMITS
 };
+
+/// Longer than any of these tests takes when all is well.
+const HANG: Duration = Duration::from_secs(20);
 
 /// A served socket in a folder of its own.
 struct Served {
@@ -246,7 +251,7 @@ async fn detach_returns_when_the_socket_is_free() {
         }))
         .expect("client waits");
     // The socket is still listened on, so the client must go on waiting.
-    tokio::time::timeout(Duration::from_millis(200), async {
+    timeout(Duration::from_millis(200), async {
         while !detaching.is_finished() {
             tokio::task::yield_now().await;
         }
@@ -439,9 +444,12 @@ async fn a_client_that_does_not_read_is_cut_off() {
     tokio::spawn(controller(received));
     served.client.status().await.expect("served meanwhile");
     // Nothing is read before the server has given up, which shows in that writing fails.
-    while deaf.write_all(b" ").await.is_ok() {
-        tokio::task::yield_now().await;
-    }
+    let given_up = async {
+        while deaf.write_all(b" ").await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(HANG, given_up).await.expect("cut off");
     let mut answer = Vec::new();
     let _ = deaf.read_to_end(&mut answer).await;
     assert!(
@@ -453,21 +461,39 @@ async fn a_client_that_does_not_read_is_cut_off() {
 
 #[tokio::test]
 async fn more_clients_than_places_wait_for_one() {
-    let served = Served::with_controller(Limits {
-        connections: 2,
-        ..SHORT
-    });
-    let idle = [served.connect().await, served.connect().await];
-    served
-        .client
-        .status()
+    let (commands, mut received) = mpsc::channel(4);
+    let served = Served::new(
+        Limits {
+            connections: 2,
+            ..LIMITS
+        },
+        commands,
+    );
+    let ask = || {
+        let client = served.client.clone();
+        tokio::spawn(async move { client.status().await })
+    };
+    let asked = [ask(), ask(), ask()];
+    let mut replies = Vec::new();
+    for _ in 0..2 {
+        let Some(Command::Status { reply }) = received.recv().await else {
+            panic!("no status")
+        };
+        replies.push(reply);
+    }
+    timeout(Duration::from_millis(200), received.recv())
         .await
-        .expect("served when the idle ones are cut off");
-    for mut stream in idle {
-        assert_eq!(
-            stream.read(&mut [0]).await.expect("closed by the server"),
-            0
-        );
+        .expect_err("a third was served at once");
+    for reply in replies {
+        reply.send(Ok(status_report())).expect("server waits");
+    }
+    tokio::spawn(controller(received));
+    for client in asked {
+        timeout(HANG, client)
+            .await
+            .expect("served in the end")
+            .expect("task")
+            .expect("status");
     }
 }
 
