@@ -1,8 +1,9 @@
 //! The datapath as the controller sees it: load, attach, pin, and the maps.
 
 use std::{
-    fs, io,
-    os::fd::AsFd as _,
+    fs::{self, File},
+    io,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     ptr,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
@@ -15,6 +16,8 @@ use aya::{
 };
 use memmap2::{MmapOptions, MmapRaw};
 use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
     mount::MsFlags,
     sys::statfs::{FsType, statfs},
 };
@@ -108,6 +111,16 @@ pub enum DatapathError {
         /// The kernel's answer.
         #[source]
         source: Box<MapError>,
+    },
+    /// A daemon of this interface runs.
+    #[error(
+        "a relay daemon already serves {interface} (it holds {}): see `relay-user status`, or end it with `relay-user detach {interface}`", directory.display()
+    )]
+    Running {
+        /// The interface.
+        interface: String,
+        /// Its pins.
+        directory: PathBuf,
     },
     /// The pin directory cannot be created or cleared.
     #[error("{path}: {source}")]
@@ -476,8 +489,12 @@ fn pin_root() -> PathBuf {
 }
 
 /// Pinned maps of one interface, removed on drop.
+///
+/// The directory is locked as long as they are in use: whoever can lock it knows that no daemon
+/// runs.
 struct Pins {
     directory: PathBuf,
+    _lock: Flock<File>,
 }
 
 impl Pins {
@@ -489,15 +506,27 @@ impl Pins {
             let path = path.to_owned();
             move |source| DatapathError::Pins { path, source }
         };
-        if directory.exists() {
-            for entry in fs::read_dir(&directory).map_err(error(&directory))? {
-                let path = entry.map_err(error(&directory))?.path();
-                check_layout(&path, interface, ebpf)?;
+        let lock = loop {
+            fs::create_dir_all(&directory).map_err(error(&directory))?;
+            // A daemon that ends removes the directory: then the lock is on nothing.
+            if let Some(lock) = lock(&directory, interface)? {
+                break lock;
             }
-            fs::remove_dir_all(&directory).map_err(error(&directory))?;
+        };
+        let pins = Self {
+            directory,
+            _lock: lock,
+        };
+        for entry in fs::read_dir(&pins.directory).map_err(error(&pins.directory))? {
+            let path = entry.map_err(error(&pins.directory))?.path();
+            if let Err(error) = check_layout(&path, interface, ebpf) {
+                pins.abandon();
+                return Err(error);
+            }
+            fs::remove_file(&path).map_err(error(&path))?;
+            tracing::warn!(pin = %path.display(), "removed what a killed daemon left");
         }
-        fs::create_dir_all(&directory).map_err(error(&directory))?;
-        Ok(Self { directory })
+        Ok(pins)
     }
 
     fn pin(&mut self, name: &'static str, map: &MapData) -> Result<(), DatapathError> {
@@ -507,6 +536,11 @@ impl Pins {
             source: io::Error::other(error.to_string()),
         })
     }
+
+    /// Leaves what is there as it is.
+    fn abandon(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Pins {
@@ -515,6 +549,32 @@ impl Drop for Pins {
             tracing::error!(path = %self.directory.display(), %error, "pins not removed");
         }
     }
+}
+
+/// Locks a directory of pins; none when it is gone meanwhile.
+fn lock(directory: &Path, interface: &str) -> Result<Option<Flock<File>>, DatapathError> {
+    let error = |source| DatapathError::Pins {
+        path: directory.to_owned(),
+        source,
+    };
+    let file = match File::open(directory) {
+        Ok(file) => file,
+        Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(error(source)),
+    };
+    let opened = file.metadata().map_err(error)?.ino();
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+        if errno == Errno::EWOULDBLOCK {
+            DatapathError::Running {
+                interface: interface.to_owned(),
+                directory: directory.to_owned(),
+            }
+        } else {
+            error(errno.into())
+        }
+    })?;
+    let current = fs::metadata(directory).is_ok_and(|current| current.ino() == opened);
+    Ok(current.then_some(lock))
 }
 
 /// Removes a directory of pins, and the directories above it once nothing else is in them.
@@ -585,7 +645,7 @@ pub fn remove_leftovers(interface: &str) -> Result<Vec<PathBuf>, DatapathError> 
     let mut removed = Vec::new();
     for version in versions.flatten() {
         let path = version.path().join(interface);
-        if path.is_dir() {
+        if let Some(_lock) = lock(&path, interface)? {
             remove_pins(&path).map_err(|source| DatapathError::Pins {
                 path: path.clone(),
                 source,

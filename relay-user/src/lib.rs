@@ -2,15 +2,17 @@
 //!
 //! The binary of this crate only parses arguments and calls in here.
 
-pub mod datapath;
-pub mod next_hop;
 pub mod ami;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod controller;
 pub mod daemon;
+pub mod datapath;
 pub mod logging;
+pub mod next_hop;
 pub mod output;
 pub mod pair;
+pub mod privileges;
 pub mod registry;
 pub mod secret;

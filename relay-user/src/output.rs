@@ -9,8 +9,8 @@ use std::{
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
 use crate::control::model::{
-    AmiReport, AmiState, AttachMode, Detached, Feed, Found, LegReport, NextHopReport, PairReport,
-    PairState, StatusReport, StreamReport, StreamState, Verdict,
+    AmiReport, AmiState, Detached, Feed, Found, LegReport, NextHopReport, PairReport, PairState,
+    StatusReport, StreamReport, StreamState, Verdict,
 };
 
 /// How the output looks.
@@ -181,10 +181,7 @@ pub fn detached(detached: &Detached) -> String {
 /// The daemon on one screen.
 pub fn status(status: &StatusReport, style: Style) -> String {
     let mut facts = Facts::default();
-    let mode = match status.mode {
-        AttachMode::Native => "native",
-        AttachMode::Generic => "generic",
-    };
+    let mode = status.mode.name();
     facts.add(
         "interface",
         format_args!("{} (number {})", status.interface, status.ifindex),

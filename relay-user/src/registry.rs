@@ -59,7 +59,9 @@ pub enum Change {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// A local address is taken.
-    #[error("{local} is already a local address of pair {id}: remove that pair first (`relay-user remove {id}`), or correct the leg")]
+    #[error(
+        "{local} is already a local address of pair {id}: remove that pair first (`relay-user remove {id}`), or correct the leg"
+    )]
     Duplicate {
         /// The address.
         local: SocketAddr,
@@ -67,7 +69,9 @@ pub enum Refusal {
         id: u64,
     },
     /// Packets would circle.
-    #[error("packets that this pair sends to {to} would be relayed by pair {id} and come back: correct the legs, or remove pair {id}")]
+    #[error(
+        "packets that this pair sends to {to} would be relayed by pair {id} and come back: correct the legs, or remove pair {id}"
+    )]
     Loop {
         /// Where they go first.
         to: SocketAddr,
@@ -75,7 +79,9 @@ pub enum Refusal {
         id: u64,
     },
     /// No two slots are free.
-    #[error("the map of streams is full ({max_streams}, two for each pair): remove pairs, or attach with a larger `--max-streams`")]
+    #[error(
+        "the map of streams is full ({max_streams}, two for each pair): remove pairs, or attach with a larger `--max-streams`"
+    )]
     Full {
         /// Size of the map.
         max_streams: u32,
@@ -161,9 +167,16 @@ struct Entry {
 
 enum Body {
     /// In the datapath's care, as far as next hops are known.
-    Held { pair: Pair, streams: [StreamEntry; 2] },
+    Held {
+        pair: Pair,
+        streams: [StreamEntry; 2],
+    },
     /// Known, but the PBX's.
-    Aside { pair: Option<Pair>, state: PairState, why: String },
+    Aside {
+        pair: Option<Pair>,
+        state: PairState,
+        why: String,
+    },
 }
 
 /// A stream of a held pair; its index is that of the leg it comes in on.
@@ -196,14 +209,19 @@ impl Registry {
     pub fn check(&self, pair: &Pair) -> Result<(), Refusal> {
         for leg in &pair.legs {
             if let Some(&(id, _)) = self.locals.get(&leg.local) {
-                return Err(Refusal::Duplicate { local: leg.local, id });
+                return Err(Refusal::Duplicate {
+                    local: leg.local,
+                    id,
+                });
             }
         }
         for leg in &pair.legs {
             self.check_loop(pair, leg)?;
         }
         if self.free_slots.len() < 2 {
-            return Err(Refusal::Full { max_streams: self.max_streams });
+            return Err(Refusal::Full {
+                max_streams: self.max_streams,
+            });
         }
         Ok(())
     }
@@ -214,7 +232,11 @@ impl Registry {
         let mut at = *out;
         let mut first = None;
         while let Some(&(id, index)) = self.locals.get(&at.remote) {
-            let Some(Entry { body: Body::Held { pair, .. }, .. }) = self.entries.get(&id) else {
+            let Some(Entry {
+                body: Body::Held { pair, .. },
+                ..
+            }) = self.entries.get(&id)
+            else {
                 return Ok(());
             };
             if pair.legs[index].remote != at.local {
@@ -222,8 +244,15 @@ impl Registry {
             }
             let first = *first.get_or_insert(id);
             at = pair.legs[1 - index];
-            if new.legs.iter().any(|leg| leg.local == at.remote && leg.remote == at.local) {
-                return Err(Refusal::Loop { to: out.remote, id: first });
+            if new
+                .legs
+                .iter()
+                .any(|leg| leg.local == at.remote && leg.remote == at.local)
+            {
+                return Err(Refusal::Loop {
+                    to: out.remote,
+                    id: first,
+                });
             }
         }
         Ok(())
@@ -253,7 +282,9 @@ impl Registry {
         }
         let (Some(one), Some(other)) = (self.free_slots.pop_front(), self.free_slots.pop_front())
         else {
-            return Err(Refusal::Full { max_streams: self.max_streams });
+            return Err(Refusal::Full {
+                max_streams: self.max_streams,
+            });
         };
 
         let id = match &origin {
@@ -262,14 +293,33 @@ impl Registry {
         };
         for (index, leg) in pair.legs.iter().enumerate() {
             self.locals.insert(leg.local, (id, index));
-            self.paths.entry(path_to(leg)).or_default().insert((id, 1 - index));
+            self.paths
+                .entry(path_to(leg))
+                .or_default()
+                .insert((id, 1 - index));
         }
         // What comes in on one leg leaves on the other.
         let [to_first, to_second] = resolutions;
-        let stream = |slot, resolution| StreamEntry { slot, resolution, installed: false };
+        let stream = |slot, resolution| StreamEntry {
+            slot,
+            resolution,
+            installed: false,
+        };
         let streams = [stream(one, to_second), stream(other, to_first)];
-        self.entries.insert(id, Entry { origin, body: Body::Held { pair, streams } });
-        Ok((id, [0, 1].into_iter().filter_map(|index| self.settle(id, index)).collect()))
+        self.entries.insert(
+            id,
+            Entry {
+                origin,
+                body: Body::Held { pair, streams },
+            },
+        );
+        Ok((
+            id,
+            [0, 1]
+                .into_iter()
+                .filter_map(|index| self.settle(id, index))
+                .collect(),
+        ))
     }
 
     /// The number of a call, kept while the call is known.
@@ -290,7 +340,10 @@ impl Registry {
 
     /// Brings the map in line with what is known of a stream's next hop.
     fn settle(&mut self, id: u64, index: usize) -> Option<Change> {
-        let Some(Entry { body: Body::Held { pair, streams }, .. }) = self.entries.get_mut(&id)
+        let Some(Entry {
+            body: Body::Held { pair, streams },
+            ..
+        }) = self.entries.get_mut(&id)
         else {
             return None;
         };
@@ -319,7 +372,10 @@ impl Registry {
         };
         let mut changes = Vec::new();
         for (id, index) in streams.clone() {
-            let Some(Entry { body: Body::Held { streams, .. }, .. }) = self.entries.get_mut(&id)
+            let Some(Entry {
+                body: Body::Held { streams, .. },
+                ..
+            }) = self.entries.get_mut(&id)
             else {
                 continue;
             };
@@ -334,7 +390,11 @@ impl Registry {
     /// Forgets a pair.
     pub fn remove(&mut self, id: u64) -> Vec<Change> {
         let changes = self.release(id);
-        if let Some(Entry { origin: Origin::Ami { call, .. }, .. }) = self.entries.remove(&id) {
+        if let Some(Entry {
+            origin: Origin::Ami { call, .. },
+            ..
+        }) = self.entries.remove(&id)
+        {
             self.calls.remove(&call);
         }
         changes
@@ -359,13 +419,23 @@ impl Registry {
         let id = self.id_of(call);
         let changes = self.release(id);
         let (known, pair) = match self.entries.remove(&id) {
-            Some(Entry { origin: Origin::Ami { channels, .. }, body: Body::Aside { pair, .. } }) => {
-                (channels, pair)
-            }
+            Some(Entry {
+                origin: Origin::Ami { channels, .. },
+                body: Body::Aside { pair, .. },
+            }) => (channels, pair),
             _ => (Vec::new(), None),
         };
-        let origin = Origin::Ami { call: call.clone(), channels: channels.unwrap_or(known) };
-        self.entries.insert(id, Entry { origin, body: Body::Aside { pair, state, why } });
+        let origin = Origin::Ami {
+            call: call.clone(),
+            channels: channels.unwrap_or(known),
+        };
+        self.entries.insert(
+            id,
+            Entry {
+                origin,
+                body: Body::Aside { pair, state, why },
+            },
+        );
         changes
     }
 
@@ -374,7 +444,11 @@ impl Registry {
         let Some(entry) = self.entries.get_mut(&id) else {
             return Vec::new();
         };
-        let aside = Body::Aside { pair: None, state: PairState::Waiting, why: String::new() };
+        let aside = Body::Aside {
+            pair: None,
+            state: PairState::Waiting,
+            why: String::new(),
+        };
         let Body::Held { pair, streams } = std::mem::replace(&mut entry.body, aside) else {
             return Vec::new();
         };
@@ -382,7 +456,10 @@ impl Registry {
         for (index, stream) in streams.iter().enumerate() {
             let leg = &pair.legs[index];
             if stream.installed {
-                changes.push(Change::Remove { key: key_of(leg), slot: stream.slot });
+                changes.push(Change::Remove {
+                    key: key_of(leg),
+                    slot: stream.slot,
+                });
             }
             self.free_slots.push_back(stream.slot);
             self.locals.remove(&leg.local);
@@ -483,8 +560,11 @@ impl Registry {
             .zip(streams.into_iter().flatten())
             .enumerate()
             .map(|(index, (leg, stream))| {
-                let counted =
-                    if stream.installed { state(stream.slot) } else { State::default() };
+                let counted = if stream.installed {
+                    state(stream.slot)
+                } else {
+                    State::default()
+                };
                 StreamReport {
                     leg: index as u8,
                     from: leg.remote,
@@ -527,13 +607,17 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
         Body::Held { streams, .. } => streams,
     };
     // What comes in on the first leg waits for the way to the second, and the other way round.
-    let waiting = streams.iter().rev().find_map(|stream| match &stream.resolution {
-        Resolution::Known(_) => None,
-        Resolution::Waiting { neighbour, interface } => {
-            Some(format!("waiting for neighbour {neighbour} on {interface}"))
-        }
-        Resolution::Unreachable(error) => Some(error.to_string()),
-    });
+    let waiting = streams
+        .iter()
+        .rev()
+        .find_map(|stream| match &stream.resolution {
+            Resolution::Known(_) => None,
+            Resolution::Waiting {
+                neighbour,
+                interface,
+            } => Some(format!("waiting for neighbour {neighbour} on {interface}")),
+            Resolution::Unreachable(error) => Some(error.to_string()),
+        });
     if waiting.is_some() {
         return (PairState::Waiting, waiting);
     }
@@ -543,7 +627,10 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
         .find(|state| *state != StreamState::Offloaded);
     match stopped {
         None => (PairState::Offloaded, None),
-        Some(_) => (PairState::Waiting, Some("not relayed by the datapath".to_owned())),
+        Some(_) => (
+            PairState::Waiting,
+            Some("not relayed by the datapath".to_owned()),
+        ),
     }
 }
 
@@ -559,11 +646,17 @@ fn stream_state(stream: &StreamEntry, state: &impl Fn(u32) -> State) -> StreamSt
 }
 
 fn path_to(leg: &Leg) -> Path {
-    Path { local: leg.local.ip(), remote: leg.remote.ip() }
+    Path {
+        local: leg.local.ip(),
+        remote: leg.remote.ip(),
+    }
 }
 
 fn endpoint(address: SocketAddr) -> Endpoint {
-    Endpoint { address: Address::from(address.ip()), port: address.port() }
+    Endpoint {
+        address: Address::from(address.ip()),
+        port: address.port(),
+    }
 }
 
 fn key_of(leg: &Leg) -> StreamKey {
@@ -583,8 +676,14 @@ fn spec(
     let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
     for (entry, types) in payload_types.iter_mut().zip(&pair.payload_types) {
         *entry = match index {
-            0 => PayloadType { from: types.first, to: types.second },
-            _ => PayloadType { from: types.second, to: types.first },
+            0 => PayloadType {
+                from: types.first,
+                to: types.second,
+            },
+            _ => PayloadType {
+                from: types.second,
+                to: types.first,
+            },
         };
     }
     StreamSpec {
@@ -606,11 +705,18 @@ fn spec(
 fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
     let mut vlans = [stream::VlanTag::default(); 2];
     for (entry, tag) in vlans.iter_mut().zip(&next_hop.vlan) {
-        *entry = stream::VlanTag { tpid: tag.protocol, id: tag.id };
+        *entry = stream::VlanTag {
+            tpid: tag.protocol,
+            id: tag.id,
+        };
     }
     stream::NextHop {
-        destination_mac: Mac { bytes: next_hop.destination_mac },
-        source_mac: Mac { bytes: next_hop.source_mac },
+        destination_mac: Mac {
+            bytes: next_hop.destination_mac,
+        },
+        source_mac: Mac {
+            bytes: next_hop.source_mac,
+        },
         vlans,
         vlan_depth: next_hop.vlan.len() as u8,
         known: 1,
@@ -619,9 +725,7 @@ fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
 }
 
 fn next_hop_report(next_hop: &NextHop) -> NextHopReport {
-    let mac = |bytes: [u8; 6]| {
-        bytes.map(|byte| format!("{byte:02x}")).join(":")
-    };
+    let mac = |bytes: [u8; 6]| bytes.map(|byte| format!("{byte:02x}")).join(":");
     NextHopReport {
         source_mac: mac(next_hop.source_mac),
         destination_mac: mac(next_hop.destination_mac),

@@ -15,25 +15,15 @@ use tokio_util::sync::CancellationToken;
 
 pub use super::tracker::{CallId, FeedEvent};
 use super::{
-    session::{AmiError, Incoming, Secret, Session, connect},
+    session::{AmiError, Incoming, Session, connect},
     tracker::{MAX_BRIDGES, Output, Query, Tracker},
 };
+use crate::config::AmiSettings;
 
 /// The first wait after a lost connection; doubled for each one that follows, up to [`MAX_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// The longest wait between two attempts to connect.
 pub const MAX_WAIT: Duration = Duration::from_secs(30);
-
-/// Where AMI is and who we are there.
-#[derive(Clone, Debug)]
-pub struct AmiConfig {
-    /// HOST:PORT.
-    pub address: String,
-    /// The user, a section of manager.conf.
-    pub user: String,
-    /// The user's secret.
-    pub secret: Secret,
-}
 
 /// Why serving a session ended.
 enum End {
@@ -47,7 +37,7 @@ enum End {
 /// while it is full the feed reads nothing, and Asterisk queues.
 pub async fn run(
     session: Session,
-    config: AmiConfig,
+    config: AmiSettings,
     events: Sender<FeedEvent>,
     shutdown: CancellationToken,
 ) {
@@ -407,7 +397,7 @@ mod tests {
     #[test]
     fn the_feed_can_be_spawned() {
         fn sendable<F: Future + Send>(
-            _: impl Fn(Session, AmiConfig, Sender<FeedEvent>, CancellationToken) -> F,
+            _: impl Fn(Session, AmiSettings, Sender<FeedEvent>, CancellationToken) -> F,
         ) {
         }
         sendable(run);

@@ -20,5 +20,5 @@ mod server;
 #[cfg(test)]
 mod simulation;
 
-pub use feed::{AmiConfig, CallId, FeedEvent, run};
-pub use session::{AmiError, Secret, Session, connect};
+pub use feed::{CallId, FeedEvent, run};
+pub use session::{AmiError, Session, connect};

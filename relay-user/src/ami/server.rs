@@ -9,20 +9,20 @@ use tokio::io::{
 };
 
 use super::{
-    feed::AmiConfig,
-    session::{AmiError, Secret, Session},
+    session::{AmiError, Session},
     simulation::Pbx,
     tracker::{CallId, Query},
 };
+use crate::{config::AmiSettings, secret::Secret};
 
 pub(super) const BANNER: &str = "Asterisk Call Manager/11.0.0\r\n";
 const CHALLENGE: &str = "168239472";
 
-pub(super) fn config() -> AmiConfig {
-    AmiConfig {
+pub(super) fn config() -> AmiSettings {
+    AmiSettings {
         address: "pbx.example:5038".to_owned(),
         user: "relay".to_owned(),
-        secret: Secret::new("hunter2"),
+        secret: Secret::new("hunter2".to_owned()).expect("secret"),
     }
 }
 

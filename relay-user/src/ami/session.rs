@@ -15,9 +15,9 @@ use tokio_util::codec::FramedRead;
 
 use super::{
     codec::{Codec, CodecError, Frame},
-    feed::AmiConfig,
     message::{Action, ActionError, Message},
 };
+use crate::config::AmiSettings;
 
 /// How long connecting, the banner, and each answer may take.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,23 +33,6 @@ const ID_PREFIX: &str = "relay-";
 
 /// What an AMI user must be allowed to do, as it is written in manager.conf.
 pub const PRIVILEGES: &str = "read=call,dialplan and write=call";
-
-/// The secret of the AMI user. Neither `Debug` nor an error message shows it.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Wraps a secret.
-    pub fn new(secret: impl Into<String>) -> Self {
-        Self(secret.into())
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret")
-    }
-}
 
 /// Why there is no AMI session, or no longer. The text names the server and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -224,7 +207,7 @@ impl<S> fmt::Debug for Session<S> {
 ///
 /// # Errors
 /// Every [`AmiError`]; the text names the remedy.
-pub async fn connect(config: &AmiConfig) -> Result<Session, AmiError> {
+pub async fn connect(config: &AmiSettings) -> Result<Session, AmiError> {
     let address = config.address.clone();
     let stream = timeout(TIMEOUT, open(&config.address))
         .await
@@ -266,7 +249,7 @@ async fn open(address: &str) -> Result<TcpStream, AmiError> {
 
 impl<S: AsyncRead + AsyncWrite> Session<S> {
     /// Logs in over an open stream.
-    pub(super) async fn login(stream: S, config: &AmiConfig) -> Result<Self, AmiError> {
+    pub(super) async fn login(stream: S, config: &AmiSettings) -> Result<Self, AmiError> {
         let (reader, writer) = tokio::io::split(stream);
         let mut session = Self {
             address: config.address.clone(),
@@ -319,14 +302,14 @@ impl<S: AsyncRead + AsyncWrite> Session<S> {
         Ok(session)
     }
 
-    async fn authenticate(&mut self, config: &AmiConfig) -> Result<Answer, AmiError> {
+    async fn authenticate(&mut self, config: &AmiSettings) -> Result<Answer, AmiError> {
         let challenge = self
             .request(&Action::new("Challenge").with("AuthType", "MD5")?)
             .await?;
         let login = Action::new("Login").with("Username", &config.user)?;
         let login = match challenge.response.get("Challenge") {
             Some(nonce) if challenge.is_success() => {
-                let digest = Md5::digest(format!("{nonce}{}", config.secret.0));
+                let digest = Md5::digest(format!("{nonce}{}", config.secret.expose()));
                 let key: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
                 login.with("AuthType", "MD5")?.with("Key", &key)?
             }
@@ -335,7 +318,7 @@ impl<S: AsyncRead + AsyncWrite> Session<S> {
                 .iter()
                 .any(|words| challenge.message().contains(words)) =>
             {
-                login.with("Secret", &config.secret.0)?
+                login.with("Secret", config.secret.expose())?
             }
             _ => return Ok(challenge),
         };
@@ -539,7 +522,7 @@ mod tests {
         assert_eq!(server.login["AuthType"], "MD5");
         assert_eq!(server.login["Events"], "call,dialplan");
         assert!(!server.login.contains_key("Secret"));
-        assert_eq!(format!("{:?}", config().secret), "Secret");
+        assert_eq!(format!("{:?}", config().secret), "***");
     }
 
     #[tokio::test(start_paused = true)]
@@ -765,15 +748,15 @@ mod tests {
                 .accept()
                 .await;
         };
-        let config = AmiConfig {
+        let config = AmiSettings {
             address,
             ..config()
         };
         let (session, ()) = tokio::join!(connect(&config), accept);
         session.expect("the right secret");
 
-        let wrong = AmiConfig {
-            secret: Secret::new("guess"),
+        let wrong = AmiSettings {
+            secret: crate::secret::Secret::new("guess".to_owned()).expect("secret"),
             ..config
         };
         let accept = async {
@@ -792,7 +775,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let address = listener.local_addr().expect("bound").to_string();
         drop(listener);
-        let error = connect(&AmiConfig {
+        let error = connect(&AmiSettings {
             address: address.clone(),
             ..config()
         })
@@ -803,7 +786,7 @@ mod tests {
             error.contains(&address) && error.contains("enabled=yes"),
             "{error}"
         );
-        let error = connect(&AmiConfig {
+        let error = connect(&AmiSettings {
             address: "no-port".to_owned(),
             ..config()
         })

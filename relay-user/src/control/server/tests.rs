@@ -15,10 +15,9 @@ use super::*;
 use crate::{
     control::{
         client::{Client, ClientError},
-        model::{
-            AttachMode, Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport,
-        },
+        model::{Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport},
     },
+    datapath::AttachMode,
     pair::{Leg, PayloadTypes},
 };
 

@@ -1,0 +1,128 @@
+//! What the daemon needs of the kernel and of its own rights, and how it gives the rest away.
+
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::sys::utsname::uname;
+
+/// The oldest kernel that the datapath is made for: BPF links for XDP (5.9), bounded loops (5.3),
+/// mmapable arrays (5.5), CAP_BPF (5.8); tested from 6.1 on.
+const OLDEST_KERNEL: (u32, u32) = (5, 15);
+
+/// What BPF maps, XDP programs and netlink need.
+const NEEDED: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
+
+/// Why the daemon cannot run here. The text names the remedy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PrivilegeError {
+    /// Not root, nor given the capabilities.
+    #[error(
+        "attaching needs {missing}: run as root, or grant it (systemd: AmbientCapabilities=CAP_BPF CAP_NET_ADMIN)"
+    )]
+    Capabilities {
+        /// Those that are missing.
+        missing: String,
+    },
+    /// Too old.
+    #[error("this kernel is Linux {found}: the relay needs {}.{} or newer", OLDEST_KERNEL.0, OLDEST_KERNEL.1)]
+    Kernel {
+        /// Its release.
+        found: String,
+    },
+    /// The kernel would not tell, or would not let go.
+    #[error("capabilities cannot be read or changed: {0}")]
+    System(String),
+}
+
+/// Checks kernel and capabilities before anything is touched.
+///
+/// # Errors
+/// [`PrivilegeError`].
+pub fn check() -> Result<(), PrivilegeError> {
+    let system = |error: &dyn std::fmt::Display| PrivilegeError::System(error.to_string());
+    let kernel = uname().map_err(|errno| system(&errno))?;
+    check_kernel(&kernel.release().to_string_lossy())?;
+    let effective = caps::read(None, CapSet::Effective).map_err(|error| system(&error))?;
+    check_capabilities(&effective)
+}
+
+fn check_kernel(release: &str) -> Result<(), PrivilegeError> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < OLDEST_KERNEL => {
+            Err(PrivilegeError::Kernel {
+                found: release.to_owned(),
+            })
+        }
+        // An unreadable release is no proof of anything: the kernel itself will say.
+        _ => Ok(()),
+    }
+}
+
+fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
+    // CAP_SYS_ADMIN holds CAP_BPF's rights too (include/linux/capability.h, bpf_capable()).
+    let has = |needed: Capability| {
+        effective.contains(&needed)
+            || needed == Capability::CAP_BPF && effective.contains(&Capability::CAP_SYS_ADMIN)
+    };
+    let missing: Vec<_> = NEEDED
+        .into_iter()
+        .filter(|needed| !has(*needed))
+        .map(|needed| needed.to_string())
+        .collect();
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(PrivilegeError::Capabilities {
+            missing: missing.join(" and "),
+        })
+    }
+}
+
+/// Gives up every capability that is not needed from now on, for good.
+///
+/// # Errors
+/// [`PrivilegeError::System`].
+pub fn drop_others() -> Result<(), PrivilegeError> {
+    let system = |error: caps::errors::CapsError| PrivilegeError::System(error.to_string());
+    let permitted = caps::read(None, CapSet::Permitted).map_err(system)?;
+    let kept: CapsHashSet = NEEDED
+        .into_iter()
+        .filter(|needed| permitted.contains(needed))
+        .collect();
+    caps::clear(None, CapSet::Ambient).map_err(system)?;
+    caps::clear(None, CapSet::Inheritable).map_err(system)?;
+    caps::set(None, CapSet::Effective, &kept).map_err(system)?;
+    caps::set(None, CapSet::Permitted, &kept).map_err(system)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_kernels_are_named() {
+        for release in [
+            "5.10.0-28-amd64",
+            "4.19.0",
+            "5.14",
+            "3.10.0-1160.el7.x86_64",
+        ] {
+            let error = check_kernel(release).expect_err(release).to_string();
+            assert!(error.contains(release) && error.contains("5.15"), "{error}");
+        }
+        for release in ["5.15.0-91-generic", "6.1.0-18-amd64", "10.0", "unknown"] {
+            assert_eq!(check_kernel(release), Ok(()), "{release}");
+        }
+    }
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        let set = |capabilities: &[Capability]| capabilities.iter().copied().collect();
+        assert_eq!(check_capabilities(&set(&NEEDED)), Ok(()));
+        let both = [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN];
+        assert_eq!(check_capabilities(&set(&both)), Ok(()));
+        let error = check_capabilities(&set(&[Capability::CAP_BPF])).expect_err("net_admin");
+        assert!(error.to_string().contains("CAP_NET_ADMIN"));
+        let error = check_capabilities(&set(&[])).expect_err("both").to_string();
+        assert!(error.contains("CAP_BPF and CAP_NET_ADMIN"), "{error}");
+    }
+}
