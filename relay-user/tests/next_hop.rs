@@ -64,9 +64,14 @@ impl Namespace {
     }
 }
 
-/// Runs `ip` commands in the namespace of this thread.
+/// Runs `ip` commands in the namespace of this thread; as `ip -6` when they start with `-6`.
 fn ip(batch: &str) {
+    let (family, batch) = match batch.strip_prefix("-6 ") {
+        Some(batch) => (Some("-6"), batch),
+        None => (None, batch),
+    };
     let mut child = Command::new("ip")
+        .args(family)
         .args(["-batch", "-"])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -113,17 +118,23 @@ impl World {
         let Self { host, gateway } = self;
         host.ip(&format!(
             "link set lo up
-             link add eth0 address {HOST} type veth peer name eth0 address {GATEWAY} netns {}",
+             link add eth0 address {HOST} type veth peer name eth0 address {GATEWAY} netns {}
+             link set eth0 addrgenmode none",
             gateway.handle
         ))
         .await;
+        // Link-local addresses by hand, for neighbour discovery needs one: if the kernel's own came
+        // up a second later, all would be looked up then, and a change that was missed be hidden.
         gateway
-            .ip("address add 192.0.2.254/24 dev eth0
+            .ip("link set eth0 addrgenmode none
+                 address add 192.0.2.254/24 dev eth0
                  address add 2001:db8::fe/64 dev eth0 nodad
+                 address add fe80::fe/64 dev eth0 nodad
                  link set eth0 up")
             .await;
         host.ip("address add 192.0.2.1/24 dev eth0
                  address add 2001:db8::1/64 dev eth0 nodad
+                 address add fe80::1/64 dev eth0 nodad
                  link set eth0 up
                  route add default via 192.0.2.254
                  route add 2001:db8:1::/48 via 2001:db8::fe")
@@ -402,6 +413,17 @@ fn policy_rules_and_next_hop_objects_count() {
             .ip("rule del from 192.0.2.1 ipproto udp table 7")
             .await;
         watcher.until_mac(path, GATEWAY).await;
+        let path6 = self::path("2001:db8:1::9");
+        watcher.known(path6).await;
+        world
+            .host
+            .ip("-6 rule add from 2001:db8::1 ipproto udp prohibit")
+            .await;
+        watcher
+            .until(path6, |now| {
+                *now == Resolution::Unreachable(NextHopError::Prohibited(path6))
+            })
+            .await;
         world
             .host
             .ip("nexthop add id 5 via 192.0.2.254 dev eth0
