@@ -4,5 +4,13 @@
 //! Compiles for BPF and for the host, so that one body of code serves XDP, TC, the differential
 //! test and the benchmark. It knows no aya types, allocates nothing and cannot panic.
 #![no_std]
+#![forbid(unsafe_op_in_unsafe_fn)]
 
+pub mod checksum;
+pub mod packet;
+mod parse;
+pub mod reason;
+pub mod relay;
+mod rewrite;
 pub mod stream;
+pub mod wire;

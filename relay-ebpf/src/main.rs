@@ -1,1 +1,181 @@
+//! The entry points in the kernel. All decisions are `relay-common`'s; here are only the ways to
+//! reach a packet, the maps, and what a verdict is called in each hook.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_F_MMAPABLE, TC_ACT_UNSPEC, xdp_action},
+    btf_maps::{Array, HashMap, PerCpuArray},
+    helpers::bpf_redirect,
+    macros::{btf_map, classifier, xdp},
+    programs::{TcContext, XdpContext},
+};
+use relay_common::{
+    checksum::{PartialChecksum, UdpChange},
+    packet::{Header, Packet, Tables},
+    reason::{Reason, Verdict},
+    relay::relay,
+    stream::{Counter, State, Stream, StreamKey},
+};
+
+/// Entries of `STREAMS` and `STATE` before the controller sets its `--max-streams`.
+const MAX_STREAMS: usize = 65_536;
+
+/// Streams by local address. Written by the controller.
+#[btf_map]
+static STREAMS: HashMap<StreamKey, Stream, MAX_STREAMS> = HashMap::new();
+
+/// What happened to each stream, by slot. The controller reads it through `mmap`.
+#[btf_map]
+static STATE: Array<State, MAX_STREAMS, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Packets and bytes by [`Reason`].
+#[btf_map]
+static COUNTERS: PerCpuArray<Counter, { Reason::COUNT }> = PerCpuArray::new();
+
+/// 1 where XDP runs generic, on a socket buffer that keeps the note of an unfinished checksum.
+#[unsafe(no_mangle)]
+static GENERIC: Global<u8> = Global::new(0);
+
+struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn stream(&self, key: &StreamKey) -> Option<&Stream> {
+        // SAFETY: an element that the controller removes or replaces meanwhile may be reused
+        // before this program ends. The stream is then one that was valid a moment ago or is valid
+        // now, or, at worst, a mix of the two that validation makes harmless or a receiver's
+        // checksum rejects; the kernel's own BPF programs live with the same.
+        unsafe { STREAMS.get(key) }
+    }
+
+    #[inline(always)]
+    fn state(&self, slot: u32) -> Option<*mut State> {
+        STATE.get_ptr_mut(slot)
+    }
+
+    #[inline(always)]
+    fn count(&self, reason: Reason, bytes: usize) {
+        if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
+            // SAFETY: a per-CPU element; the program is not preempted by itself on one CPU.
+            unsafe {
+                (*counter).packets += 1;
+                (*counter).bytes += bytes as u64;
+            }
+        }
+    }
+}
+
+/// A header between `data` and `end`.
+#[inline(always)]
+fn header_at<'a, H: Header>(data: usize, end: usize, at: usize) -> Result<&'a mut H, Reason> {
+    let start = data + at;
+    if start + size_of::<H>() > end {
+        return Err(Reason::Truncated);
+    }
+    // SAFETY: the bounds were checked just above, which is also the proof that the verifier wants.
+    // Any bytes are a valid `H`.
+    Ok(unsafe { &mut *(start as *mut H) })
+}
+
+struct Xdp<'a>(&'a XdpContext);
+
+impl Packet for Xdp<'_> {
+    #[inline(always)]
+    fn length(&self) -> usize {
+        self.0.data_end() - self.0.data()
+    }
+
+    #[inline(always)]
+    fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason> {
+        header_at(self.0.data(), self.0.data_end(), at)
+    }
+
+    #[inline(always)]
+    fn partial_checksum(&self) -> PartialChecksum {
+        if GENERIC.load() == 1 {
+            PartialChecksum::Kept
+        } else {
+            PartialChecksum::Lost
+        }
+    }
+}
+
+struct Skb<'a>(&'a TcContext);
+
+impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn length(&self) -> usize {
+        self.0.len() as usize
+    }
+
+    #[inline(always)]
+    fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason> {
+        header_at(self.0.data(), self.0.data_end(), at)
+    }
+
+    #[inline(always)]
+    fn partial_checksum(&self) -> PartialChecksum {
+        PartialChecksum::Kept
+    }
+
+    /// The kernel knows whether this checksum is finished, left to the NIC, or verified by it:
+    /// bpf_l4_csum_replace() keeps the field and that knowledge in step.
+    #[inline(always)]
+    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
+        const PSEUDO_HEADER: u64 = 1 << 4;
+        const MANGLED_0: u64 = 1 << 5;
+        const CHECKSUM: usize = 6;
+        let at = change.udp + CHECKSUM;
+        // A size of 0 says that `to` is a difference; it counts in network byte order.
+        let addresses = u64::from(change.addresses.fold().to_be());
+        let datagram = u64::from(change.datagram.fold().to_be());
+        self.0
+            .l4_csum_replace(at, 0, addresses, PSEUDO_HEADER | MANGLED_0)
+            .and_then(|()| self.0.l4_csum_replace(at, 0, datagram, MANGLED_0))
+            .map_err(|_| Reason::UdpChecksum)
+    }
+}
+
+/// Relay in the driver's receive path.
+#[xdp]
+fn relay_xdp(ctx: XdpContext) -> u32 {
+    match relay(&mut Xdp(&ctx), &Maps).verdict() {
+        Verdict::Send => xdp_action::XDP_TX,
+        Verdict::Pass => xdp_action::XDP_PASS,
+    }
+}
+
+/// Longest run of headers that the relay looks at, bytes: Ethernet, two tags, IPv6, UDP, RTP with
+/// 15 contributing sources and the head of an extension.
+const HEADERS_MAX: u32 = 14 + 8 + 40 + 8 + 12 + 60 + 4;
+
+/// Relay in the ingress traffic control, leaving through the interface's queueing discipline.
+#[classifier]
+fn relay_tc(ctx: TcContext) -> i32 {
+    // Drivers leave as little as the Ethernet header in the linear part. Failing is harmless: what
+    // is not there is `truncated`, and passes.
+    let _ = ctx.pull_data(ctx.len().min(HEADERS_MAX));
+    match relay(&mut Skb(&ctx), &Maps).verdict() {
+        // SAFETY: the context is the kernel's, valid while the program runs.
+        Verdict::Send => unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 },
+        // Lets the programs behind this one have their say (TCX_NEXT has the same value).
+        Verdict::Pass => TC_ACT_UNSPEC,
+    }
+}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// GPL-compatible, which bpf_l4_csum_replace() and other helpers do not demand today but tracing
+/// helpers do.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Lets `cargo check`, clippy and rustdoc see this crate; the real build targets BPF.
+#[cfg(not(target_arch = "bpf"))]
 fn main() {}

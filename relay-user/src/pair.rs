@@ -37,10 +37,14 @@ pub struct Pair {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PairError {
     /// Not `LOCAL=REMOTE`.
-    #[error("`{0}` is not a leg: write LOCAL=REMOTE, such as 192.0.2.1:10000=192.0.2.11:30000 or [2001:db8::1]:10000=[2001:db8::11]:30000")]
+    #[error(
+        "`{0}` is not a leg: write LOCAL=REMOTE, such as 192.0.2.1:10000=192.0.2.11:30000 or [2001:db8::1]:10000=[2001:db8::11]:30000"
+    )]
     Malformed(String),
     /// One half of a leg is no address with a port.
-    #[error("`{address}` in leg `{leg}` is not an address with a port: write 192.0.2.1:10000, or [2001:db8::1]:10000 for IPv6")]
+    #[error(
+        "`{address}` in leg `{leg}` is not an address with a port: write 192.0.2.1:10000, or [2001:db8::1]:10000 for IPv6"
+    )]
     MalformedAddress {
         /// The half that does not parse.
         address: String,
@@ -59,10 +63,14 @@ pub enum PairError {
         kind: &'static str,
     },
     /// One half of the leg is a loopback address and the other is not: no packet can go there.
-    #[error("leg {0} joins a loopback address to one that is not: packets cannot pass between them; use two loopback addresses, or none")]
+    #[error(
+        "leg {0} joins a loopback address to one that is not: packets cannot pass between them; use two loopback addresses, or none"
+    )]
     LoopbackMismatch(Leg),
     /// The halves of a leg, or the legs of a pair, are of different families.
-    #[error("{0} and {1} are of different address families: relaying between IPv4 and IPv6 is not supported yet; the call stays with the PBX")]
+    #[error(
+        "{0} and {1} are of different address families: relaying between IPv4 and IPv6 is not supported yet; the call stays with the PBX"
+    )]
     MixedFamilies(SocketAddr, SocketAddr),
     /// Both legs are the same.
     #[error("both legs are {0}: a pair joins two different legs")]
@@ -71,16 +79,22 @@ pub enum PairError {
     #[error("both legs have the local address {0}: each leg needs a port of its own")]
     SameLocal(SocketAddr),
     /// What the pair sends arrives at the pair again.
-    #[error("what this pair sends to {0} would come back into its own input: the remote of one leg is the local address of the other; check that each leg is LOCAL=REMOTE")]
+    #[error(
+        "what this pair sends to {0} would come back into its own input: the remote of one leg is the local address of the other; check that each leg is LOCAL=REMOTE"
+    )]
     OwnInput(SocketAddr),
     /// Above 127, or in the range that RFC 5761 section 4 keeps free for RTCP.
-    #[error("payload type {0} is not usable for RTP: take 0–63 or 96–127 (64–95 would be mistaken for RTCP, RFC 5761 section 4)")]
+    #[error(
+        "payload type {0} is not usable for RTP: take 0–63 or 96–127 (64–95 would be mistaken for RTCP, RFC 5761 section 4)"
+    )]
     PayloadType(u8),
     /// The same number twice on one leg: which one it becomes would be a guess.
     #[error("payload type {0} is given twice for the same leg")]
     PayloadTypeTwice(u8),
     /// Not `N` or `N:M`.
-    #[error("`{0}` is not a payload type: write N, or N:M where the first leg numbers it N and the second M")]
+    #[error(
+        "`{0}` is not a payload type: write N, or N:M where the first leg numbers it N and the second M"
+    )]
     MalformedPayloadType(String),
     /// None, or more than the datapath's table holds.
     #[error("{0} payload types given: a pair relays 1 to {PAYLOAD_TYPES}")]
@@ -122,12 +136,17 @@ impl FromStr for Leg {
             .split_once('=')
             .ok_or_else(|| PairError::Malformed(text.to_owned()))?;
         let address = |half: &str| {
-            half.parse().map(canonical).map_err(|_| PairError::MalformedAddress {
-                address: half.to_owned(),
-                leg: text.to_owned(),
-            })
+            half.parse()
+                .map(canonical)
+                .map_err(|_| PairError::MalformedAddress {
+                    address: half.to_owned(),
+                    leg: text.to_owned(),
+                })
         };
-        let leg = Self { local: address(local)?, remote: address(remote)? };
+        let leg = Self {
+            local: address(local)?,
+            remote: address(remote)?,
+        };
         leg.check()?;
         Ok(leg)
     }
@@ -147,7 +166,10 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 impl PayloadTypes {
     /// The same number on both legs, as static payload types have (RFC 3551 section 6).
     pub const fn same(number: u8) -> Self {
-        Self { first: number, second: number }
+        Self {
+            first: number,
+            second: number,
+        }
     }
 }
 
@@ -156,7 +178,9 @@ impl FromStr for PayloadTypes {
 
     fn from_str(text: &str) -> Result<Self, PairError> {
         let number = |digits: &str| {
-            digits.parse().map_err(|_| PairError::MalformedPayloadType(text.to_owned()))
+            digits
+                .parse()
+                .map_err(|_| PairError::MalformedPayloadType(text.to_owned()))
         };
         let (first, second) = match text.split_once(':') {
             Some((first, second)) => (number(first)?, number(second)?),
@@ -217,7 +241,10 @@ impl Pair {
                 }
             }
         }
-        Ok(Self { legs, payload_types })
+        Ok(Self {
+            legs,
+            payload_types,
+        })
     }
 }
 
@@ -235,10 +262,16 @@ mod tests {
 
     #[test]
     fn a_leg_reads_as_it_prints() {
-        for text in ["192.0.2.1:10000=192.0.2.11:30000", "[2001:db8::1]:10000=[2001:db8::11]:30000"] {
+        for text in [
+            "192.0.2.1:10000=192.0.2.11:30000",
+            "[2001:db8::1]:10000=[2001:db8::11]:30000",
+        ] {
             assert_eq!(leg(text).to_string(), text);
         }
-        assert_eq!(leg("[::ffff:192.0.2.1]:1=192.0.2.2:2"), leg("192.0.2.1:1=192.0.2.2:2"));
+        assert_eq!(
+            leg("[::ffff:192.0.2.1]:1=192.0.2.2:2"),
+            leg("192.0.2.1:1=192.0.2.2:2")
+        );
     }
 
     #[test]
@@ -269,10 +302,22 @@ mod tests {
         let a = "192.0.2.1:10000=192.0.2.11:30000";
         for (first, second, fragment) in [
             (a, a, "both legs are"),
-            (a, "192.0.2.1:10000=192.0.2.12:30000", "both legs have the local address"),
+            (
+                a,
+                "192.0.2.1:10000=192.0.2.12:30000",
+                "both legs have the local address",
+            ),
             (a, "192.0.2.11:30000=192.0.2.1:10000", "its own input"),
-            (a, "[2001:db8::1]:1=[2001:db8::2]:2", "different address families"),
-            ("192.0.2.1:1=192.0.2.1:1", "192.0.2.1:2=192.0.2.9:3", "its own input"),
+            (
+                a,
+                "[2001:db8::1]:1=[2001:db8::2]:2",
+                "different address families",
+            ),
+            (
+                "192.0.2.1:1=192.0.2.1:1",
+                "192.0.2.1:2=192.0.2.9:3",
+                "its own input",
+            ),
         ] {
             let error = pair(first, second).expect_err(second).to_string();
             assert!(error.contains(fragment), "{first} {second}: {error}");
@@ -282,9 +327,15 @@ mod tests {
 
     #[test]
     fn payload_types_are_checked() {
-        let legs = [leg("192.0.2.1:1=192.0.2.2:2"), leg("192.0.2.1:3=192.0.2.4:4")];
+        let legs = [
+            leg("192.0.2.1:1=192.0.2.2:2"),
+            leg("192.0.2.1:3=192.0.2.4:4"),
+        ];
         let with = |texts: &[&str]| {
-            let types = texts.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
+            let types = texts
+                .iter()
+                .map(|text| text.parse())
+                .collect::<Result<_, _>>()?;
             Pair::new(legs, types)
         };
         assert!(with(&["0", "101:96"]).is_ok());
@@ -293,6 +344,9 @@ mod tests {
         assert_eq!(with(&["128"]), Err(PairError::PayloadType(128)));
         assert_eq!(with(&["0", "0:8"]), Err(PairError::PayloadTypeTwice(0)));
         assert_eq!(with(&["8:0", "0"]), Err(PairError::PayloadTypeTwice(0)));
-        assert!(matches!(with(&["ulaw"]), Err(PairError::MalformedPayloadType(_))));
+        assert!(matches!(
+            with(&["ulaw"]),
+            Err(PairError::MalformedPayloadType(_))
+        ));
     }
 }

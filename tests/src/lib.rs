@@ -1,1 +1,18 @@
+//! The harness of the integration tests and of the demo: simulated machines, phones, captures, a fake PBX,
+//! a real Asterisk, and `relay-user` itself as a child process.
+//!
+//! Everything here needs root. Nothing here outlives the process: machines are anonymous namespaces, children die
+//! with the process that started them, and so a killed test leaves nothing behind.
 
+pub mod ami;
+pub mod asterisk;
+pub mod capture;
+pub mod link;
+pub mod namespace;
+pub mod pbx;
+pub mod phone;
+pub mod relay;
+pub mod rtp;
+pub mod topology;
+
+mod datagram;

@@ -1,0 +1,95 @@
+//! What the decision asks of its environment: typed access to a packet, and the tables.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{
+    checksum::{self, PartialChecksum, UdpChange},
+    reason::Reason,
+    stream::{State, Stream, StreamKey},
+    wire::{Be16, Udp},
+};
+
+/// A header that can be viewed in place: any bytes are valid, none is padding.
+pub trait Header: Copy + FromBytes + IntoBytes + Immutable + KnownLayout {
+    /// Bytes on the wire.
+    const LEN: usize = size_of::<Self>();
+}
+
+impl<T: Copy + FromBytes + IntoBytes + Immutable + KnownLayout> Header for T {}
+
+/// A frame, from its Ethernet header to its last byte.
+pub trait Packet {
+    /// Bytes of the frame.
+    fn length(&self) -> usize;
+
+    /// The header at `at` bytes from the start of the frame.
+    ///
+    /// # Errors
+    /// [`Reason::Truncated`] when the frame ends before the header does.
+    fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason>;
+
+    /// What becomes of an unfinished checksum after this hook.
+    fn partial_checksum(&self) -> PartialChecksum;
+
+    /// Replaces the UDP checksum, which is not 0. It comes before any other change to the packet:
+    /// on an error the packet must still be as it arrived.
+    ///
+    /// # Errors
+    /// A [`Reason`] to pass the packet.
+    #[inline(always)]
+    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
+        let old = self.header::<Udp>(change.udp)?.checksum.get();
+        let new = checksum::changed_udp_field(self, old, self.partial_checksum(), change)?;
+        self.header::<Udp>(change.udp)?.checksum = Be16::new(new);
+        Ok(())
+    }
+}
+
+/// The maps.
+pub trait Tables {
+    /// `STREAMS`.
+    fn stream(&self, key: &StreamKey) -> Option<&Stream>;
+
+    /// `STATE`, shared with other CPUs and with the controller.
+    fn state(&self, slot: u32) -> Option<*mut State>;
+
+    /// Adds a packet of `bytes` to `COUNTERS`.
+    fn count(&self, reason: Reason, bytes: usize);
+}
+
+/// A frame in memory, for the host: tests, fuzzing, benchmarks.
+///
+/// The bytes must be 2-aligned, as every driver's buffer is.
+pub struct Frame<'a> {
+    bytes: &'a mut [u8],
+    partial_checksum: PartialChecksum,
+}
+
+impl<'a> Frame<'a> {
+    /// Wraps a frame. `partial_checksum` says which hook it stands for.
+    #[must_use]
+    pub fn new(bytes: &'a mut [u8], partial_checksum: PartialChecksum) -> Self {
+        Self {
+            bytes,
+            partial_checksum,
+        }
+    }
+}
+
+impl Packet for Frame<'_> {
+    fn length(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason> {
+        let rest = self.bytes.get_mut(at..).ok_or(Reason::Truncated)?;
+        // A misaligned buffer reads as truncated too: a test that gets this wrong must not pass.
+        H::mut_from_prefix(rest)
+            .map(|(header, _)| header)
+            .map_err(|_| Reason::Truncated)
+    }
+
+    fn partial_checksum(&self) -> PartialChecksum {
+        self.partial_checksum
+    }
+}

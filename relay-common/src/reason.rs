@@ -1,0 +1,135 @@
+//! Why a packet was relayed or passed: one numbered table.
+
+/// Declares the reasons once: number, name and meaning cannot drift apart.
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])* $variant:ident = $number:literal $name:literal,)*) => {
+        /// Why a packet was relayed or passed to the stack.
+        ///
+        /// Append only: the number indexes the `COUNTERS` map, the name is the metric label.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum Reason {
+            $($(#[doc = $doc])* $variant = $number,)*
+        }
+
+        impl Reason {
+            /// Every reason, by number.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// How many there are.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// The name in output, API and metrics.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// What it means, for an operator.
+            #[must_use]
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc,)*).trim_ascii_start(),)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// rewritten and sent by the kernel
+    Relayed = 0 "relayed",
+    /// the frame ends inside a header that it announces
+    Truncated = 1 "truncated",
+    /// neither IPv4 nor IPv6
+    NotIp = 2 "not_ip",
+    /// more than two VLAN tags
+    VlanDepth = 3 "vlan_depth",
+    /// lengths or version in the headers contradict each other
+    Malformed = 4 "malformed",
+    /// IPv4 options or IPv6 extension headers
+    IpOptions = 5 "ip_options",
+    /// a fragment of a larger packet
+    Fragment = 6 "fragment",
+    /// IP, but not UDP
+    NotUdp = 7 "not_udp",
+    /// no stream has this local address and port
+    NoStream = 8 "no_stream",
+    /// the frame is addressed to another machine's MAC
+    OtherHost = 9 "other_host",
+    /// the stream is not offloaded yet
+    Watching = 10 "watching",
+    /// the stream was taken back
+    Suspended = 11 "suspended",
+    /// not from the address and port that the stream expects
+    UnexpectedSource = 12 "unexpected_source",
+    /// not RTP version 2
+    NotRtp = 13 "not_rtp",
+    /// shorter than its RTP header
+    RtpLength = 14 "rtp_length",
+    /// the stream does not relay this payload type
+    PayloadType = 15 "payload_type",
+    /// TTL or hop limit used up
+    HopLimit = 16 "hop_limit",
+    /// larger than the MTU of the way out
+    TooBig = 17 "too_big",
+    /// no neighbour known for the way out
+    NextHopUnknown = 18 "next_hop_unknown",
+    /// tags other than the way out needs
+    VlanMismatch = 19 "vlan_mismatch",
+    /// UDP checksum missing on IPv6, or of unclear state
+    UdpChecksum = 20 "udp_checksum",
+    /// the stream's state is missing: a fault of the controller
+    NoState = 21 "no_state",
+}
+
+/// What the hook does with a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Send the rewritten packet to the stream's next hop.
+    Send,
+    /// Leave the untouched packet to the stack, and so to Asterisk.
+    Pass,
+}
+
+impl Reason {
+    /// The single place where a reason becomes an action.
+    #[inline(always)]
+    #[must_use]
+    pub const fn verdict(self) -> Verdict {
+        match self {
+            Self::Relayed => Verdict::Send,
+            _ => Verdict::Pass,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_the_index_and_names_are_labels() {
+        for (index, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, index);
+            assert!(!reason.meaning().is_empty());
+            assert!(
+                reason
+                    .name()
+                    .bytes()
+                    .all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+            );
+            assert!(
+                Reason::ALL[..index]
+                    .iter()
+                    .all(|other| other.name() != reason.name())
+            );
+        }
+    }
+
+    #[test]
+    fn only_relayed_leaves() {
+        for reason in Reason::ALL {
+            let sent = reason.verdict() == Verdict::Send;
+            assert_eq!(sent, *reason == Reason::Relayed);
+        }
+    }
+}

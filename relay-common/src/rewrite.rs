@@ -1,0 +1,108 @@
+//! The rewrite of a packet that was found fit.
+
+use crate::{
+    checksum::{Sum, UdpChange},
+    packet::Packet,
+    parse::{Family, Parsed},
+    reason::Reason,
+    stream::{DSCP_KEEP, Stream},
+    wire::{Be16, Ethernet, Ipv4, Ipv6, Rtp, Udp, Vlan},
+};
+
+/// What validation found out and the rewrite needs.
+pub(crate) struct Rewrite {
+    /// Offset of the RTP header, bytes.
+    pub(crate) rtp: usize,
+    /// RTP's second byte as it came.
+    pub(crate) marker_type: u8,
+    /// The same with the payload type of the other leg.
+    pub(crate) new_marker_type: u8,
+}
+
+/// Rewrites the packet. The checksum goes first: it is the only step that can still refuse, and
+/// the packet is then as it arrived.
+#[inline(always)]
+pub(crate) fn rewrite<P: Packet + ?Sized>(
+    packet: &mut P,
+    parsed: &Parsed,
+    stream: &Stream,
+    plan: &Rewrite,
+) -> Result<(), Reason> {
+    if parsed.udp_checksum != 0 {
+        // The second byte of RTP is the low byte of its word.
+        let payload_type =
+            Sum::ZERO.change(u16::from(plan.marker_type), u16::from(plan.new_marker_type));
+        packet.change_udp_checksum(&UdpChange {
+            udp: parsed.udp,
+            length: parsed.udp_length,
+            pseudo_header: Sum::new(stream.pseudo_header).word(parsed.udp_length),
+            addresses: Sum::new(stream.address_change),
+            datagram: Sum::new(stream.port_change).plus(payload_type),
+        })?;
+    } else if parsed.family == Family::V6 {
+        // No checksum is a fault there (RFC 8200 section 8.1); the stack drops and counts it.
+        return Err(Reason::UdpChecksum);
+    }
+
+    match parsed.family {
+        Family::V4 => {
+            let header = packet.header::<Ipv4>(parsed.ip)?;
+            let class = traffic_class(stream, header.traffic_class);
+            let hop_limit = header.hop_limit.wrapping_sub(1);
+            let change = Sum::new(stream.address_change)
+                .change(u16::from(header.traffic_class), u16::from(class))
+                .change(u16::from(header.hop_limit) << 8, u16::from(hop_limit) << 8);
+            header.checksum = Be16::new(change.applied_to(header.checksum.get()));
+            header.traffic_class = class;
+            header.hop_limit = hop_limit;
+            header.source = stream.new_source.ipv4_halves();
+            header.destination = stream.new_destination.ipv4_halves();
+        }
+        Family::V6 => {
+            let header = packet.header::<Ipv6>(parsed.ip)?;
+            let word = header.version_class.get();
+            let class = traffic_class(stream, (word >> 4) as u8);
+            header.version_class = Be16::new(word & 0xf00f | u16::from(class) << 4);
+            header.hop_limit = header.hop_limit.wrapping_sub(1);
+            header.source = stream.new_source.halves();
+            header.destination = stream.new_destination.halves();
+        }
+    }
+
+    let header = packet.header::<Udp>(parsed.udp)?;
+    header.source = Be16::new(stream.new_source_port);
+    header.destination = Be16::new(stream.new_destination_port);
+    packet.header::<Rtp>(plan.rtp)?.marker_type = plan.new_marker_type;
+
+    let next_hop = &stream.next_hop;
+    if next_hop.vlan_depth >= 1 {
+        retag(packet, Ethernet::LEN, next_hop.vlans[0].id)?;
+    }
+    if next_hop.vlan_depth >= 2 {
+        retag(packet, Ethernet::LEN + Vlan::LEN, next_hop.vlans[1].id)?;
+    }
+    let header = packet.header::<Ethernet>(0)?;
+    header.destination = next_hop.destination_mac.words();
+    header.source = next_hop.source_mac.words();
+    Ok(())
+}
+
+/// The traffic class to send with; the ECN bits are the path's, not ours (RFC 3168).
+#[inline(always)]
+const fn traffic_class(stream: &Stream, old: u8) -> u8 {
+    const ECN: u8 = 0x03;
+    if stream.dscp == DSCP_KEEP {
+        old
+    } else {
+        stream.dscp << 2 | old & ECN
+    }
+}
+
+/// Another VLAN, the same priority.
+#[inline(always)]
+fn retag<P: Packet + ?Sized>(packet: &mut P, at: usize, id: u16) -> Result<(), Reason> {
+    const ID: u16 = 0x0fff;
+    let tag = packet.header::<Vlan>(at)?;
+    tag.control = Be16::new(tag.control.get() & !ID | id & ID);
+    Ok(())
+}

@@ -1,0 +1,416 @@
+//! What may be offloaded: every condition that signalling can answer for, in one place.
+//!
+//! An answer that is missing, unknown or odd is a refusal, never a guess: the call then stays with
+//! Asterisk.
+
+use std::net::SocketAddr;
+
+use super::{
+    message::Message,
+    session::{Answer, PRIVILEGES},
+    tracker::MAX_NAME,
+};
+use crate::pair::{Leg, Pair, PairError, PayloadTypes};
+
+const SRC: &str = "CHANNEL(rtp,src)";
+const DEST: &str = "CHANNEL(rtp,dest)";
+const DIRECT: &str = "CHANNEL(rtp,direct)";
+const SECURE: &str = "CHANNEL(rtp,secure)";
+const HOLD: &str = "CHANNEL(rtp,hold)";
+const READ: &str = "CHANNEL(audioreadformat)";
+const WRITE: &str = "CHANNEL(audiowriteformat)";
+const NATIVE: &str = "CHANNEL(audionativeformat)";
+const VIDEO: &str = "CHANNEL(videonativeformat)";
+const RECEIVED: &str = "CHANNEL(rtcp,rxcount)";
+
+/// What a `Status` must evaluate to judge a leg.
+pub const LEG_VARIABLES: &str = "CHANNEL(rtp,src),CHANNEL(rtp,dest),CHANNEL(rtp,direct),CHANNEL(rtp,secure),\
+    CHANNEL(rtp,hold),CHANNEL(audioreadformat),CHANNEL(audiowriteformat),CHANNEL(audionativeformat),\
+    CHANNEL(videonativeformat),CHANNEL(rtcp,rxcount)";
+/// What a `Status` must evaluate to see that an offered leg is still as it was. Everything else
+/// that can change raises an event; Asterisk pays for every function it evaluates.
+pub const POLL_VARIABLES: &str = DEST;
+
+/// Asterisk's names of the codecs with one static payload type, RFC 3551 table 4. Left out are
+/// names that stand for several numbers there (adpcm: DVI4 at four rates; slin: L16) and numbers
+/// that RFC 3551 took back (2, G726-32).
+const STATIC_PAYLOAD_TYPES: [(&str, u8); 7] = [
+    ("ulaw", 0),
+    ("gsm", 3),
+    ("g723", 4),
+    ("lpc10", 7),
+    ("alaw", 8),
+    ("g722", 9),
+    ("g729", 18),
+];
+
+/// Why a call is not offloaded, in words for an operator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// A conference, or a call with one end.
+    #[error("channels in the bridge: {0}; a pair is two")]
+    ChannelCount(usize),
+    /// Asterisk bridges in another way, because it has to look at the media.
+    #[error("bridge technology {0}; only native_rtp forwards media unchanged")]
+    Technology(String),
+    /// Another channel driver.
+    #[error("{0} is not a PJSIP channel")]
+    NotPjsip(String),
+    /// The bridge and the channel disagree: something is moving.
+    #[error("{0} is not in this bridge any more")]
+    Moved(String),
+    /// On hold by `Hold` event or by `rtp,hold`.
+    #[error("{0} is on hold")]
+    OnHold(String),
+    /// SRTP or DTLS.
+    #[error("{0} has encrypted media (SRTP)")]
+    Encrypted(String),
+    /// The phones send to each other.
+    #[error("{channel} has direct media with {peer}: Asterisk relays nothing")]
+    DirectMedia {
+        /// The channel.
+        channel: String,
+        /// Where its phone sends to.
+        peer: String,
+    },
+    /// No remote address yet, or none during hold.
+    #[error("{0} has no remote RTP address")]
+    NoRemote(String),
+    /// RTP bound to the wildcard address.
+    #[error(
+        "Asterisk names no local address for {channel}, only {local}; set bind_rtp_to_media_address and media_address in pjsip.conf"
+    )]
+    WildcardLocal {
+        /// The channel.
+        channel: String,
+        /// What it names.
+        local: SocketAddr,
+    },
+    /// A translator between the leg's own formats.
+    #[error("transcoding {from}→{to} at {channel}")]
+    Transcoding {
+        /// The channel.
+        channel: String,
+        /// What the bridge writes or the phone sends.
+        from: String,
+        /// What it becomes.
+        to: String,
+    },
+    /// The legs do not speak the same codec.
+    #[error("transcoding {0}→{1}")]
+    DifferentCodecs(String, String),
+    /// Any of several codecs may come at any time.
+    #[error("{channel} may use any of {formats}; a pair needs one codec")]
+    SeveralCodecs {
+        /// The channel.
+        channel: String,
+        /// As Asterisk lists them.
+        formats: String,
+    },
+    /// Dynamic payload types have to be seen on the wire first.
+    #[error("codec {0} has no static payload type")]
+    NoStaticPayloadType(String),
+    /// A video stream is really negotiated.
+    #[error("{channel} has video ({formats})")]
+    Video {
+        /// The channel.
+        channel: String,
+        /// As Asterisk lists them.
+        formats: String,
+    },
+    /// Nothing came from the phone yet.
+    #[error("no RTP from {0} yet")]
+    NothingReceived(String),
+    /// Asterisk left a value out, or wrote something unknown.
+    #[error("{item} of {channel} is {value}, which is not understood")]
+    Odd {
+        /// The item asked for.
+        item: &'static str,
+        /// The channel or bridge.
+        channel: String,
+        /// What came instead.
+        value: String,
+    },
+    /// The legs do not make a pair.
+    #[error(transparent)]
+    Pair(#[from] PairError),
+    /// The user may not ask.
+    #[error("the AMI user may not run {0}: give it {PRIVILEGES} in manager.conf")]
+    Privileges(&'static str),
+    /// The events that say when to take back do not come.
+    #[error(
+        "Asterisk sends no VarSet events, so a change of the call would go unseen: give the AMI user {PRIVILEGES} and no eventfilter that drops VarSet in manager.conf"
+    )]
+    NoVarSet,
+    /// Asterisk refused to answer for another reason.
+    #[error("Asterisk does not answer {action}: {message}")]
+    NoAnswer {
+        /// The action.
+        action: &'static str,
+        /// Asterisk's words.
+        message: String,
+    },
+    /// The tracker's bound.
+    #[error("more than {0} bridges at a time; this call stays with the PBX")]
+    TooManyBridges(usize),
+}
+
+impl Refusal {
+    /// Whether the condition is expected to come true by itself within a moment, so that asking
+    /// again soon is worth it.
+    pub fn is_not_yet(&self) -> bool {
+        matches!(
+            self,
+            Self::Technology(_) | Self::NothingReceived(_) | Self::Moved(_) | Self::NoAnswer { .. }
+        )
+    }
+}
+
+/// A leg that fulfils every condition of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LegFacts {
+    /// Its addresses.
+    pub leg: Leg,
+    /// Its one codec, in Asterisk's words.
+    pub codec: String,
+}
+
+/// Judges the answer to `BridgeInfo`: two PJSIP channels under native_rtp. Returns them sorted, so
+/// that the same call has the same first leg every time.
+pub(super) fn bridge(call: &str, answer: &Answer) -> Result<[String; 2], Refusal> {
+    succeeded("BridgeInfo", answer)?;
+    let Some(complete) = answer.items.last() else {
+        return Err(Refusal::Odd {
+            item: "BridgeInfo",
+            channel: call.to_owned(),
+            value: "empty".to_owned(),
+        });
+    };
+    let mut channels = channels(answer);
+    let count = complete
+        .get("BridgeNumChannels")
+        .and_then(|count| count.parse().ok());
+    // Internal channels (a conference's announcer) are counted but not listed.
+    let [first, second] = match count {
+        Some(2) if channels.len() == 2 => {
+            channels.sort_unstable();
+            [channels[0], channels[1]]
+        }
+        Some(2) | None => return Err(Refusal::ChannelCount(channels.len())),
+        Some(count) => return Err(Refusal::ChannelCount(count)),
+    };
+    for channel in [first, second] {
+        if !channel.starts_with("PJSIP/") || channel.len() > MAX_NAME {
+            return Err(Refusal::NotPjsip(shown(channel)));
+        }
+    }
+    match complete.get("BridgeTechnology") {
+        Some("native_rtp") => Ok([first.to_owned(), second.to_owned()]),
+        technology => Err(Refusal::Technology(shown(technology.unwrap_or("unknown")))),
+    }
+}
+
+/// The channels listed by `BridgeInfo`.
+pub(super) fn channels(answer: &Answer) -> Vec<&str> {
+    answer
+        .items
+        .iter()
+        .filter(|item| item.event() == Some("BridgeInfoChannel"))
+        .filter_map(|item| item.get("Channel"))
+        .collect()
+}
+
+/// Judges the answer to a `Status` with [`LEG_VARIABLES`] of one channel.
+pub(super) fn leg(call: &str, channel: &str, answer: &Answer) -> Result<LegFacts, Refusal> {
+    let status = status(call, channel, answer)?;
+    let item = |item| value(status, channel, item);
+    let name = || channel.to_owned();
+
+    if flag(channel, HOLD, item(HOLD)?)? {
+        return Err(Refusal::OnHold(name()));
+    }
+    if flag(channel, SECURE, item(SECURE)?)? {
+        return Err(Refusal::Encrypted(name()));
+    }
+    match item(DIRECT)? {
+        "(null)" => {}
+        peer => {
+            return Err(Refusal::DirectMedia {
+                channel: name(),
+                peer: shown(peer),
+            });
+        }
+    }
+    let codec = codec(channel, item(READ)?, item(WRITE)?, item(NATIVE)?)?;
+    match item(VIDEO)? {
+        "(nothing)" => {}
+        formats => {
+            return Err(Refusal::Video {
+                channel: name(),
+                formats: shown(formats),
+            });
+        }
+    }
+    let remote = match item(DEST)? {
+        "(null)" => return Err(Refusal::NoRemote(name())),
+        text => address(channel, DEST, text)?,
+    };
+    let local = address(channel, SRC, item(SRC)?)?;
+    if local.ip().is_unspecified() {
+        return Err(Refusal::WildcardLocal {
+            channel: name(),
+            local,
+        });
+    }
+    match item(RECEIVED)?.parse::<u64>() {
+        Ok(0) => return Err(Refusal::NothingReceived(name())),
+        Ok(_) => {}
+        Err(_) => return Err(odd(channel, RECEIVED, item(RECEIVED)?)),
+    }
+    Ok(LegFacts {
+        leg: Leg { local, remote },
+        codec,
+    })
+}
+
+/// Joins two legs that fulfil their own conditions.
+pub(super) fn pair(first: &LegFacts, second: &LegFacts) -> Result<Pair, Refusal> {
+    if first.codec != second.codec {
+        return Err(Refusal::DifferentCodecs(
+            first.codec.clone(),
+            second.codec.clone(),
+        ));
+    }
+    let number = STATIC_PAYLOAD_TYPES
+        .iter()
+        .find(|(name, _)| *name == first.codec)
+        .map(|(_, number)| *number)
+        .ok_or_else(|| Refusal::NoStaticPayloadType(shown(&first.codec)))?;
+    Ok(Pair::new(
+        [first.leg, second.leg],
+        vec![PayloadTypes::same(number)],
+    )?)
+}
+
+/// Judges the answer to a `Status` with [`POLL_VARIABLES`] of an offered leg: is it what was
+/// offered? The formats come with every `Status`.
+pub(super) fn unchanged(
+    call: &str,
+    channel: &str,
+    offered: &LegFacts,
+    answer: &Answer,
+) -> Result<(), Refusal> {
+    let status = status(call, channel, answer)?;
+    let remote = match value(status, channel, DEST)? {
+        "(null)" => return Err(Refusal::NoRemote(channel.to_owned())),
+        text => address(channel, DEST, text)?,
+    };
+    let [read, write, native] = ["Readformat", "Writeformat", "Nativeformats"]
+        .map(|key| status.get(key).unwrap_or_default());
+    let codec = codec(channel, read, write, native)?;
+    if remote != offered.leg.remote {
+        return Err(odd(
+            channel,
+            DEST,
+            &format!("{remote} where it was {}", offered.leg.remote),
+        ));
+    }
+    if codec != offered.codec {
+        return Err(Refusal::DifferentCodecs(offered.codec.clone(), codec));
+    }
+    Ok(())
+}
+
+fn succeeded(action: &'static str, answer: &Answer) -> Result<(), Refusal> {
+    if answer.is_permission_denied() {
+        Err(Refusal::Privileges(action))
+    } else if answer.is_success() {
+        Ok(())
+    } else {
+        Err(Refusal::NoAnswer {
+            action,
+            message: shown(answer.message()),
+        })
+    }
+}
+
+/// The one `Status` event of a channel that is a PJSIP channel of this bridge.
+fn status<'a>(call: &str, channel: &str, answer: &'a Answer) -> Result<&'a Message, Refusal> {
+    succeeded("Status", answer)?;
+    let status = answer
+        .items
+        .iter()
+        .find(|item| item.event() == Some("Status") && item.get("Channel") == Some(channel))
+        .ok_or_else(|| Refusal::Moved(channel.to_owned()))?;
+    if status.get("BridgeID") != Some(call) {
+        return Err(Refusal::Moved(channel.to_owned()));
+    }
+    if status.get("Type") != Some("PJSIP") {
+        return Err(Refusal::NotPjsip(channel.to_owned()));
+    }
+    Ok(status)
+}
+
+fn value<'a>(status: &'a Message, channel: &str, item: &'static str) -> Result<&'a str, Refusal> {
+    match status.variable(item) {
+        Some("") => Err(odd(channel, item, "empty")),
+        None => Err(odd(channel, item, "missing")),
+        Some(value) => Ok(value),
+    }
+}
+
+fn flag(channel: &str, item: &'static str, value: &str) -> Result<bool, Refusal> {
+    match value {
+        "0" => Ok(false),
+        "1" => Ok(true),
+        other => Err(odd(channel, item, other)),
+    }
+}
+
+fn address(channel: &str, item: &'static str, text: &str) -> Result<SocketAddr, Refusal> {
+    let address: SocketAddr = text.parse().map_err(|_| odd(channel, item, text))?;
+    Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
+}
+
+/// The one codec that is read, written and native. `audionativeformat` lists: `(ulaw)`,
+/// `(ulaw|alaw)`, `(nothing)`.
+fn codec(channel: &str, read: &str, write: &str, native: &str) -> Result<String, Refusal> {
+    let listed = native
+        .strip_prefix('(')
+        .and_then(|list| list.strip_suffix(')'));
+    let one = match listed {
+        None | Some("" | "nothing") => return Err(odd(channel, NATIVE, native)),
+        Some(list) if list.contains(['|', ',', ' ']) => {
+            return Err(Refusal::SeveralCodecs {
+                channel: channel.to_owned(),
+                formats: shown(native),
+            });
+        }
+        Some(one) => one,
+    };
+    let transcoding = |from: &str, to: &str| Refusal::Transcoding {
+        channel: channel.to_owned(),
+        from: shown(from),
+        to: shown(to),
+    };
+    if read != one {
+        return Err(transcoding(one, read));
+    }
+    if write != one {
+        return Err(transcoding(write, one));
+    }
+    Ok(one.to_owned())
+}
+
+fn odd(channel: &str, item: &'static str, value: &str) -> Refusal {
+    Refusal::Odd {
+        item,
+        channel: channel.to_owned(),
+        value: shown(value),
+    }
+}
+
+/// At most 80 characters, so that no cause grows with what a server sends.
+fn shown(text: &str) -> String {
+    text.chars().take(80).filter(|c| !c.is_control()).collect()
+}

@@ -1,0 +1,1598 @@
+//! From events to "offer this pair" and "take it back now": a state machine without I/O.
+//!
+//! Whoever drives it hands in events, answers and the time, and carries out what it puts out, in
+//! order. Two rules keep it safe. An event that touches an offered call takes the call back before
+//! anything is asked. And every event that touches a bridge gives it a new generation; an answer
+//! to a question of an older generation is dropped, so it can never lead to an offer.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    fmt,
+    time::{Duration, Instant},
+};
+
+use super::{
+    conditions::{self, LegFacts, Refusal},
+    message::{Action, ActionError, Message},
+    session::Answer,
+};
+use crate::pair::Pair;
+
+/// A burst of events is over after this much silence; native_rtp starts about 10 ms after it.
+pub const DEBOUNCE: Duration = Duration::from_millis(100);
+/// How often a call is asked about that gave no reason to.
+pub const POLL: Duration = Duration::from_millis(1500);
+/// Bridges tracked at a time, unless the caller says otherwise: half of the default 65,536 streams.
+pub const MAX_BRIDGES: usize = 32_768;
+/// Longest bridge id or channel name taken, in bytes. Asterisk's own are at most 80
+/// (AST_CHANNEL_NAME) and 36.
+pub const MAX_NAME: usize = 200;
+/// Channels remembered of one bridge: one more than a pair, to see that it is none.
+const MAX_CHANNELS: usize = 3;
+
+/// A call of this feed: the unique id of its bridge.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CallId(String);
+
+impl CallId {
+    /// Takes a bridge's unique id; `None` if it is empty or longer than [`MAX_NAME`] bytes.
+    pub fn new(id: &str) -> Option<Self> {
+        (!id.is_empty() && id.len() <= MAX_NAME).then(|| Self(id.to_owned()))
+    }
+
+    /// The id as Asterisk writes it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for CallId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What the feed tells its receiver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FeedEvent {
+    /// Logged in. Whatever is offered comes anew.
+    Up {
+        /// The server's greeting, such as `Asterisk Call Manager/11.0.0`.
+        asterisk: String,
+    },
+    /// The connection is lost: the receiver takes back every call of this feed.
+    Down {
+        /// In words.
+        cause: String,
+    },
+    /// The call may be relayed. Replaces an earlier offer of the same call.
+    Offer {
+        /// The call.
+        call: CallId,
+        /// What to relay.
+        pair: Pair,
+        /// The channels, in the order of the pair's legs.
+        channels: [String; 2],
+    },
+    /// The call must not be relayed; also takes back.
+    Refused {
+        /// The call.
+        call: CallId,
+        /// The channels, as far as known.
+        channels: Vec<String>,
+        /// In words.
+        cause: String,
+    },
+    /// Stop relaying the call now; asking goes on.
+    TakeBack {
+        /// The call.
+        call: CallId,
+        /// In words.
+        cause: String,
+    },
+    /// The bridge is over. Sent for every call of which something was said before.
+    Gone {
+        /// The call.
+        call: CallId,
+    },
+}
+
+/// A question to Asterisk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Query {
+    /// All bridges.
+    Bridges,
+    /// One bridge: its technology and channels.
+    Bridge {
+        /// The bridge.
+        call: CallId,
+        /// Its generation when asked.
+        generation: u64,
+    },
+    /// One channel of a bridge.
+    Channel {
+        /// The bridge.
+        call: CallId,
+        /// Its generation when asked.
+        generation: u64,
+        /// The channel.
+        channel: String,
+        /// Every condition, or only whether an offer still stands.
+        full: bool,
+    },
+}
+
+impl Query {
+    /// The action that asks it.
+    ///
+    /// # Errors
+    /// When Asterisk used a name that it cannot read back itself.
+    pub fn action(&self) -> Result<Action, ActionError> {
+        match self {
+            Self::Bridges => Ok(Action::new("BridgeList")),
+            Self::Bridge { call, .. } => {
+                Action::new("BridgeInfo").with("BridgeUniqueid", call.as_str())
+            }
+            Self::Channel { channel, full, .. } => {
+                let variables = if *full {
+                    conditions::LEG_VARIABLES
+                } else {
+                    conditions::POLL_VARIABLES
+                };
+                Action::new("Status")
+                    .with("Channel", channel)?
+                    .with("Variables", variables)
+            }
+        }
+    }
+}
+
+/// What the driver has to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Ask, and hand the answer to [`Tracker::answer`].
+    Ask(Query),
+    /// Tell the receiver.
+    Tell(FeedEvent),
+}
+
+/// What was last said about a call.
+#[derive(Debug)]
+enum Said {
+    Nothing,
+    TakenBack,
+    Refused(Refusal),
+    Offered {
+        channels: [String; 2],
+        legs: [LegFacts; 2],
+    },
+}
+
+/// One series of questions about a bridge: first its technology, then its channels.
+#[derive(Debug)]
+struct Round {
+    generation: u64,
+    unanswered: u8,
+    channels: Option<[String; 2]>,
+    answers: [Option<Answer>; 2],
+}
+
+#[derive(Debug)]
+struct Bridge {
+    /// New with every event that touches the bridge.
+    generation: u64,
+    /// As Asterisk counts them, internal channels included. `None`: not told yet.
+    count: Option<usize>,
+    /// Those known by name, at most [`MAX_CHANNELS`].
+    channels: Vec<String>,
+    /// When to ask.
+    due: Option<Instant>,
+    /// The wait before asking again about a condition that is not yet true.
+    patience: Duration,
+    round: Option<Round>,
+    said: Said,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Tracker {
+    max_bridges: usize,
+    bridges: HashMap<CallId, Bridge>,
+    /// Which bridge a channel is in. A channel is in one at most.
+    members: HashMap<String, CallId>,
+    /// The channels that a `Hold` event put on hold, wherever they went since. `rtp,hold` may
+    /// follow later than the event.
+    held: HashSet<String>,
+    due: BTreeSet<(Instant, CallId)>,
+    list_due: Option<Instant>,
+    last_generation: u64,
+    /// Questions without an answer so far.
+    unanswered: usize,
+    /// When the first bridge of two came up before our eyes, and whether any VarSet ever came:
+    /// without VarSet events most changes of a call would go unseen.
+    first_pair: Option<Instant>,
+    varset_seen: bool,
+    /// Bridges refused for want of room exist, whose end has to be told.
+    turned_away: bool,
+    out: Vec<Output>,
+}
+
+impl Tracker {
+    /// A tracker of at most this many bridges. It does nothing before [`Tracker::up`].
+    pub fn new(max_bridges: usize) -> Self {
+        Self {
+            max_bridges,
+            bridges: HashMap::new(),
+            members: HashMap::new(),
+            held: HashSet::new(),
+            due: BTreeSet::new(),
+            list_due: None,
+            last_generation: 0,
+            unanswered: 0,
+            first_pair: None,
+            varset_seen: false,
+            turned_away: false,
+            out: Vec::new(),
+        }
+    }
+
+    /// Logged in: forgets everything and asks for all bridges.
+    pub fn up(&mut self, now: Instant) {
+        *self = Self {
+            last_generation: self.last_generation,
+            ..Self::new(self.max_bridges)
+        };
+        self.list_due = Some(now);
+        self.tick(now);
+    }
+
+    /// What is to be done, in order. Empties the list.
+    pub fn take_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.out)
+    }
+
+    /// When [`Tracker::tick`] has something to do next.
+    pub fn deadline(&self) -> Option<Instant> {
+        let due = self.due.first().map(|(at, _)| *at);
+        [due, self.list_due].into_iter().flatten().min()
+    }
+
+    /// Time passed.
+    pub fn tick(&mut self, now: Instant) {
+        if self.list_due.is_some_and(|at| at <= now) {
+            self.list_due = None;
+            self.ask(Query::Bridges);
+        }
+        while let Some((at, call)) = self.due.first().cloned()
+            && at <= now
+        {
+            self.schedule(&call, None);
+            // A server that answers slower than we ask must not make the list of questions grow.
+            if self.unanswered >= self.max_bridges.saturating_mul(2) {
+                self.schedule(&call, Some(now + POLL));
+            } else {
+                self.start_round(&call);
+            }
+        }
+    }
+
+    /// An event came.
+    pub fn event(&mut self, event: &Message, now: Instant) {
+        let Some(name) = event.event() else { return };
+        let channel = || event.get("Channel").unwrap_or_default();
+        match name {
+            "VarSet" if event.get("Variable") == Some("BRIDGEPEER") => {
+                self.varset_seen = true;
+                self.touch_channel(channel(), now, "BRIDGEPEER was set: the bridge changes");
+            }
+            "BridgeCreate" => {
+                if let Some(call) = event.get("BridgeUniqueid").and_then(CallId::new) {
+                    self.track(&call);
+                }
+            }
+            "BridgeEnter" => self.entered(event, now),
+            "BridgeLeave" => self.left(event, now),
+            "BridgeDestroy" => {
+                if let Some(call) = event.get("BridgeUniqueid").and_then(CallId::new) {
+                    self.destroyed(&call);
+                }
+            }
+            "BridgeMerge" => {
+                for key in ["ToBridgeUniqueid", "FromBridgeUniqueid"] {
+                    if let Some(call) = event.get(key).and_then(CallId::new) {
+                        self.touch(&call, now, || "the bridge merges with another".to_owned());
+                    }
+                }
+            }
+            "Hold" => {
+                // Beyond the bound `rtp,hold` alone has to tell.
+                if channel().len() <= MAX_NAME
+                    && self.held.len() < self.max_bridges.saturating_mul(2)
+                {
+                    self.held.insert(channel().to_owned());
+                }
+                self.touch_channel(channel(), now, "Hold");
+            }
+            "Unhold" => {
+                self.held.remove(channel());
+                self.touch_channel(channel(), now, "Unhold");
+            }
+            "Hangup" => {
+                self.touch_channel(channel(), now, "Hangup");
+                self.forget_member(channel());
+                self.held.remove(channel());
+            }
+            // The channel goes on under another name; BridgeInfo will tell it.
+            "Rename" => {
+                self.touch_channel(channel(), now, "Rename");
+                self.forget_member(channel());
+                if self.held.remove(channel())
+                    && let Some(new) = event.get("Newname").filter(|new| new.len() <= MAX_NAME)
+                {
+                    self.held.insert(new.to_owned());
+                }
+            }
+            "HangupRequest" | "SoftHangupRequest" | "MixMonitorStart" | "MusicOnHoldStart" => {
+                self.touch_channel(channel(), now, name);
+            }
+            "ChanSpyStart" => {
+                for key in ["SpyeeChannel", "SpyerChannel"] {
+                    self.touch_channel(event.get(key).unwrap_or_default(), now, name);
+                }
+            }
+            // Nothing else says when these end; asking early costs two requests. A standing offer
+            // is none of their business: it was made after the start was seen.
+            "MixMonitorStop" | "MusicOnHoldStop" => self.ask_again(channel(), now),
+            "ChanSpyStop" => {
+                for key in ["SpyeeChannel", "SpyerChannel"] {
+                    self.ask_again(event.get(key).unwrap_or_default(), now);
+                }
+            }
+            _ => {}
+        }
+        self.tick(now);
+    }
+
+    /// A question was answered, or (`None`) could not even be asked.
+    pub fn answer(&mut self, query: &Query, answer: Option<Answer>, now: Instant) {
+        self.unanswered = self.unanswered.saturating_sub(1);
+        match query {
+            Query::Bridges => self.listed(answer, now),
+            Query::Bridge { call, generation } => {
+                self.bridge_answered(call, *generation, answer, now)
+            }
+            Query::Channel {
+                call,
+                generation,
+                channel,
+                full,
+            } => {
+                self.channel_answered(call, *generation, channel, *full, answer, now);
+            }
+        }
+        self.tick(now);
+    }
+
+    // Bridges and their channels.
+
+    /// Starts to track a bridge, if there is room.
+    fn track(&mut self, call: &CallId) -> Option<&mut Bridge> {
+        if !self.bridges.contains_key(call) {
+            if self.bridges.len() >= self.max_bridges {
+                return None;
+            }
+            let bridge = Bridge {
+                generation: self.next_generation(),
+                count: None,
+                channels: Vec::new(),
+                due: None,
+                patience: DEBOUNCE,
+                round: None,
+                said: Said::Nothing,
+            };
+            self.bridges.insert(call.clone(), bridge);
+        }
+        self.bridges.get_mut(call)
+    }
+
+    fn entered(&mut self, event: &Message, now: Instant) {
+        let Some(call) = event.get("BridgeUniqueid").and_then(CallId::new) else {
+            return;
+        };
+        let channel = event.get("Channel").unwrap_or_default();
+        // The event of leaving the bridge before may be still to come.
+        if let Some(before) = self
+            .members
+            .get(channel)
+            .filter(|before| **before != call)
+            .cloned()
+        {
+            self.touch(&before, now, || format!("{channel} went to another bridge"));
+            self.forget_member(channel);
+        }
+        let count = event
+            .get("BridgeNumChannels")
+            .and_then(|count| count.parse().ok());
+        let max_bridges = self.max_bridges;
+        let Some(bridge) = self.track(&call) else {
+            if count == Some(2) {
+                self.turned_away = true;
+                let cause = Refusal::TooManyBridges(max_bridges).to_string();
+                self.tell(FeedEvent::Refused {
+                    call,
+                    channels: Vec::new(),
+                    cause,
+                });
+            }
+            return;
+        };
+        bridge.count = count;
+        self.learn_member(&call, channel);
+        if count == Some(2) {
+            self.first_pair.get_or_insert(now);
+        }
+        self.touch(&call, now, || format!("{channel} entered the bridge"));
+    }
+
+    fn left(&mut self, event: &Message, now: Instant) {
+        let Some(call) = event.get("BridgeUniqueid").and_then(CallId::new) else {
+            return;
+        };
+        let channel = event.get("Channel").unwrap_or_default();
+        if self.members.get(channel) == Some(&call) {
+            self.forget_member(channel);
+        }
+        if let Some(bridge) = self.bridges.get_mut(&call) {
+            bridge.count = event
+                .get("BridgeNumChannels")
+                .and_then(|count| count.parse().ok());
+        }
+        self.touch(&call, now, || format!("{channel} left the bridge"));
+    }
+
+    fn destroyed(&mut self, call: &CallId) {
+        self.schedule(call, None);
+        match self.bridges.remove(call) {
+            Some(bridge) => {
+                for channel in &bridge.channels {
+                    self.members.remove(channel);
+                }
+                if !matches!(bridge.said, Said::Nothing) {
+                    self.tell(FeedEvent::Gone { call: call.clone() });
+                }
+            }
+            None if self.turned_away => self.tell(FeedEvent::Gone { call: call.clone() }),
+            None => {}
+        }
+    }
+
+    fn learn_member(&mut self, call: &CallId, channel: &str) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        if channel.is_empty()
+            || channel.len() > MAX_NAME
+            || bridge.channels.len() >= MAX_CHANNELS
+            || bridge.channels.iter().any(|known| known == channel)
+        {
+            return;
+        }
+        bridge.channels.push(channel.to_owned());
+        self.members.insert(channel.to_owned(), call.clone());
+    }
+
+    fn forget_member(&mut self, channel: &str) {
+        let Some(call) = self.members.remove(channel) else {
+            return;
+        };
+        if let Some(bridge) = self.bridges.get_mut(&call) {
+            bridge.channels.retain(|known| known != channel);
+        }
+    }
+
+    // Taking back and asking.
+
+    fn touch_channel(&mut self, channel: &str, now: Instant, cause: &str) {
+        if let Some(call) = self.members.get(channel).cloned() {
+            self.touch(&call, now, || format!("{cause} ({channel})"));
+        }
+    }
+
+    /// Something happened to the bridge: takes back first, asks afterwards.
+    fn touch(&mut self, call: &CallId, now: Instant, cause: impl FnOnce() -> String) {
+        let generation = self.next_generation();
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        bridge.generation = generation;
+        bridge.patience = DEBOUNCE;
+        if matches!(bridge.said, Said::Offered { .. }) {
+            bridge.said = Said::TakenBack;
+            self.out.push(Output::Tell(FeedEvent::TakeBack {
+                call: call.clone(),
+                cause: cause(),
+            }));
+        }
+        match bridge.count {
+            Some(0 | 1) => self.schedule(call, None),
+            // Not worth a question: BridgeInfo of a big conference is long.
+            Some(count) if count > 2 => {
+                self.schedule(call, None);
+                self.refuse(call, Refusal::ChannelCount(count));
+            }
+            _ => self.schedule(call, Some(now + DEBOUNCE)),
+        }
+    }
+
+    fn ask_again(&mut self, channel: &str, now: Instant) {
+        let Some(call) = self.members.get(channel).cloned() else {
+            return;
+        };
+        let offered = self
+            .bridges
+            .get(&call)
+            .is_some_and(|bridge| matches!(bridge.said, Said::Offered { .. }));
+        if !offered {
+            self.touch(&call, now, String::new);
+        }
+    }
+
+    fn schedule(&mut self, call: &CallId, at: Option<Instant>) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        if let Some(old) = std::mem::replace(&mut bridge.due, at) {
+            self.due.remove(&(old, call.clone()));
+        }
+        if let Some(at) = at {
+            self.due.insert((at, call.clone()));
+        }
+    }
+
+    fn start_round(&mut self, call: &CallId) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        if let Some(round) = &mut bridge.round {
+            // One series of questions at a time: its last answer starts this one.
+            debug_assert_ne!(round.generation, bridge.generation);
+            return;
+        }
+        let generation = bridge.generation;
+        bridge.round = Some(Round {
+            generation,
+            unanswered: 1,
+            channels: None,
+            answers: [None, None],
+        });
+        self.ask(Query::Bridge {
+            call: call.clone(),
+            generation,
+        });
+    }
+
+    /// Books one answer to a round. `None`: the answer is of no use; the next round is started if
+    /// the last answer of the old one was waited for.
+    fn book(&mut self, call: &CallId, generation: u64, now: Instant) -> Option<&mut Bridge> {
+        let bridge = self.bridges.get_mut(call)?;
+        let round = bridge
+            .round
+            .as_mut()
+            .filter(|round| round.generation == generation)?;
+        round.unanswered -= 1;
+        if generation != bridge.generation {
+            if round.unanswered == 0 {
+                bridge.round = None;
+                let wanted = !matches!(bridge.count, Some(count) if count != 2);
+                if bridge.due.is_none() && wanted {
+                    self.schedule(call, Some(now));
+                }
+            }
+            return None;
+        }
+        self.bridges.get_mut(call)
+    }
+
+    // Answers.
+
+    fn listed(&mut self, answer: Option<Answer>, now: Instant) {
+        let Some(answer) = answer.filter(Answer::is_success) else {
+            self.list_due = Some(now + POLL);
+            return;
+        };
+        for item in answer
+            .items
+            .iter()
+            .filter(|item| item.event() == Some("BridgeListItem"))
+        {
+            let Some(call) = item.get("BridgeUniqueid").and_then(CallId::new) else {
+                continue;
+            };
+            if self.bridges.contains_key(&call) {
+                continue; // Its events are as new as this list.
+            }
+            let count = item
+                .get("BridgeNumChannels")
+                .and_then(|count| count.parse().ok());
+            let Some(bridge) = self.track(&call) else {
+                self.turned_away = true;
+                let cause = Refusal::TooManyBridges(self.max_bridges).to_string();
+                self.tell(FeedEvent::Refused {
+                    call,
+                    channels: Vec::new(),
+                    cause,
+                });
+                continue;
+            };
+            bridge.count = count;
+            match count {
+                Some(0 | 1) => {}
+                Some(count) if count > 2 => self.refuse(&call, Refusal::ChannelCount(count)),
+                _ => self.schedule(&call, Some(now)),
+            }
+        }
+    }
+
+    fn bridge_answered(
+        &mut self,
+        call: &CallId,
+        generation: u64,
+        answer: Option<Answer>,
+        now: Instant,
+    ) {
+        let Some(bridge) = self.book(call, generation, now) else {
+            return;
+        };
+        let offered = match &bridge.said {
+            Said::Offered { channels, .. } => Some(channels.clone()),
+            _ => None,
+        };
+        let Some(answer) = answer else {
+            return self.decide(call, now, Err(unasked("BridgeInfo")));
+        };
+        if !answer.is_success() && answer.message().contains("not found") {
+            return self.destroyed(call);
+        }
+        if answer.is_success() {
+            self.learn_members(call, &answer, now);
+        }
+        let channels = match conditions::bridge(call.as_str(), &answer) {
+            Ok(channels) => channels,
+            Err(refusal) => return self.decide(call, now, Err(refusal)),
+        };
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        if let Some(held) = channels.iter().find(|channel| self.held.contains(*channel)) {
+            let refusal = Refusal::OnHold(held.clone());
+            return self.decide(call, now, Err(refusal));
+        }
+        // A poll asks only whether the offer still stands; of other channels it knows nothing.
+        let full = offered.is_none_or(|offered| offered != channels);
+        if let Some(round) = &mut bridge.round {
+            round.unanswered = 2;
+            round.channels = Some(channels.clone());
+        }
+        for channel in channels {
+            self.ask(Query::Channel {
+                call: call.clone(),
+                generation,
+                channel,
+                full,
+            });
+        }
+    }
+
+    /// BridgeInfo's list is the truth about who is in the bridge.
+    fn learn_members(&mut self, call: &CallId, answer: &Answer, now: Instant) {
+        let listed = conditions::channels(answer);
+        let known = self
+            .bridges
+            .get(call)
+            .map(|bridge| bridge.channels.clone())
+            .unwrap_or_default();
+        for channel in known
+            .iter()
+            .filter(|channel| !listed.contains(&channel.as_str()))
+        {
+            self.forget_member(channel);
+        }
+        for channel in listed {
+            if let Some(before) = self
+                .members
+                .get(channel)
+                .filter(|before| *before != call)
+                .cloned()
+            {
+                self.touch(&before, now, || format!("{channel} went to another bridge"));
+                self.forget_member(channel);
+            }
+            self.learn_member(call, channel);
+        }
+    }
+
+    fn channel_answered(
+        &mut self,
+        call: &CallId,
+        generation: u64,
+        channel: &str,
+        full: bool,
+        answer: Option<Answer>,
+        now: Instant,
+    ) {
+        let Some(round) = self
+            .book(call, generation, now)
+            .and_then(|bridge| bridge.round.as_mut())
+        else {
+            return;
+        };
+        let index = round
+            .channels
+            .as_ref()
+            .and_then(|channels| channels.iter().position(|known| known == channel));
+        if let Some(index) = index {
+            round.answers[index] = answer;
+        }
+        if round.unanswered > 0 {
+            return;
+        }
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        let Some(Round {
+            channels: Some(channels),
+            answers,
+            ..
+        }) = bridge.round.take()
+        else {
+            return;
+        };
+        let [Some(first), Some(second)] = answers else {
+            return self.decide(call, now, Err(unasked("Status")));
+        };
+        let verdict = match &bridge.said {
+            Said::Offered { legs, .. } if !full => {
+                let stands = [
+                    (&channels[0], &legs[0], &first),
+                    (&channels[1], &legs[1], &second),
+                ]
+                .into_iter()
+                .try_for_each(|(channel, leg, answer)| {
+                    conditions::unchanged(call.as_str(), channel, leg, answer)
+                });
+                match stands {
+                    Ok(()) => Ok((channels, legs.clone())),
+                    Err(refusal) => {
+                        // What it is now takes every condition again, and at once.
+                        self.touch(call, now, || refusal.to_string());
+                        return self.schedule(call, Some(now));
+                    }
+                }
+            }
+            _ => conditions::leg(call.as_str(), &channels[0], &first)
+                .and_then(|first_leg| {
+                    Ok([
+                        first_leg,
+                        conditions::leg(call.as_str(), &channels[1], &second)?,
+                    ])
+                })
+                .map(|legs| (channels, legs)),
+        };
+        self.decide(call, now, verdict);
+    }
+
+    /// Ends a round: offers or refuses, and sets the time of the next one.
+    fn decide(
+        &mut self,
+        call: &CallId,
+        now: Instant,
+        verdict: Result<([String; 2], [LegFacts; 2]), Refusal>,
+    ) {
+        let blind =
+            !self.varset_seen && self.first_pair.is_some_and(|first| now >= first + DEBOUNCE);
+        let verdict = match verdict {
+            Ok(_) if blind => Err(Refusal::NoVarSet),
+            Ok((channels, legs)) => {
+                conditions::pair(&legs[0], &legs[1]).map(|pair| (channels, legs, pair))
+            }
+            Err(refusal) => Err(refusal),
+        };
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        bridge.round = None;
+        let wait = match verdict {
+            Ok((channels, legs, pair)) => {
+                let same = matches!(&bridge.said, Said::Offered { channels: c, legs: l } if *c == channels && *l == legs);
+                if !same {
+                    bridge.said = Said::Offered {
+                        channels: channels.clone(),
+                        legs,
+                    };
+                    self.tell(FeedEvent::Offer {
+                        call: call.clone(),
+                        pair,
+                        channels,
+                    });
+                }
+                Some(POLL)
+            }
+            // Its channels change only with an event.
+            Err(refusal @ (Refusal::ChannelCount(_) | Refusal::NotPjsip(_))) => {
+                self.refuse(call, refusal);
+                None
+            }
+            Err(refusal) => {
+                let wait = if refusal.is_not_yet() {
+                    bridge.patience.min(POLL)
+                } else {
+                    POLL
+                };
+                bridge.patience = wait * 2;
+                self.refuse(call, refusal);
+                Some(wait)
+            }
+        };
+        self.schedule(call, wait.map(|wait| now + wait));
+    }
+
+    /// Says that a call is refused, once for each cause.
+    fn refuse(&mut self, call: &CallId, refusal: Refusal) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        if matches!(&bridge.said, Said::Refused(said) if *said == refusal) {
+            return;
+        }
+        let cause = refusal.to_string();
+        bridge.said = Said::Refused(refusal);
+        let channels = bridge.channels.clone();
+        self.tell(FeedEvent::Refused {
+            call: call.clone(),
+            channels,
+            cause,
+        });
+    }
+
+    fn next_generation(&mut self) -> u64 {
+        self.last_generation += 1;
+        self.last_generation
+    }
+
+    fn ask(&mut self, query: Query) {
+        self.unanswered += 1;
+        self.out.push(Output::Ask(query));
+    }
+
+    fn tell(&mut self, event: FeedEvent) {
+        self.out.push(Output::Tell(event));
+    }
+}
+
+fn unasked(action: &'static str) -> Refusal {
+    Refusal::NoAnswer {
+        action,
+        message: "it could not be asked".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ami::simulation::{Pbx, Simulation};
+
+    const A: &str = "PJSIP/a-1";
+    const B: &str = "PJSIP/b-2";
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn bridge_event(name: &str, bridge: &str, count: usize, channel: &str) -> String {
+        format!(
+            "Event: {name}\r\nBridgeUniqueid: {bridge}\r\nBridgeTechnology: simple_bridge\r\n\
+             BridgeNumChannels: {count}\r\nChannel: {channel}\r\n"
+        )
+    }
+
+    fn channel_event(name: &str, channel: &str) -> String {
+        format!("Event: {name}\r\nChannel: {channel}\r\n")
+    }
+
+    fn varset(channel: &str) -> String {
+        format!("Event: VarSet\r\nChannel: {channel}\r\nVariable: BRIDGEPEER\r\nValue: x\r\n")
+    }
+
+    /// A PBX with one native call, and what the feed said until it was offered.
+    fn offered() -> Simulation {
+        let mut simulation = standing(|_| {});
+        let told = simulation.told();
+        assert!(told.len() == 1 && told[0].starts_with("offer "), "{told:?}");
+        simulation
+    }
+
+    /// A call that was there before us.
+    fn standing(change: impl FnOnce(&mut Pbx)) -> Simulation {
+        let mut pbx = Pbx::default();
+        pbx.bridge("one", "native_rtp", &[A, B]);
+        change(&mut pbx);
+        let mut simulation = Simulation::new(pbx);
+        simulation.pass(SECOND / 10);
+        simulation
+    }
+
+    #[test]
+    fn a_resync_offers_the_calls_that_stand() {
+        offered();
+    }
+
+    #[test]
+    fn a_call_that_fails_a_condition_is_refused_in_words() {
+        type Change = fn(&mut Pbx);
+        let cases: [(Change, &str); 19] = [
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,direct)", "192.0.2.9:4000"),
+                "direct media with 192.0.2.9:4000",
+            ),
+            (
+                |pbx| pbx.set(B, "CHANNEL(rtp,hold)", "1"),
+                "PJSIP/b-2 is on hold",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,secure)", "1"),
+                "PJSIP/a-1 has encrypted media",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,dest)", "(null)"),
+                "PJSIP/a-1 has no remote RTP address",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,dest)", ""),
+                "CHANNEL(rtp,dest) of PJSIP/a-1 is empty",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,dest)", "phone"),
+                "is phone, which is not understood",
+            ),
+            (
+                |pbx| pbx.set(B, "CHANNEL(rtp,src)", "0.0.0.0:4000"),
+                "only 0.0.0.0:4000; set bind_rtp_to_media_address",
+            ),
+            (
+                |pbx| pbx.set(B, "CHANNEL(rtp,src)", "[::]:4000"),
+                "only [::]:4000",
+            ),
+            (
+                |pbx| pbx.set(B, "CHANNEL(rtp,src)", "[2001:db8::1]:4000"),
+                "different address families",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,hold)", "maybe"),
+                "is maybe, which is not understood",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(audiowriteformat)", "alaw"),
+                "transcoding alaw→ulaw at PJSIP/a-1",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(audionativeformat)", "(ulaw|alaw)"),
+                "any of (ulaw|alaw)",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(audionativeformat)", "(nothing)"),
+                "is (nothing)",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(videonativeformat)", "(h264)"),
+                "has video ((h264))",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", "0"),
+                "no RTP from PJSIP/a-1 yet",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", ""),
+                "rxcount) of PJSIP/a-1 is empty",
+            ),
+            (
+                |pbx| pbx.bridge("one", "softmix", &[A, B]),
+                "bridge technology softmix",
+            ),
+            (
+                |pbx| pbx.bridge("one", "native_rtp", &[A, "Local/x@y-1;2"]),
+                "Local/x@y-1;2 is not a PJSIP channel",
+            ),
+            (
+                |pbx| pbx.bridge("one", "native_rtp", &[A, B, "PJSIP/c-3"]),
+                "channels in the bridge: 3",
+            ),
+        ];
+        for (change, words) in cases {
+            let told = standing(change).told();
+            assert!(
+                told.len() == 1 && told[0].starts_with("refused ") && told[0].contains(words),
+                "{words}: {told:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_channel_that_is_counted_but_not_listed_is_refused() {
+        let told = standing(|pbx| {
+            pbx.bridge("one", "native_rtp", &[A]);
+            pbx.bridges.get_mut("one").expect("just made").2 = 1;
+        })
+        .told();
+        assert_eq!(told, ["refused channels in the bridge: 1; a pair is two"]);
+    }
+
+    #[test]
+    fn missing_privileges_are_named() {
+        let mut simulation = standing(|_| {});
+        simulation.pbx.error = Some("Permission denied");
+        simulation.pass(2 * SECOND);
+        let told = simulation.told();
+        assert!(
+            told[1].contains("may not run BridgeInfo")
+                && told[1].contains("read=call,dialplan and write=call"),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn every_static_codec_has_its_number_and_others_none() {
+        for (codec, number) in [
+            ("ulaw", "0"),
+            ("gsm", "3"),
+            ("g723", "4"),
+            ("alaw", "8"),
+            ("g722", "9"),
+            ("g729", "18"),
+        ] {
+            let told = standing(|pbx| speak(pbx, codec)).told();
+            assert!(
+                told[0].starts_with("offer ") && told[0].ends_with(&format!(" {number}")),
+                "{codec}: {told:?}"
+            );
+        }
+        for codec in ["opus", "slin", "g726", "adpcm", "ULAW"] {
+            let told = standing(|pbx| speak(pbx, codec)).told();
+            assert_eq!(
+                told,
+                [format!("refused codec {codec} has no static payload type")]
+            );
+        }
+        let told = standing(|pbx| {
+            speak(pbx, "alaw");
+            pbx.set(B, "CHANNEL(audioreadformat)", "ulaw");
+            pbx.set(B, "CHANNEL(audiowriteformat)", "ulaw");
+            pbx.set(B, "CHANNEL(audionativeformat)", "(ulaw)");
+        })
+        .told();
+        assert_eq!(told, ["refused transcoding alaw→ulaw"]);
+    }
+
+    fn speak(pbx: &mut Pbx, codec: &str) {
+        for channel in [A, B] {
+            pbx.set(channel, "CHANNEL(audioreadformat)", codec);
+            pbx.set(channel, "CHANNEL(audiowriteformat)", codec);
+            pbx.set(channel, "CHANNEL(audionativeformat)", &format!("({codec})"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_yet_is_asked_again_soon() {
+        let mut simulation = standing(|pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", "0"));
+        simulation.told.clear();
+        simulation.pbx.set(A, "CHANNEL(rtcp,rxcount)", "1");
+        simulation.pass(SECOND / 5);
+        assert!(simulation.told()[0].starts_with("offer "));
+    }
+
+    #[test]
+    fn each_of_these_takes_back_before_anything_is_asked() {
+        let left = bridge_event("BridgeLeave", "one", 1, A);
+        let third = bridge_event("BridgeEnter", "one", 3, "PJSIP/c-3");
+        let mut events = vec![
+            left,
+            third,
+            bridge_event("BridgeEnter", "two", 1, B),
+            varset(A),
+            format!("Event: ChanSpyStart\r\nSpyerChannel: PJSIP/c-3\r\nSpyeeChannel: {B}\r\n"),
+            "Event: BridgeMerge\r\nToBridgeUniqueid: one\r\nFromBridgeUniqueid: two\r\n".to_owned(),
+        ];
+        for name in [
+            "Hold",
+            "Hangup",
+            "HangupRequest",
+            "SoftHangupRequest",
+            "MixMonitorStart",
+            "MusicOnHoldStart",
+            "Rename",
+        ] {
+            events.push(channel_event(name, B));
+        }
+        for event in events {
+            let mut simulation = offered();
+            let asked = simulation.queries.len();
+            simulation.event(&event);
+            let told = simulation.told();
+            assert!(told[0].starts_with("back "), "{event}: {told:?}");
+            assert_eq!(simulation.queries.len(), asked, "{event}");
+        }
+        let mut simulation = offered();
+        simulation.event(&bridge_event("BridgeDestroy", "one", 0, ""));
+        assert_eq!(simulation.told(), ["gone"]);
+    }
+
+    #[test]
+    fn what_concerns_others_takes_nothing_back() {
+        let mut simulation = offered();
+        for event in [
+            varset("PJSIP/c-3"),
+            channel_event("Hold", "PJSIP/c-3"),
+            channel_event("Newexten", A),
+            format!("Event: VarSet\r\nChannel: {A}\r\nVariable: X\r\nValue: BRIDGEPEER\r\n"),
+            bridge_event("BridgeDestroy", "two", 0, ""),
+            "Response: Success\r\nEvent: Hangup\r\nChannel: PJSIP/a-1\r\n".to_owned(),
+        ] {
+            simulation.event(&event);
+        }
+        simulation.pass(5 * SECOND);
+        assert_eq!(simulation.told(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn an_address_that_changes_silently_is_taken_back_and_offered_anew() {
+        let mut simulation = offered();
+        simulation
+            .pbx
+            .set(A, "CHANNEL(rtp,dest)", "192.0.2.99:5000");
+        simulation.pass(2 * SECOND);
+        let told = simulation.told();
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(
+            told[0]
+                .starts_with("back CHANNEL(rtp,dest) of PJSIP/a-1 is 192.0.2.99:5000 where it was"),
+            "{told:?}"
+        );
+        assert!(
+            told[1].starts_with("offer ") && told[1].contains("192.0.2.99:5000"),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn a_silent_end_is_found_by_the_poll() {
+        let mut simulation = offered();
+        simulation.pbx.bridge("one", "simple_bridge", &[A, B]);
+        simulation.pass(2 * SECOND);
+        assert!(simulation.told()[0].starts_with("refused bridge technology simple_bridge"));
+        simulation.pbx.bridges.clear();
+        simulation.pass(2 * SECOND);
+        assert_eq!(simulation.told(), ["gone"]);
+    }
+
+    #[test]
+    fn a_hold_that_the_channel_does_not_show_yet_is_believed() {
+        let mut simulation = offered();
+        simulation.event(&channel_event("Hold", A));
+        simulation.pass(5 * SECOND);
+        assert_eq!(
+            simulation.told(),
+            ["back Hold (PJSIP/a-1)", "refused PJSIP/a-1 is on hold"]
+        );
+        simulation.event(&channel_event("Unhold", A));
+        simulation.pass(SECOND);
+        assert!(simulation.told()[0].starts_with("offer "));
+    }
+
+    #[test]
+    fn a_burst_is_asked_about_once() {
+        let mut simulation = offered();
+        let asked = simulation.queries.len();
+        for _ in 0..50 {
+            simulation.event(&varset(A));
+            simulation.event(&varset(B));
+            simulation.pass(Duration::from_millis(2));
+        }
+        simulation.pass(SECOND / 2);
+        assert_eq!(simulation.queries.len() - asked, 3);
+    }
+
+    #[test]
+    fn an_answer_from_before_a_change_is_dropped() {
+        let mut simulation = standing(|_| {});
+        simulation.latency = SECOND;
+        simulation.event(&varset(A));
+        simulation.pass(SECOND / 2); // Asked, not answered.
+        simulation.told.clear();
+        simulation.pbx.bridge("one", "simple_bridge", &[A, B]);
+        simulation.event(&varset(A));
+        simulation.pass(5 * SECOND);
+        let told = simulation.told();
+        assert!(
+            told.len() == 1 && told[0].starts_with("refused bridge technology simple"),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn without_varset_events_a_new_call_is_refused() {
+        let mut simulation = Simulation::new(Pbx::default());
+        simulation.pbx.bridge("one", "native_rtp", &[A, B]);
+        simulation.event(&bridge_event("BridgeEnter", "one", 1, A));
+        simulation.event(&bridge_event("BridgeEnter", "one", 2, B));
+        simulation.pass(SECOND);
+        let told = simulation.told();
+        assert!(
+            told.len() == 1 && told[0].contains("no VarSet events"),
+            "{told:?}"
+        );
+        simulation.event(&varset(A));
+        simulation.pass(SECOND);
+        assert!(simulation.told()[0].starts_with("offer "));
+    }
+
+    #[test]
+    fn a_channel_leaves_its_old_bridge_with_the_event_of_the_new_one() {
+        let mut simulation = offered();
+        simulation.event(&bridge_event("BridgeCreate", "two", 0, ""));
+        simulation.event(&bridge_event("BridgeEnter", "two", 1, A));
+        assert_eq!(simulation.told(), ["back PJSIP/a-1 went to another bridge"]);
+        simulation.pbx.bridge("one", "native_rtp", &[B]);
+        simulation.pbx.bridge("two", "native_rtp", &[A]);
+        simulation.event(&bridge_event("BridgeLeave", "one", 1, A));
+        simulation.event(&varset(A));
+        simulation.event(&bridge_event("BridgeLeave", "one", 0, B));
+        simulation.pbx.bridges.remove("one");
+        simulation.pbx.bridge("two", "native_rtp", &[A, B]);
+        simulation.event(&bridge_event("BridgeEnter", "two", 2, B));
+        simulation.event(&bridge_event("BridgeDestroy", "one", 0, ""));
+        simulation.pass(SECOND);
+        let told = simulation.told();
+        assert!(
+            told.len() == 2 && told[0] == "gone" && told[1].starts_with("offer "),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn beyond_its_bound_calls_are_refused_and_nothing_grows() {
+        let mut simulation = Simulation::bounded(Pbx::default(), 2);
+        for bridge in 0..100 {
+            let (first, second) = (format!("PJSIP/a-{bridge}"), format!("PJSIP/b-{bridge}"));
+            simulation
+                .pbx
+                .bridge(&bridge.to_string(), "native_rtp", &[&first, &second]);
+            simulation.event(&bridge_event("BridgeEnter", &bridge.to_string(), 1, &first));
+            simulation.event(&bridge_event(
+                "BridgeEnter",
+                &bridge.to_string(),
+                2,
+                &second,
+            ));
+            simulation.event(&varset(&first));
+        }
+        simulation.pass(SECOND);
+        let told = simulation.told();
+        assert_eq!(
+            told.iter().filter(|told| told.starts_with("offer")).count(),
+            2
+        );
+        assert_eq!(
+            told.iter()
+                .filter(|told| told.starts_with("refused more than 2 bridges"))
+                .count(),
+            98
+        );
+        assert_eq!(
+            (
+                simulation.tracker.bridges.len(),
+                simulation.tracker.members.len()
+            ),
+            (2, 4)
+        );
+        for bridge in 0..100 {
+            simulation.event(&bridge_event("BridgeDestroy", &bridge.to_string(), 0, ""));
+        }
+        assert_eq!(
+            simulation
+                .told()
+                .iter()
+                .filter(|told| *told == "gone")
+                .count(),
+            100
+        );
+        assert!(simulation.tracker.bridges.is_empty() && simulation.tracker.members.is_empty());
+        assert!(simulation.tracker.due.is_empty());
+    }
+
+    #[test]
+    fn a_thousand_calls_come_and_go() {
+        let mut simulation = Simulation::new(Pbx::default());
+        for call in 0..1020 {
+            if call < 1000 {
+                let (id, first, second) = (
+                    call.to_string(),
+                    format!("PJSIP/a-{call}"),
+                    format!("PJSIP/b-{call}"),
+                );
+                simulation.pbx.bridge(&id, "native_rtp", &[&first, &second]);
+                simulation.event(&bridge_event("BridgeEnter", &id, 1, &first));
+                simulation.event(&bridge_event("BridgeEnter", &id, 2, &second));
+                simulation.event(&varset(&first));
+            }
+            if call >= 20 {
+                let (id, first, second) = (
+                    (call - 20).to_string(),
+                    format!("PJSIP/a-{}", call - 20),
+                    format!("PJSIP/b-{}", call - 20),
+                );
+                simulation.pbx.bridges.remove(&id);
+                simulation.event(&bridge_event("BridgeLeave", &id, 1, &first));
+                simulation.event(&bridge_event("BridgeLeave", &id, 0, &second));
+                simulation.event(&bridge_event("BridgeDestroy", &id, 0, ""));
+            }
+            simulation.pass(SECOND / 50);
+        }
+        let told = simulation.told();
+        for (kind, count) in [
+            ("offer", 1000),
+            ("back", 1000),
+            ("gone", 1000),
+            ("refused", 0),
+        ] {
+            assert_eq!(
+                told.iter().filter(|told| told.starts_with(kind)).count(),
+                count,
+                "{kind}"
+            );
+        }
+        assert!(simulation.tracker.bridges.is_empty() && simulation.tracker.members.is_empty());
+        assert_eq!(simulation.tracker.unanswered, 0);
+    }
+
+    #[test]
+    fn a_growing_conference_is_refused_without_a_question() {
+        let mut simulation = offered();
+        let asked = simulation.queries.len();
+        for count in 3..50 {
+            simulation.event(&bridge_event(
+                "BridgeEnter",
+                "one",
+                count,
+                &format!("PJSIP/c-{count}"),
+            ));
+            simulation.pass(SECOND);
+        }
+        assert_eq!(simulation.queries.len(), asked);
+        assert!(simulation.told()[1].starts_with("refused channels in the bridge: 3"));
+    }
+
+    /// Something that happens to one of three bridges and one of five channels.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Create(usize),
+        Destroy(usize),
+        Enter(usize, usize),
+        /// The event of leaving the old bridge comes after that of entering the new one.
+        Move(usize, usize),
+        HangUp(usize),
+        Hold(usize, bool),
+        Burst(usize),
+        Pass(u64),
+        Latency(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0..3usize).prop_map(Step::Create),
+            (0..3usize).prop_map(Step::Destroy),
+            (0..3usize, 0..5usize).prop_map(|(bridge, channel)| Step::Enter(bridge, channel)),
+            (0..3usize, 0..5usize).prop_map(|(bridge, channel)| Step::Enter(bridge, channel)),
+            (0..3usize, 0..5usize).prop_map(|(bridge, channel)| Step::Move(bridge, channel)),
+            (0..5usize).prop_map(Step::HangUp),
+            (0..5usize, any::<bool>()).prop_map(|(channel, held)| Step::Hold(channel, held)),
+            (0..5usize).prop_map(Step::Burst),
+            (0..250u64).prop_map(Step::Pass),
+            (0..250u64).prop_map(Step::Pass),
+            (1..400u64).prop_map(Step::Latency),
+        ]
+    }
+
+    /// What the events delivered so far say, kept independently of the tracker.
+    #[derive(Default)]
+    struct World {
+        /// (bridge, incarnation) → channels.
+        bridges: HashMap<String, Vec<String>>,
+        held: Vec<String>,
+        incarnation: [usize; 3],
+        standing: HashMap<String, [String; 2]>,
+    }
+
+    impl World {
+        fn id(&self, bridge: usize) -> String {
+            format!("bridge-{bridge}-{}", self.incarnation[bridge])
+        }
+
+        fn leave(&mut self, channel: &str) -> Option<(String, usize)> {
+            let (id, channels) = self
+                .bridges
+                .iter_mut()
+                .find(|(_, channels)| channels.iter().any(|known| known == channel))?;
+            channels.retain(|known| known != channel);
+            Some((id.clone(), channels.len()))
+        }
+
+        fn apply(&mut self, step: &Step, simulation: &mut Simulation) {
+            let mut events = Vec::new();
+            let name = |channel: &usize| format!("PJSIP/c-{channel}");
+            match step {
+                Step::Create(bridge) => {
+                    let id = self.id(*bridge);
+                    if !self.bridges.contains_key(&id) {
+                        self.bridges.insert(id.clone(), Vec::new());
+                        events.push(bridge_event("BridgeCreate", &id, 0, ""));
+                    }
+                }
+                Step::Destroy(bridge) => {
+                    let id = self.id(*bridge);
+                    if self.bridges.remove(&id).is_some() {
+                        self.incarnation[*bridge] += 1;
+                        events.push(bridge_event("BridgeDestroy", &id, 0, ""));
+                    }
+                }
+                Step::Enter(bridge, channel) | Step::Move(bridge, channel) => {
+                    let (id, channel) = (self.id(*bridge), name(channel));
+                    if self
+                        .bridges
+                        .get(&id)
+                        .is_some_and(|channels| !channels.contains(&channel))
+                    {
+                        let left = self.leave(&channel);
+                        let leave = left
+                            .map(|(old, count)| bridge_event("BridgeLeave", &old, count, &channel));
+                        let channels = self.bridges.get_mut(&id).expect("looked at above");
+                        channels.push(channel.clone());
+                        let enter = bridge_event("BridgeEnter", &id, channels.len(), &channel);
+                        events.extend(leave);
+                        events.push(enter);
+                        if matches!(step, Step::Move(..)) {
+                            events.reverse();
+                        }
+                        events.push(varset(&channel));
+                    }
+                }
+                Step::HangUp(channel) => {
+                    let channel = name(channel);
+                    self.held.retain(|held| *held != channel);
+                    if let Some((id, count)) = self.leave(&channel) {
+                        events.push(varset(&channel));
+                        events.push(bridge_event("BridgeLeave", &id, count, &channel));
+                    }
+                    events.push(channel_event("Hangup", &channel));
+                }
+                Step::Hold(channel, held) => {
+                    let channel = name(channel);
+                    if self
+                        .bridges
+                        .values()
+                        .flatten()
+                        .any(|known| *known == channel)
+                    {
+                        self.held.retain(|known| *known != channel);
+                        if *held {
+                            self.held.push(channel.clone());
+                        }
+                        events.push(channel_event(
+                            if *held { "Hold" } else { "Unhold" },
+                            &channel,
+                        ));
+                    }
+                }
+                Step::Burst(channel) => events.push(varset(&name(channel))),
+                Step::Pass(_) | Step::Latency(_) => {}
+            }
+            simulation.pbx = self.pbx();
+            for event in events {
+                simulation.event(&event);
+            }
+            match step {
+                Step::Pass(millis) => simulation.pass(Duration::from_millis(*millis)),
+                Step::Latency(millis) => simulation.latency = Duration::from_millis(*millis),
+                _ => {}
+            }
+            self.listen(simulation);
+        }
+
+        /// Native whenever two are in it; hold is seen by its event, and late by the channel.
+        fn pbx(&self) -> Pbx {
+            let mut pbx = Pbx::default();
+            for (id, channels) in &self.bridges {
+                let names: Vec<&str> = channels.iter().map(String::as_str).collect();
+                pbx.bridge(id, "native_rtp", &names);
+            }
+            pbx
+        }
+
+        fn listen(&mut self, simulation: &mut Simulation) {
+            for event in simulation.told.drain(..) {
+                match event {
+                    FeedEvent::Offer { call, channels, .. } => {
+                        self.standing.insert(call.as_str().to_owned(), channels);
+                    }
+                    FeedEvent::Refused { call, .. }
+                    | FeedEvent::TakeBack { call, .. }
+                    | FeedEvent::Gone { call } => {
+                        self.standing.remove(call.as_str());
+                    }
+                    FeedEvent::Up { .. } | FeedEvent::Down { .. } => {}
+                }
+            }
+        }
+
+        fn pairs(&self) -> HashMap<String, [String; 2]> {
+            self.bridges
+                .iter()
+                .filter(|(_, channels)| {
+                    channels.len() == 2
+                        && !channels.iter().any(|channel| self.held.contains(channel))
+                })
+                .map(|(id, channels)| {
+                    let mut channels = [channels[0].clone(), channels[1].clone()];
+                    channels.sort_unstable();
+                    (id.clone(), channels)
+                })
+                .collect()
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        /// After every event: an offer stands only for two channels that are alone together and
+        /// not held. And once it is quiet, every such pair is offered.
+        #[test]
+        fn no_offer_outlives_its_bridge(steps in proptest::collection::vec(step(), 1..80)) {
+            let mut world = World::default();
+            let mut simulation = Simulation::new(Pbx::default());
+            for step in &steps {
+                world.apply(step, &mut simulation);
+                let pairs = world.pairs();
+                for (call, channels) in &world.standing {
+                    prop_assert_eq!(pairs.get(call), Some(channels), "{} after {:?}", call, step);
+                }
+            }
+            simulation.pass(10 * SECOND);
+            world.listen(&mut simulation);
+            prop_assert_eq!(&world.standing, &world.pairs());
+        }
+
+        /// Whatever the server says, the tracker neither panics nor forgets to be bounded.
+        #[test]
+        fn odd_events_and_answers_do_no_harm(
+            texts in proptest::collection::vec(
+                "(Event|Response): (VarSet|BridgeEnter|BridgeLeave|Status|BridgeInfoComplete|Rename|Hangup)\r\n\
+                 (BridgeUniqueid: [ab]?\r\n)?(Channel: (PJSIP/)?[ab]?\r\n)?(Variable: BRIDGEPEER\r\n)?\
+                 (BridgeNumChannels: (-1|0|1|2|3|99999999999999999999)\r\n)?",
+                1..40,
+            )
+        ) {
+            let now = Instant::now();
+            let mut tracker = Tracker::new(1);
+            tracker.up(now);
+            for (index, text) in texts.iter().enumerate() {
+                let now = now + Duration::from_millis(60 * index as u64);
+                let message = Message::new(text.as_bytes());
+                tracker.event(&message, now);
+                for output in tracker.take_outputs() {
+                    if let Output::Ask(query) = output {
+                        let answer = Answer { response: message.clone(), items: vec![message.clone()] };
+                        tracker.answer(&query, (index % 3 > 0).then_some(answer), now);
+                    }
+                }
+                prop_assert!(tracker.bridges.len() <= 1 && tracker.members.len() <= MAX_CHANNELS);
+            }
+        }
+    }
+}

@@ -1,0 +1,674 @@
+//! The command line: what is typed, what it means, and how it ends.
+
+use std::{
+    env,
+    ffi::OsString,
+    fmt,
+    io::{self, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+    slice,
+};
+
+use anyhow::Context as _;
+use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
+use serde::Serialize;
+
+use crate::{
+    config::{self, Dscp, Mode, Settings},
+    control::{
+        client::{Client, ClientError},
+        model::{Detached, Found},
+        socket,
+    },
+    daemon,
+    logging::{self, LogFormat},
+    output::{self, Style},
+    pair::{Leg, Pair, PayloadTypes},
+    secret::SecretError,
+};
+
+const ABOUT: &str = "Relays the RTP of bridged calls in the kernel, past the PBX";
+
+const LONG_ABOUT: &str = "\
+Relays the RTP of bridged calls in the kernel, past the PBX.
+
+A PBX such as Asterisk forwards every packet of a bridged call through a process, though it changes \
+nothing in it but addresses. relay-user attaches an XDP program to a network interface that does the \
+same in the kernel. Signalling and RTCP stay with the PBX, and so does every packet in doubt: when \
+relay-user ends or fails, calls go on as they did without it.
+
+`relay-user attach IFACE` is the daemon: it runs in the foreground, learns from Asterisk's manager \
+interface (AMI) which calls can be relayed, and serves a control socket. All other commands talk to \
+that daemon.";
+
+const AFTER_LONG_HELP: &str = "\
+WORDS
+  leg      One side of a call as the PBX sees it, written LOCAL=REMOTE: where the PBX receives
+           RTP, and where the phone sends from and receives at. IPv6 addresses are in brackets:
+             192.0.2.1:10000=192.0.2.11:30000
+             [2001:db8::1]:10000=[2001:db8::11]:30000
+  pair     Two legs bridged to each other.
+  stream   One direction of a pair.
+  offload  The kernel relays a stream; taken back, it goes through the PBX again.
+
+EXAMPLES
+  Relay what Asterisk bridges on eth0:
+    relay-user attach eth0 --ami 127.0.0.1:5038 --ami-user relay \\
+        --ami-secret-file /etc/relay-user/ami.secret
+  See how it fares:
+    relay-user status
+    relay-user list
+  Relay a call by hand:
+    relay-user add 192.0.2.1:10000=192.0.2.11:30000 192.0.2.1:10002=192.0.2.12:30002
+
+FILES
+  /run/relay-user/IFACE.sock  control socket of the daemon on IFACE, for root only
+
+ENVIRONMENT
+  RELAY_AMI_SECRET  the AMI secret, where no --ami-secret-file is given
+  NO_COLOR          when set and not empty: no colour
+
+EXIT STATUS
+  0  done
+  1  failed; standard error tells why, and what to do
+  2  wrong usage";
+
+/// A command line that was understood, and whose arguments are valid.
+#[derive(Debug)]
+pub struct Invocation(Task);
+
+/// Why nothing is run: the arguments are wrong, or ask for help or the version alone.
+#[derive(Debug)]
+pub struct Stop(clap::Error);
+
+/// The arguments, validated.
+#[derive(Debug)]
+enum Task {
+    Attach(Attach),
+    Detach(Detach),
+    Ask {
+        target: Target,
+        form: Form,
+        request: Request,
+    },
+}
+
+/// What the daemon is asked.
+#[derive(Debug)]
+enum Request {
+    Add(Pair),
+    List,
+    Show(u64),
+    Remove(u64),
+    Flush,
+    Status,
+}
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "relay-user",
+    version,
+    about = ABOUT,
+    long_about = LONG_ABOUT,
+    after_help = "`relay-user --help` tells more, `relay-user COMMAND --help` all about a command.",
+    after_long_help = AFTER_LONG_HELP,
+    max_term_width = 100,
+)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Attach(Attach),
+    Add(Add),
+    List(List),
+    Show(Show),
+    Remove(Remove),
+    Flush(Flush),
+    Status(Status),
+    Detach(Detach),
+}
+
+/// Attach the relay to an interface and run as its daemon
+///
+/// Runs in the foreground until SIGTERM or SIGINT, then gives every call back to the PBX and leaves
+/// nothing in the kernel. It tells systemd when it is ready.
+///
+/// Every setting but the interface and the log's can stand in a configuration file as well. Flags win
+/// over the environment, and the environment over the file.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+  With pairs from Asterisk:
+    relay-user attach eth0 --ami 127.0.0.1:5038 --ami-user relay \\
+        --ami-secret-file /etc/relay-user/ami.secret
+  With pairs from `relay-user add` alone:
+    relay-user attach eth0
+  With a configuration file, and every packet keeping the DSCP of its phone:
+    relay-user attach eth0 --config /etc/relay-user/eth0.toml --dscp keep")]
+struct Attach {
+    /// Network interface that the calls' RTP comes in on
+    #[arg(value_name = "IFACE", value_parser = config::interface)]
+    interface: String,
+    /// How to attach: in the driver, in the kernel's generic path, or what works [default: auto]
+    #[arg(long)]
+    mode: Option<Mode>,
+    /// Asterisk's manager interface, such as 127.0.0.1:5038; without it pairs come from `add` alone
+    #[arg(long, value_name = "HOST:PORT", value_parser = config::ami_address)]
+    ami: Option<String>,
+    /// User of manager.conf to log in as
+    #[arg(long, value_name = "NAME", value_parser = config::ami_user)]
+    ami_user: Option<String>,
+    /// File with the user's secret, which only its owner may read; or set RELAY_AMI_SECRET
+    #[arg(long, value_name = "FILE", value_parser = config::path)]
+    ami_secret_file: Option<PathBuf>,
+    /// Configuration file (TOML) for what no flag says
+    #[arg(long, value_name = "FILE", value_parser = config::path)]
+    config: Option<PathBuf>,
+    /// Size of the stream table, 2 to 1048576; a pair takes two [default: 65536]
+    #[arg(long, value_name = "N", value_parser = config::max_streams)]
+    max_streams: Option<u32>,
+    /// DSCP of relayed packets: ef, keep (what the phone set), or 0 to 63 [default: ef]
+    #[arg(long, value_name = "DSCP")]
+    dscp: Option<Dscp>,
+    /// Control socket [default: /run/relay-user/IFACE.sock]
+    #[arg(long, value_name = "PATH", value_parser = config::path)]
+    socket: Option<PathBuf>,
+    /// Log more: why things are done (-v), or everything (-vv)
+    #[arg(short, long, action = ArgAction::Count)]
+    verbose: u8,
+    /// Form of the log on standard error
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
+}
+
+/// Which daemon a client command talks to.
+#[derive(Debug, Args)]
+struct Target {
+    /// Control socket of the daemon
+    #[arg(long, value_name = "PATH", value_parser = config::path, conflicts_with = "interface")]
+    socket: Option<PathBuf>,
+    /// Interface of the daemon; needed only where several run
+    #[arg(long, value_name = "IFACE", value_parser = config::interface)]
+    interface: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+struct Form {
+    /// Print JSON, as docs/api.md describes it
+    #[arg(long)]
+    json: bool,
+}
+
+/// Relay a pair of legs
+///
+/// A LEG is one side of a call as the PBX sees it, written LOCAL=REMOTE: the address where the PBX
+/// receives RTP for it, and the address where the phone sends from and receives at. IPv6 addresses
+/// are in brackets. What comes from the first leg's REMOTE to its LOCAL is sent from the second leg's
+/// LOCAL to its REMOTE, and the other way round.
+///
+/// Prints the number of the pair and its state: `offloaded`, or `waiting` and why. While it waits, its
+/// packets go through the PBX.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+  A call with G.711 mu-law (payload type 0) on both legs:
+    relay-user add 192.0.2.1:10000=192.0.2.11:30000 192.0.2.1:10002=192.0.2.12:30002
+  Over IPv6, with A-law and with events that the first leg numbers 101 and the second 96:
+    relay-user add --payload-type 8,101:96 \\
+        '[2001:db8::1]:10000=[2001:db8::11]:30000' '[2001:db8::1]:10002=[2001:db8::12]:30002'")]
+struct Add {
+    /// First leg: LOCAL=REMOTE, such as 192.0.2.1:10000=192.0.2.11:30000
+    #[arg(value_name = "LEG")]
+    first: Leg,
+    /// Second leg, written likewise
+    #[arg(value_name = "LEG")]
+    second: Leg,
+    /// Payload types to relay, repeated or separated by commas; N:M is N on the first leg, M on the
+    /// second. Packets of any other type go through the PBX
+    #[arg(
+        long = "payload-type",
+        value_name = "N|N:M",
+        value_delimiter = ',',
+        default_value = "0"
+    )]
+    payload_types: Vec<PayloadTypes>,
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// List every pair
+///
+/// One line per pair: its number, its feed (`api` for added ones, `ami` for those from Asterisk), its
+/// state, its legs, the packets relayed so far, and why it is not offloaded, if so.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+    relay-user list
+  The numbers of those that wait:
+    relay-user list --json | jq '.pairs[] | select(.state == \"waiting\") | .id'")]
+struct List {
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// Show all about one pair
+///
+/// Its legs, channels and payload types, and for each of its streams the state, the counters and the
+/// next hop.
+#[derive(Debug, Args)]
+#[command(after_long_help = "EXAMPLE\n    relay-user show 7")]
+struct Show {
+    /// Number of the pair, as `relay-user list` shows it
+    id: u64,
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// Give one pair back to the PBX and forget it
+///
+/// Prints the pair as it last was. A call that Asterisk still bridges is relayed again when AMI offers
+/// it anew.
+#[derive(Debug, Args)]
+#[command(after_long_help = "EXAMPLE\n    relay-user remove 7")]
+struct Remove {
+    /// Number of the pair, as `relay-user list` shows it
+    id: u64,
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// Give every pair back to the PBX and forget it
+///
+/// Those of every feed. Prints them as they last were. A call that Asterisk still bridges is relayed
+/// again when AMI offers it anew.
+#[derive(Debug, Args)]
+#[command(after_long_help = "EXAMPLE\n    relay-user flush")]
+struct Flush {
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// Show how the daemon fares
+///
+/// Where and how it is attached, whether AMI is up, how many pairs there are, and the packets seen
+/// by reason: what was relayed, and why the rest went through the PBX.
+#[derive(Debug, Args)]
+#[command(
+    after_long_help = "EXAMPLES\n    relay-user status\n    relay-user status --interface eth1 --json"
+)]
+struct Status {
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// End the daemon of an interface
+///
+/// Every call goes back to the PBX, and nothing is left in the kernel. Where the daemon is gone
+/// already, removes what it had left.
+#[derive(Debug, Args)]
+#[command(after_long_help = "EXAMPLE\n    relay-user detach eth0")]
+struct Detach {
+    /// Interface to detach from
+    #[arg(value_name = "IFACE", value_parser = config::interface)]
+    interface: String,
+    /// Control socket of the daemon [default: /run/relay-user/IFACE.sock]
+    #[arg(long, value_name = "PATH", value_parser = config::path)]
+    socket: Option<PathBuf>,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// Reads the arguments of the program, its own name first.
+///
+/// # Errors
+/// [`Stop`], which also stands for `--help` and `--version`.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, Stop> {
+    let ask = |target, form, request| Task::Ask {
+        target,
+        form,
+        request,
+    };
+    let task = match Arguments::try_parse_from(arguments).map_err(Stop)?.verb {
+        Verb::Attach(attach) => Task::Attach(attach),
+        Verb::Detach(detach) => Task::Detach(detach),
+        Verb::Add(Add {
+            first,
+            second,
+            payload_types,
+            target,
+            form,
+        }) => {
+            let pair =
+                Pair::new([first, second], payload_types).map_err(|error| unfit("add", error))?;
+            ask(target, form, Request::Add(pair))
+        }
+        Verb::List(List { target, form }) => ask(target, form, Request::List),
+        Verb::Show(Show { id, target, form }) => ask(target, form, Request::Show(id)),
+        Verb::Remove(Remove { id, target, form }) => ask(target, form, Request::Remove(id)),
+        Verb::Flush(Flush { target, form }) => ask(target, form, Request::Flush),
+        Verb::Status(Status { target, form }) => ask(target, form, Request::Status),
+    };
+    Ok(Invocation(task))
+}
+
+/// Arguments that are each valid, but not together.
+fn unfit(verb: &str, error: impl fmt::Display) -> Stop {
+    let mut command = Arguments::command();
+    command.build();
+    let command = command.find_subcommand(verb).cloned().unwrap_or(command);
+    Stop(command.clone().error(ErrorKind::ValueValidation, error))
+}
+
+impl Stop {
+    /// Prints the help, the version or the error, and returns the exit code.
+    pub fn report(self) -> ExitCode {
+        let text = self.0.render().to_string();
+        if self.0.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+            let _ = io::stderr().write_all(text.as_bytes());
+            ExitCode::from(2)
+        } else if self.0.use_stderr() {
+            report(text.strip_prefix("error: ").unwrap_or(&text).trim_end());
+            ExitCode::from(2)
+        } else {
+            print(&text)
+        }
+    }
+}
+
+/// Does what was asked, tells of it, and returns the exit code.
+pub fn run(invocation: Invocation) -> ExitCode {
+    let outcome = match invocation.0 {
+        Task::Attach(arguments) => attach(arguments).map(|()| String::new()),
+        Task::Detach(arguments) => detach(arguments),
+        Task::Ask {
+            target,
+            form,
+            request,
+        } => ask(&target, form, request),
+    };
+    match outcome {
+        Ok(text) => print(&text),
+        Err(error) => {
+            report(&words(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn attach(arguments: Attach) -> anyhow::Result<()> {
+    logging::start(arguments.log_format, arguments.verbose);
+    let variable = match env::var(config::SECRET_VARIABLE) {
+        Ok(text) => Some(text),
+        Err(env::VarError::NotPresent) => None,
+        // Not with the error itself, which quotes the secret.
+        Err(env::VarError::NotUnicode(_)) => {
+            return Err(config::ConfigError::SecretVariable(SecretError::NotText).into());
+        }
+    };
+    let flags = Settings {
+        mode: arguments.mode,
+        dscp: arguments.dscp,
+        max_streams: arguments.max_streams,
+        socket: arguments.socket,
+        ami_address: arguments.ami,
+        ami_user: arguments.ami_user,
+        ami_secret_file: arguments.ami_secret_file,
+    };
+    daemon::run(config::load(
+        arguments.interface,
+        flags,
+        variable,
+        arguments.config.as_deref(),
+    )?)
+}
+
+fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> {
+    let client = Client::new(socket::find(
+        target.socket.as_deref(),
+        target.interface.as_deref(),
+    )?);
+    let style = Style::of_stdout();
+    wait_for(async {
+        match request {
+            Request::Add(pair) => form.text(&client.add(&pair).await?, output::added),
+            Request::List => form.text(&client.list().await?, |list| {
+                output::pairs(&list.pairs, style)
+            }),
+            Request::Show(id) => {
+                form.text(&client.show(id).await?, |pair| output::pair(pair, style))
+            }
+            Request::Remove(id) => form.text(&client.remove(id).await?, |pair| {
+                output::removed(slice::from_ref(pair), style)
+            }),
+            Request::Flush => form.text(&client.flush().await?, |list| {
+                output::removed(&list.pairs, style)
+            }),
+            Request::Status => form.text(&client.status().await?, |status| {
+                output::status(status, style)
+            }),
+        }
+    })
+}
+
+fn detach(arguments: Detach) -> anyhow::Result<String> {
+    let Detach {
+        interface,
+        socket,
+        form,
+    } = arguments;
+    let client = Client::new(socket.unwrap_or_else(|| socket::of_interface(&interface)));
+    let ended = wait_for(async {
+        let serves = client.status().await?.interface;
+        anyhow::ensure!(
+            serves == interface,
+            "the daemon of {} is attached to {serves}, not to {interface}: leave out --socket, or detach {serves}",
+            client.socket().display()
+        );
+        Ok(client.detach().await?)
+    });
+    let detached = match ended {
+        Ok(detached) => detached,
+        Err(error) => match error.downcast_ref() {
+            Some(ClientError::NoDaemon(_) | ClientError::Gone(_)) => {
+                anyhow::ensure!(
+                    daemon::remove_leftovers(&interface)?,
+                    "no relay daemon runs on {interface}, and none has left anything there: nothing to detach"
+                );
+                Detached {
+                    interface,
+                    found: Found::LeftBehind,
+                    pairs: 0,
+                }
+            }
+            _ => return Err(error),
+        },
+    };
+    socket::remove_leftover(client.socket())?;
+    form.text(&detached, output::detached)
+}
+
+fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?
+        .block_on(work)
+}
+
+impl Form {
+    fn text<T: Serialize>(
+        self,
+        value: &T,
+        human: impl FnOnce(&T) -> String,
+    ) -> anyhow::Result<String> {
+        if self.json {
+            Ok(serde_json::to_string_pretty(value)? + "\n")
+        } else {
+            Ok(human(value))
+        }
+    }
+}
+
+/// Prints to standard output.
+fn print(text: &str) -> ExitCode {
+    let mut stdout = io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader has seen enough, as in `relay-user list | head`.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&format!("cannot write to standard output: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn report(message: &str) {
+    // Nobody is left to be told when standard error is closed.
+    let _ = writeln!(io::stderr(), "relay-user: {message}");
+}
+
+/// An error with its causes. Some errors quote their cause themselves, others leave it to be added.
+fn words(error: &anyhow::Error) -> String {
+    let mut words = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !words.contains(&cause) {
+            words.push_str(": ");
+            words.push_str(&cause);
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FIRST: &str = "192.0.2.1:10000=192.0.2.11:30000";
+    const SECOND: &str = "192.0.2.1:10002=192.0.2.12:30002";
+
+    fn parsed(arguments: &[&str]) -> Result<Task, String> {
+        let arguments = ["relay-user"].iter().chain(arguments).map(OsString::from);
+        parse(arguments)
+            .map(|invocation| invocation.0)
+            .map_err(|stop| stop.0.render().to_string())
+    }
+
+    fn pair(arguments: &[&str]) -> Pair {
+        let mut all = vec!["add", FIRST, SECOND];
+        all.extend(arguments);
+        match parsed(&all) {
+            Ok(Task::Ask {
+                request: Request::Add(pair),
+                ..
+            }) => pair,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn payload_types_are_repeated_or_separated_by_commas() {
+        let written = |pair: Pair| {
+            pair.payload_types
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(written(pair(&[])), ["0"]);
+        assert_eq!(
+            written(pair(&["--payload-type", "8,101:96"])),
+            ["8", "101:96"]
+        );
+        assert_eq!(
+            written(pair(&["--payload-type", "8", "--payload-type=101:96"])),
+            ["8", "101:96"]
+        );
+    }
+
+    #[test]
+    fn bad_arguments_are_refused_with_the_remedy() {
+        for (arguments, fragment) in [
+            (
+                &["add", "192.0.2.1:10000", SECOND][..],
+                "write LOCAL=REMOTE",
+            ),
+            (&["add", FIRST], "<LEG>"),
+            (&["add", FIRST, FIRST], "a pair joins two different legs"),
+            (
+                &["add", FIRST, "[2001:db8::1]:1=[2001:db8::2]:2"],
+                "different address families",
+            ),
+            (
+                &["add", FIRST, SECOND, "--payload-type", "ulaw"],
+                "write N, or N:M",
+            ),
+            (&["add", FIRST, SECOND, "--payload-type", "72"], "RFC 5761"),
+            (&["show", "seven"], "seven"),
+            (&["attach", "eth0", "--mode", "fast"], "native, generic"),
+            (&["attach", "eth0", "--dscp", "64"], "0 to 63"),
+            (
+                &["attach", "eth0", "--max-streams", "1"],
+                "from 2 to 1048576",
+            ),
+            (&["attach", "eth0", "--ami", "pbx"], "not HOST:PORT"),
+            (&["attach", "../etc"], "cannot be the name of an interface"),
+            (
+                &["attach", "eth0", "--ami-secret", "hunter2"],
+                "--ami-secret-file",
+            ),
+            (
+                &["list", "--socket", "/x", "--interface", "eth0"],
+                "cannot be used with",
+            ),
+            (&["lst"], "list"),
+        ] {
+            let error = parsed(arguments).expect_err(fragment);
+            assert!(error.contains(fragment), "{arguments:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn every_command_explains_itself_with_an_example() {
+        for command in Arguments::command().get_subcommands_mut() {
+            let name = command.get_name().to_owned();
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("EXAMPLE"), "{name}");
+            assert!(
+                help.contains(&format!("relay-user {name}")),
+                "{name}: {help}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let quoted = anyhow::anyhow!("no such file").context("cannot read x: no such file");
+        assert_eq!(words(&quoted), "cannot read x: no such file");
+        let added = anyhow::anyhow!("no such file").context("cannot read x");
+        assert_eq!(words(&added), "cannot read x: no such file");
+    }
+}

@@ -1,0 +1,1020 @@
+//! The settings of `relay-user attach`: from flags, environment and a TOML file to one validated
+//! whole. Flags win over the environment, and the environment over the file.
+
+use std::{
+    fmt, fs,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use serde::{Deserialize, Serialize};
+use toml::de::{DeTable, DeValue};
+
+use crate::{
+    control::socket,
+    secret::{Secret, SecretError, SecretFileError},
+};
+
+/// The environment variable that may hold the AMI secret.
+pub const SECRET_VARIABLE: &str = "RELAY_AMI_SECRET";
+/// Streams there is room for, unless told otherwise.
+pub const MAX_STREAMS: u32 = 65_536;
+/// The fewest that make sense: one pair.
+const FEWEST_STREAMS: u32 = 2;
+/// The most: kernel memory for more is better spent on a second host.
+const MOST_STREAMS: u32 = 1_048_576;
+/// Longest configuration file read, in bytes. All keys together need a hundredth.
+const LONGEST_FILE: u64 = 65_536;
+/// Expedited Forwarding (RFC 3246): the class for voice.
+const EF: u8 = 46;
+
+/// Everything `relay-user attach` needs to know, complete and in range.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachSettings {
+    /// Name of the network interface to attach to.
+    pub interface: String,
+    /// How to attach.
+    pub mode: Mode,
+    /// DSCP of relayed packets.
+    pub dscp: Dscp,
+    /// Size of the stream table, 2 to 1,048,576; a pair takes two.
+    pub max_streams: u32,
+    /// Where the control socket goes.
+    pub socket: PathBuf,
+    /// The Asterisk to learn pairs from; none when pairs come from the API alone.
+    pub ami: Option<AmiSettings>,
+}
+
+/// How to reach Asterisk's manager interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AmiSettings {
+    /// `HOST:PORT`; an IPv6 host is in brackets, and a name is not resolved yet.
+    pub address: String,
+    /// The user of manager.conf.
+    pub user: String,
+    /// The user's secret.
+    pub secret: Secret,
+}
+
+/// The attach mode asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// Native XDP where the driver has it, else generic.
+    #[default]
+    Auto,
+    /// In the driver's receive path; refused where the driver cannot.
+    Native,
+    /// In the kernel's generic receive path: slower, works with every driver.
+    Generic,
+}
+
+/// What relayed packets carry in the DSCP field (RFC 2474). The ECN bits are kept in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Dscp {
+    /// What the phone set.
+    Keep,
+    /// This value, 0–63.
+    Set(u8),
+}
+
+/// What is wrong with one value. The text names it and what it may be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SettingError {
+    /// Not an attach mode.
+    #[error("`{0}` is not an attach mode: write native, generic or auto")]
+    Mode(String),
+    /// Not a DSCP value.
+    #[error("`{0}` is not a DSCP value: write ef, keep, or a number from 0 to 63")]
+    Dscp(String),
+    /// Not a usable size of the stream table.
+    #[error(
+        "`{0}` streams are not possible: write a number from {FEWEST_STREAMS} to {MOST_STREAMS}; a pair takes two"
+    )]
+    MaxStreams(String),
+    /// Not a host and a port.
+    #[error(
+        "`{0}` is not HOST:PORT: write, say, 127.0.0.1:5038, pbx.example.com:5038 or [2001:db8::1]:5038"
+    )]
+    AmiAddress(String),
+    /// Nothing, or a control character that would end the AMI header it stands in.
+    #[error(
+        "the AMI user is empty or holds a control character: write the name in brackets of manager.conf"
+    )]
+    AmiUser,
+    /// A path of no length.
+    #[error("the path is empty: write the path of a file")]
+    Path,
+    /// Not a name the kernel accepts for an interface.
+    #[error(
+        "`{0}` cannot be the name of an interface: it has 1 to 15 characters, no space, `/` or `:`; `ip link` lists yours"
+    )]
+    Interface(String),
+}
+
+/// Where in a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The file.
+    pub path: PathBuf,
+    /// Line, from 1.
+    pub line: usize,
+    /// Character in the line, from 1.
+    pub column: usize,
+}
+
+/// Why the settings were refused. No text holds a secret.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be opened or read.
+    #[error("cannot read the configuration file {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Longer than any configuration.
+    #[error("{} is longer than {LONGEST_FILE} bytes: this is not a configuration file of relay-user", .0.display())]
+    TooLong(PathBuf),
+    /// Not UTF-8.
+    #[error("{} is not UTF-8 text: this is not a configuration file of relay-user", .0.display())]
+    NotText(PathBuf),
+    /// Not TOML.
+    #[error("{at}: {message}")]
+    Syntax {
+        /// Where the parser stopped.
+        at: Position,
+        /// What it said.
+        message: String,
+    },
+    /// A key this program does not know.
+    #[error("{at}: unknown key `{key}`: did you mean `{nearest}`?")]
+    UnknownKey {
+        /// Where the key is.
+        at: Position,
+        /// The key, with its table.
+        key: String,
+        /// The known key that looks most like it, with its table.
+        nearest: &'static str,
+    },
+    /// A value of another type.
+    #[error("{at}: `{key}` is {found}: write {wanted}")]
+    Type {
+        /// Where the value is.
+        at: Position,
+        /// The key, with its table.
+        key: &'static str,
+        /// What stands there.
+        found: &'static str,
+        /// What should.
+        wanted: &'static str,
+    },
+    /// A value out of its range.
+    #[error("{at}: `{key}`: {source}")]
+    Value {
+        /// Where the value is.
+        at: Position,
+        /// The key, with its table.
+        key: &'static str,
+        /// What is wrong with it.
+        source: SettingError,
+    },
+    /// An AMI user or secret, but nowhere to log in.
+    #[error("{given} is given, but no AMI address: add --ami HOST:PORT, or `address` under [ami]")]
+    NoAmiAddress {
+        /// What is there without it.
+        given: &'static str,
+    },
+    /// An AMI address, but nobody to log in as.
+    #[error(
+        "the AMI address {0} is given, but no user: add --ami-user NAME, or `user` under [ami]"
+    )]
+    NoAmiUser(String),
+    /// An AMI user without a secret.
+    #[error(
+        "the AMI user `{0}` is given, but no secret: add --ami-secret-file FILE, `secret-file` under [ami], or set {SECRET_VARIABLE}"
+    )]
+    NoAmiSecret(String),
+    /// The secret in the environment is none.
+    #[error("environment variable {SECRET_VARIABLE}: {0}")]
+    SecretVariable(SecretError),
+    /// The secret file is none.
+    #[error(transparent)]
+    SecretFile(#[from] SecretFileError),
+}
+
+/// Settings as one source gives them: the flags, or a file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// `--mode`, `mode`.
+    pub mode: Option<Mode>,
+    /// `--dscp`, `dscp`.
+    pub dscp: Option<Dscp>,
+    /// `--max-streams`, `max-streams`.
+    pub max_streams: Option<u32>,
+    /// `--socket`, `socket`.
+    pub socket: Option<PathBuf>,
+    /// `--ami`, `address` under `[ami]`.
+    pub ami_address: Option<String>,
+    /// `--ami-user`, `user` under `[ami]`.
+    pub ami_user: Option<String>,
+    /// `--ami-secret-file`, `secret-file` under `[ami]`.
+    pub ami_secret_file: Option<PathBuf>,
+}
+
+/// The sources in one: all decided, the secret file not opened yet.
+#[derive(Debug, PartialEq, Eq)]
+struct Merged {
+    interface: String,
+    mode: Mode,
+    dscp: Dscp,
+    max_streams: u32,
+    socket: PathBuf,
+    ami: Option<(String, String, SecretSource)>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum SecretSource {
+    File(PathBuf),
+    Variable(Secret),
+}
+
+/// Reads the configuration file, if one is named, and the secret file, and puts all together.
+/// `variable` is the content of [`SECRET_VARIABLE`].
+///
+/// # Errors
+/// Every [`ConfigError`].
+pub fn load(
+    interface: String,
+    flags: Settings,
+    variable: Option<String>,
+    file: Option<&Path>,
+) -> Result<AttachSettings, ConfigError> {
+    let file = file.map(read).transpose()?.unwrap_or_default();
+    let variable = variable
+        .map(Secret::new)
+        .transpose()
+        .map_err(ConfigError::SecretVariable)?;
+    let merged = merge(interface, flags, variable, file)?;
+    let ami = match merged.ami {
+        None => None,
+        Some((address, user, source)) => {
+            let secret = match source {
+                SecretSource::File(path) => Secret::read(&path)?,
+                SecretSource::Variable(secret) => secret,
+            };
+            Some(AmiSettings {
+                address,
+                user,
+                secret,
+            })
+        }
+    };
+    Ok(AttachSettings {
+        interface: merged.interface,
+        mode: merged.mode,
+        dscp: merged.dscp,
+        max_streams: merged.max_streams,
+        socket: merged.socket,
+        ami,
+    })
+}
+
+fn merge(
+    interface: String,
+    flags: Settings,
+    variable: Option<Secret>,
+    file: Settings,
+) -> Result<Merged, ConfigError> {
+    let address = flags.ami_address.or(file.ami_address);
+    let user = flags.ami_user.or(file.ami_user);
+    let secret = flags
+        .ami_secret_file
+        .map(SecretSource::File)
+        .or(variable.map(SecretSource::Variable))
+        .or(file.ami_secret_file.map(SecretSource::File));
+    let ami = match (address, user, secret) {
+        (None, None, None) => None,
+        (Some(address), Some(user), Some(secret)) => Some((address, user, secret)),
+        (Some(_), Some(user), None) => return Err(ConfigError::NoAmiSecret(user)),
+        (Some(address), None, _) => return Err(ConfigError::NoAmiUser(address)),
+        (None, Some(_), _) => {
+            return Err(ConfigError::NoAmiAddress {
+                given: "an AMI user",
+            });
+        }
+        (None, None, Some(_)) => {
+            return Err(ConfigError::NoAmiAddress {
+                given: "an AMI secret",
+            });
+        }
+    };
+    Ok(Merged {
+        mode: flags.mode.or(file.mode).unwrap_or_default(),
+        dscp: flags.dscp.or(file.dscp).unwrap_or(Dscp::Set(EF)),
+        max_streams: flags
+            .max_streams
+            .or(file.max_streams)
+            .unwrap_or(MAX_STREAMS),
+        socket: flags
+            .socket
+            .or(file.socket)
+            .unwrap_or_else(|| socket::of_interface(&interface)),
+        ami,
+        interface,
+    })
+}
+
+/// Reads a configuration file. Relative paths in it start from the file's own folder.
+///
+/// # Errors
+/// Every [`ConfigError`] that is about the file.
+fn read(path: &Path) -> Result<Settings, ConfigError> {
+    let failed = |source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let mut bytes = Vec::new();
+    fs::File::open(path)
+        .map_err(failed)?
+        .take(LONGEST_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > LONGEST_FILE {
+        return Err(ConfigError::TooLong(path.to_owned()));
+    }
+    let text = String::from_utf8(bytes).map_err(|_| ConfigError::NotText(path.to_owned()))?;
+    Document { path, text: &text }.settings()
+}
+
+/// A configuration file's text, and where it came from.
+struct Document<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+/// A value, its full key, and its first byte in the document.
+struct Entry<'a> {
+    key: &'static str,
+    value: &'a DeValue<'a>,
+    start: usize,
+}
+
+/// Every key there is, with its table. What a misspelt key is compared with.
+const KEYS: [&str; 8] = [
+    "mode",
+    "dscp",
+    "max-streams",
+    "socket",
+    "ami",
+    "ami.address",
+    "ami.user",
+    "ami.secret-file",
+];
+
+impl Document<'_> {
+    fn settings(&self) -> Result<Settings, ConfigError> {
+        let document = DeTable::parse(self.text).map_err(|error| ConfigError::Syntax {
+            at: self.position(error.span().map_or(0, |span| span.start)),
+            // Not its `Display`, which quotes the line: it could be a misplaced secret.
+            message: error.message().to_owned(),
+        })?;
+        let mut settings = Settings::default();
+        for entry in self.entries(document.get_ref(), "")? {
+            match entry.key {
+                "mode" => settings.mode = Some(self.parse(&entry)?),
+                "dscp" => settings.dscp = Some(self.dscp(&entry)?),
+                "max-streams" => settings.max_streams = Some(self.max_streams(&entry)?),
+                "socket" => settings.socket = Some(self.file_path(&entry)?),
+                _ => {
+                    let DeValue::Table(ami) = entry.value else {
+                        return Err(self.wrong_type(&entry, "a table: [ami]"));
+                    };
+                    self.ami(ami, &mut settings)?;
+                }
+            }
+        }
+        Ok(settings)
+    }
+
+    fn ami(&self, table: &DeTable<'_>, settings: &mut Settings) -> Result<(), ConfigError> {
+        for entry in self.entries(table, "ami.")? {
+            match entry.key {
+                "ami.address" => settings.ami_address = Some(self.checked(&entry, ami_address)?),
+                "ami.user" => settings.ami_user = Some(self.checked(&entry, ami_user)?),
+                _ => settings.ami_secret_file = Some(self.file_path(&entry)?),
+            }
+        }
+        Ok(())
+    }
+
+    /// The entries of a table, all of known keys. `table` is the prefix of its keys.
+    fn entries<'t>(
+        &self,
+        content: &'t DeTable<'t>,
+        table: &str,
+    ) -> Result<Vec<Entry<'t>>, ConfigError> {
+        content
+            .iter()
+            .map(|(name, value)| {
+                let key = format!("{table}{}", name.get_ref());
+                match KEYS
+                    .iter()
+                    .find(|known| **known == key && !name.get_ref().contains('.'))
+                {
+                    Some(known) => Ok(Entry {
+                        key: known,
+                        value: value.get_ref(),
+                        start: value.span().start,
+                    }),
+                    None => Err(ConfigError::UnknownKey {
+                        at: self.position(name.span().start),
+                        nearest: nearest(&key),
+                        key: printable(&key),
+                    }),
+                }
+            })
+            .collect()
+    }
+
+    fn text<'t>(&self, entry: &'t Entry<'_>) -> Result<&'t str, ConfigError> {
+        entry
+            .value
+            .as_str()
+            .ok_or_else(|| self.wrong_type(entry, "a string in quotes"))
+    }
+
+    fn checked<T>(
+        &self,
+        entry: &Entry<'_>,
+        check: impl FnOnce(&str) -> Result<T, SettingError>,
+    ) -> Result<T, ConfigError> {
+        check(self.text(entry)?).map_err(|source| self.wrong_value(entry, source))
+    }
+
+    fn parse<T: FromStr<Err = SettingError>>(&self, entry: &Entry<'_>) -> Result<T, ConfigError> {
+        self.checked(entry, str::parse)
+    }
+
+    fn dscp(&self, entry: &Entry<'_>) -> Result<Dscp, ConfigError> {
+        match entry.value {
+            DeValue::Integer(number) => number
+                .to_string()
+                .parse()
+                .map_err(|source| self.wrong_value(entry, source)),
+            DeValue::String(_) => self.parse(entry),
+            _ => Err(self.wrong_type(entry, "\"ef\", \"keep\", or a number from 0 to 63")),
+        }
+    }
+
+    fn max_streams(&self, entry: &Entry<'_>) -> Result<u32, ConfigError> {
+        match entry.value {
+            DeValue::Integer(number) => {
+                max_streams(&number.to_string()).map_err(|source| self.wrong_value(entry, source))
+            }
+            _ => Err(self.wrong_type(entry, "a whole number without quotes")),
+        }
+    }
+
+    fn file_path(&self, entry: &Entry<'_>) -> Result<PathBuf, ConfigError> {
+        let folder = self.path.parent().unwrap_or(Path::new(""));
+        Ok(folder.join(self.checked(entry, path)?))
+    }
+
+    fn wrong_type(&self, entry: &Entry<'_>, wanted: &'static str) -> ConfigError {
+        let found = match entry.value {
+            DeValue::String(_) => "a string",
+            DeValue::Integer(_) => "a whole number",
+            DeValue::Float(_) => "a number with a fraction",
+            DeValue::Boolean(_) => "true or false",
+            DeValue::Datetime(_) => "a date or a time",
+            DeValue::Array(_) => "a list",
+            DeValue::Table(_) => "a table",
+        };
+        ConfigError::Type {
+            at: self.position(entry.start),
+            key: entry.key,
+            found,
+            wanted,
+        }
+    }
+
+    fn wrong_value(&self, entry: &Entry<'_>, source: SettingError) -> ConfigError {
+        ConfigError::Value {
+            at: self.position(entry.start),
+            key: entry.key,
+            source,
+        }
+    }
+
+    fn position(&self, offset: usize) -> Position {
+        let before = self.text.get(..offset).unwrap_or(self.text);
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        Position {
+            path: self.path.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+        }
+    }
+}
+
+/// The known key most like `key`. The last part weighs too, for a key in the wrong table.
+fn nearest(key: &str) -> &'static str {
+    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().replace('_', "-");
+    let likeness = |known: &str| {
+        strsim::jaro_winkler(key, known).max(strsim::jaro_winkler(&last(key), &last(known)))
+    };
+    KEYS.into_iter()
+        .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
+        .unwrap_or(KEYS[0])
+}
+
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+/// Reads a size of the stream table.
+///
+/// # Errors
+/// [`SettingError::MaxStreams`].
+pub fn max_streams(text: &str) -> Result<u32, SettingError> {
+    text.parse()
+        .ok()
+        .filter(|count| (FEWEST_STREAMS..=MOST_STREAMS).contains(count))
+        .ok_or_else(|| SettingError::MaxStreams(printable(text)))
+}
+
+/// Reads a `HOST:PORT`.
+///
+/// # Errors
+/// [`SettingError::AmiAddress`].
+pub fn ami_address(text: &str) -> Result<String, SettingError> {
+    let valid = text.rsplit_once(':').is_some_and(|(host, port)| {
+        let host = match host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+        {
+            Some(inner) => inner.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => {
+                !host.is_empty()
+                    && host
+                        .chars()
+                        .all(|c| c.is_alphanumeric() || matches!(c, '.' | '-' | '_'))
+            }
+        };
+        host && port.parse::<u16>().is_ok_and(|port| port != 0)
+    });
+    if valid {
+        Ok(text.to_owned())
+    } else {
+        Err(SettingError::AmiAddress(printable(text)))
+    }
+}
+
+/// Reads the name of an AMI user.
+///
+/// # Errors
+/// [`SettingError::AmiUser`].
+pub fn ami_user(text: &str) -> Result<String, SettingError> {
+    if text.is_empty() || text.chars().any(char::is_control) {
+        return Err(SettingError::AmiUser);
+    }
+    Ok(text.to_owned())
+}
+
+/// Reads the path of a file.
+///
+/// # Errors
+/// [`SettingError::Path`].
+pub fn path(text: &str) -> Result<PathBuf, SettingError> {
+    if text.is_empty() {
+        Err(SettingError::Path)
+    } else {
+        Ok(text.into())
+    }
+}
+
+/// Reads the name of an interface. By the kernel's rule (`dev_valid_name` of net/core/dev.c), so that
+/// it is also safe as the name of a file.
+///
+/// # Errors
+/// [`SettingError::Interface`].
+pub fn interface(text: &str) -> Result<String, SettingError> {
+    let valid = (1..=15).contains(&text.len())
+        && !matches!(text, "." | "..")
+        && !text
+            .chars()
+            .any(|c| matches!(c, '/' | ':') || c.is_whitespace() || c.is_control());
+    if valid {
+        Ok(text.to_owned())
+    } else {
+        Err(SettingError::Interface(printable(text)))
+    }
+}
+
+impl FromStr for Mode {
+    type Err = SettingError;
+
+    fn from_str(text: &str) -> Result<Self, SettingError> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "native" => Ok(Self::Native),
+            "generic" => Ok(Self::Generic),
+            _ => Err(SettingError::Mode(printable(text))),
+        }
+    }
+}
+
+impl FromStr for Dscp {
+    type Err = SettingError;
+
+    fn from_str(text: &str) -> Result<Self, SettingError> {
+        match text {
+            "ef" => Ok(Self::Set(EF)),
+            "keep" => Ok(Self::Keep),
+            _ => text
+                .parse()
+                .ok()
+                .filter(|value| *value <= 63)
+                .map(Self::Set)
+                .ok_or_else(|| SettingError::Dscp(printable(text))),
+        }
+    }
+}
+
+impl fmt::Display for Dscp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Keep => f.write_str("keep"),
+            Self::Set(EF) => f.write_str("ef"),
+            Self::Set(value) => write!(f, "{value}"),
+        }
+    }
+}
+
+impl TryFrom<String> for Dscp {
+    type Error = SettingError;
+
+    fn try_from(text: String) -> Result<Self, SettingError> {
+        text.parse()
+    }
+}
+
+impl From<Dscp> for String {
+    fn from(dscp: Dscp) -> Self {
+        dscp.to_string()
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}", self.path.display(), self.line, self.column)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Settings, ConfigError> {
+        Document {
+            path: Path::new("/etc/relay-user.toml"),
+            text,
+        }
+        .settings()
+    }
+
+    fn secret(text: &str) -> Secret {
+        Secret::new(text.into()).expect("secret")
+    }
+
+    fn full(tag: &str) -> Settings {
+        Settings {
+            mode: Some(Mode::Native),
+            dscp: Some(Dscp::Set(10)),
+            max_streams: Some(4),
+            socket: Some(format!("/{tag}.sock").into()),
+            ami_address: Some(format!("{tag}:5038")),
+            ami_user: Some(tag.into()),
+            ami_secret_file: Some(format!("/{tag}.secret").into()),
+        }
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let settings = parsed(
+            "mode = \"generic\"\ndscp = 26\nmax-streams = 1_024\nsocket = \"/run/x.sock\"\n\
+             [ami]\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n",
+        );
+        assert_eq!(
+            settings.expect("valid file"),
+            Settings {
+                mode: Some(Mode::Generic),
+                dscp: Some(Dscp::Set(26)),
+                max_streams: Some(1024),
+                socket: Some("/run/x.sock".into()),
+                ami_address: Some("pbx.example.com:5038".into()),
+                ami_user: Some("relay".into()),
+                ami_secret_file: Some("/etc/secret".into()),
+            }
+        );
+        assert_eq!(parsed("").expect("empty file"), Settings::default());
+        assert_eq!(
+            parsed("dscp = \"keep\"").expect("text").dscp,
+            Some(Dscp::Keep)
+        );
+    }
+
+    #[test]
+    fn errors_name_place_and_remedy() {
+        for (text, expected) in [
+            (
+                "\n  max_streams = 8",
+                ":2:3: unknown key `max_streams`: did you mean `max-streams`?",
+            ),
+            ("mod = 1", ":1:1: unknown key `mod`: did you mean `mode`?"),
+            (
+                "[ami]\nusr = \"x\"",
+                ":2:1: unknown key `ami.usr`: did you mean `ami.user`?",
+            ),
+            (
+                "secret-file = \"x\"",
+                ":1:1: unknown key `secret-file`: did you mean `ami.secret-file`?",
+            ),
+            (
+                "[ami]\nsecret = \"hunter2\"",
+                ":2:1: unknown key `ami.secret`: did you mean `ami.secret-file`?",
+            ),
+            (
+                "[ami]\n mode = \"auto\"",
+                ":2:2: unknown key `ami.mode`: did you mean `mode`?",
+            ),
+            (
+                "\"ami.user\" = \"x\"",
+                ":1:1: unknown key `ami.user`: did you mean",
+            ),
+            ("mode = 1", ":1:8: `mode` is a whole number: write a string"),
+            (
+                "mode = \"fast\"",
+                ":1:8: `mode`: `fast` is not an attach mode: write native",
+            ),
+            ("# é\ndscp = 64", ":2:8: `dscp`: `64` is not a DSCP value"),
+            ("dscp = -1", "`-1` is not a DSCP value"),
+            (
+                "dscp = true",
+                ":1:8: `dscp` is true or false: write \"ef\", \"keep\"",
+            ),
+            (
+                "max-streams = 1",
+                "`1` streams are not possible: write a number from 2 to 1048576",
+            ),
+            (
+                "max-streams = 1048577",
+                "`1048577` streams are not possible",
+            ),
+            (
+                "max-streams = 99999999999999999999",
+                "streams are not possible",
+            ),
+            (
+                "max-streams = \"8\"",
+                "`max-streams` is a string: write a whole number",
+            ),
+            ("max-streams = 8.5", "a number with a fraction"),
+            ("socket = \"\"", "the path is empty"),
+            ("ami = 1", "`ami` is a whole number: write a table: [ami]"),
+            ("[[ami]]\nuser = \"x\"", "`ami` is a list: write a table"),
+            (
+                "ami.address = \"pbx\"",
+                ":1:15: `ami.address`: `pbx` is not HOST:PORT",
+            ),
+            (
+                "[ami]\nuser = \"a\\r\\nb\"",
+                ":2:8: `ami.user`: the AMI user is empty or",
+            ),
+            ("mode = \"auto\"\nmode = \"auto\"", ":2:1: duplicate key"),
+            ("mode = auto", ":1:8: "),
+            ("[ami\n", ":1:5: "),
+        ] {
+            let error = parsed(text).expect_err(text).to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+            assert!(error.starts_with("/etc/relay-user.toml:"), "{error}");
+            assert!(!error.contains("hunter2"), "{error}");
+        }
+        let error = parsed("[ami]\nsecret-file = hunter2")
+            .expect_err("no quotes")
+            .to_string();
+        assert!(error.starts_with("/etc/relay-user.toml:2:15: "), "{error}");
+        assert!(!error.contains("hunter2"), "{error}");
+    }
+
+    #[test]
+    fn flags_win_over_environment_over_file() {
+        let defaults = merge(
+            "eth0".into(),
+            Settings::default(),
+            None,
+            Settings::default(),
+        );
+        assert_eq!(
+            defaults.expect("defaults"),
+            Merged {
+                interface: "eth0".into(),
+                mode: Mode::Auto,
+                dscp: Dscp::Set(46),
+                max_streams: 65_536,
+                socket: "/run/relay-user/eth0.sock".into(),
+                ami: None,
+            }
+        );
+        let from = |flags, variable, file| {
+            let merged = merge("eth0".into(), flags, variable, file).expect("complete");
+            let (address, user, source) = merged.ami.expect("AMI");
+            (merged.socket, address, user, source)
+        };
+        let file_of = |tag: &str| SecretSource::File(format!("/{tag}.secret").into());
+        assert_eq!(
+            from(full("flag"), Some(secret("variable")), full("file")),
+            (
+                "/flag.sock".into(),
+                "flag:5038".into(),
+                "flag".into(),
+                file_of("flag")
+            )
+        );
+        assert_eq!(
+            from(Settings::default(), Some(secret("variable")), full("file")),
+            (
+                "/file.sock".into(),
+                "file:5038".into(),
+                "file".into(),
+                SecretSource::Variable(secret("variable"))
+            )
+        );
+        let only_user = Settings {
+            ami_user: Some("flag".into()),
+            ..Settings::default()
+        };
+        assert_eq!(
+            from(only_user, None, full("file")),
+            (
+                "/file.sock".into(),
+                "file:5038".into(),
+                "flag".into(),
+                file_of("file")
+            )
+        );
+    }
+
+    #[test]
+    fn incomplete_ami_settings_are_refused_by_name() {
+        let with = |clear: fn(&mut Settings), variable| {
+            let mut file = full("file");
+            clear(&mut file);
+            merge("eth0".into(), Settings::default(), variable, file)
+                .expect_err("incomplete")
+                .to_string()
+        };
+        assert!(
+            with(|file| file.ami_address = None, None)
+                .contains("an AMI user is given, but no AMI address")
+        );
+        assert!(with(|file| file.ami_user = None, None).contains("no user: add --ami-user"));
+        assert!(
+            with(|file| file.ami_secret_file = None, None)
+                .contains("no secret: add --ami-secret-file")
+        );
+        let error = with(|file| *file = Settings::default(), Some(secret("s")));
+        assert!(
+            error.contains("an AMI secret is given, but no AMI address"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn load_reads_files_and_reports_them() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let config = directory.path().join("relay.toml");
+        let path = directory.path().join("secret");
+        fs::write(
+            &config,
+            "[ami]\naddress = \"127.0.0.1:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n",
+        )
+        .expect("configuration");
+        fs::write(&path, "s3cret\n").expect("secret");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("mode");
+        let load = |variable: Option<&str>, config: &Path| {
+            load(
+                "eth0".into(),
+                Settings::default(),
+                variable.map(str::to_owned),
+                Some(config),
+            )
+        };
+        let settings = load(None, &config).expect("valid");
+        let ami = settings.ami.as_ref().expect("AMI");
+        assert_eq!(
+            (ami.user.as_str(), ami.secret.expose()),
+            ("relay", "s3cret")
+        );
+        assert!(!format!("{settings:?}").contains("s3cret"));
+        assert_eq!(
+            load(Some("other"), &config)
+                .expect("valid")
+                .ami
+                .expect("AMI")
+                .secret
+                .expose(),
+            "other"
+        );
+        let error = load(Some(""), &config)
+            .expect_err("empty variable")
+            .to_string();
+        assert!(
+            error.contains("RELAY_AMI_SECRET: the secret is empty"),
+            "{error}"
+        );
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("mode");
+        assert!(
+            load(None, &config)
+                .expect_err("exposed")
+                .to_string()
+                .contains("chmod 600")
+        );
+        let error = load(None, &directory.path().join("none"))
+            .expect_err("absent")
+            .to_string();
+        assert!(
+            error.contains("cannot read the configuration file"),
+            "{error}"
+        );
+        fs::write(&config, vec![b'#'; 70_000]).expect("long file");
+        assert!(
+            load(None, &config)
+                .expect_err("long")
+                .to_string()
+                .contains("longer than")
+        );
+        fs::write(&config, b"\xff").expect("binary file");
+        assert!(
+            load(None, &config)
+                .expect_err("binary")
+                .to_string()
+                .contains("not UTF-8")
+        );
+    }
+
+    #[test]
+    fn single_values_are_checked() {
+        for good in [
+            "127.0.0.1:5038",
+            "pbx-1.example.com:1",
+            "[2001:db8::1]:65535",
+        ] {
+            assert_eq!(ami_address(good).as_deref(), Ok(good));
+        }
+        for bad in [
+            "",
+            ":5038",
+            "pbx",
+            "pbx:",
+            "pbx:0",
+            "pbx:65536",
+            "2001:db8::1:5038",
+            "[pbx]:1",
+            "a b:1",
+            "a\n:1",
+        ] {
+            assert!(ami_address(bad).is_err(), "{bad}");
+        }
+        for good in ["eth0", "br-lan.100", "a", "123456789012345"] {
+            assert_eq!(interface(good).as_deref(), Ok(good));
+        }
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "a b",
+            "a:1",
+            "1234567890123456",
+            "../../x",
+            "a\n",
+        ] {
+            assert!(interface(bad).is_err(), "{bad}");
+        }
+        for text in ["ef", "keep", "0", "63"] {
+            assert_eq!(text.parse::<Dscp>().expect(text).to_string(), text);
+        }
+        assert_eq!("46".parse::<Dscp>().expect("46").to_string(), "ef");
+        for bad in ["", "64", "-1", "EF46", "0x2e"] {
+            assert!(bad.parse::<Dscp>().is_err(), "{bad}");
+        }
+    }
+}

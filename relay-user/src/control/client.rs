@@ -1,0 +1,238 @@
+//! The client side of the control API.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Method, Request, body::Bytes, client::conn::http1, header};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use tokio::{
+    net::UnixStream,
+    time::{sleep, timeout},
+};
+
+use super::{
+    model::{AddRequest, ApiError, Detached, ErrorBody, PairList, PairReport, StatusReport},
+    socket::{self, Occupant},
+};
+use crate::pair::Pair;
+
+/// Longer than the server takes for any answer, so that its own words arrive first.
+const PATIENCE: Duration = Duration::from_secs(40);
+/// How long an ending daemon has to give its socket up.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// Talks to the daemon behind one socket.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+/// Why a request came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// There is no socket.
+    #[error("no relay daemon listens on {}: start one with `relay-user attach IFACE`", .0.display())]
+    NoDaemon(PathBuf),
+    /// A socket, but nobody listens.
+    #[error("the relay daemon of {} is gone: start it again with `relay-user attach IFACE`, or remove what it left with `relay-user detach IFACE`", .0.display())]
+    Gone(PathBuf),
+    /// The socket is somebody else's.
+    #[error("not allowed to connect to {}: run this as root, or as the daemon's own user", .0.display())]
+    Denied(PathBuf),
+    /// Connecting failed otherwise.
+    #[error("cannot connect to {path}: {source}", path = path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The connection broke before the answer was complete.
+    #[error("the relay daemon of {path} broke off: {source}; look at its log", path = path.display())]
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// What happened.
+        source: hyper::Error,
+    },
+    /// An answer that this API does not give.
+    #[error("what listens on {path} does not answer like a relay daemon of this version ({what}): check --socket, and that the daemon was restarted after an upgrade", path = path.display())]
+    Answer {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong with the answer.
+        what: String,
+    },
+    /// No answer.
+    #[error("the relay daemon of {} does not answer: look at its log, and end it with SIGTERM if it hangs", .0.display())]
+    Silent(PathBuf),
+    /// A detach was answered, but the daemon goes on.
+    #[error("the relay daemon of {} has detached but does not end: look at its log", .0.display())]
+    Lingers(PathBuf),
+    /// The daemon refused.
+    #[error(transparent)]
+    Refused(#[from] ApiError),
+}
+
+impl Client {
+    /// A client of the daemon behind this socket. Connects with each request.
+    pub const fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Adds a pair; returns it as it then stands.
+    ///
+    /// # Errors
+    /// Every [`ClientError`], as in all other requests.
+    pub async fn add(&self, pair: &Pair) -> Result<PairReport, ClientError> {
+        let body = serde_json::to_vec(&AddRequest::from(pair))
+            .map_err(|error| self.answer_error(error.to_string()))?;
+        self.request(Method::POST, "/v1/pairs", body).await
+    }
+
+    /// Takes a pair back; returns it as it last was.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn remove(&self, id: u64) -> Result<PairReport, ClientError> {
+        self.request(Method::DELETE, &format!("/v1/pairs/{id}"), Vec::new())
+            .await
+    }
+
+    /// Takes every pair back; returns them as they last were.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn flush(&self) -> Result<PairList, ClientError> {
+        self.request(Method::DELETE, "/v1/pairs", Vec::new()).await
+    }
+
+    /// Every pair.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn list(&self) -> Result<PairList, ClientError> {
+        self.request(Method::GET, "/v1/pairs", Vec::new()).await
+    }
+
+    /// One pair.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn show(&self, id: u64) -> Result<PairReport, ClientError> {
+        self.request(Method::GET, &format!("/v1/pairs/{id}"), Vec::new())
+            .await
+    }
+
+    /// The daemon itself.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn status(&self) -> Result<StatusReport, ClientError> {
+        self.request(Method::GET, "/v1/status", Vec::new()).await
+    }
+
+    /// Ends the daemon; returns when its socket is free for the next.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn detach(&self) -> Result<Detached, ClientError> {
+        let detached = self.request(Method::POST, "/v1/detach", Vec::new()).await?;
+        let freed = async {
+            while socket::occupant(&self.socket).is_ok_and(|it| it == Occupant::Daemon) {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(ENDING, freed)
+            .await
+            .map_err(|_| ClientError::Lingers(self.socket.clone()))?;
+        Ok(detached)
+    }
+
+    async fn request<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<T, ClientError> {
+        timeout(PATIENCE, self.exchange(method, path, body))
+            .await
+            .map_err(|_| ClientError::Silent(self.socket.clone()))?
+    }
+
+    async fn exchange<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<T, ClientError> {
+        let broken = |source| ClientError::Broken {
+            path: self.socket.clone(),
+            source,
+        };
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|error| self.connect_error(error))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "localhost")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| self.answer_error(error.to_string()))?;
+        let exchange = async {
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            Ok((status, response.into_body().collect().await?.to_bytes()))
+        };
+        tokio::pin!(connection);
+        tokio::pin!(exchange);
+        let (status, body) = tokio::select! {
+            outcome = &mut exchange => outcome,
+            // How the connection ended, the exchange knows better.
+            _ = &mut connection => exchange.await,
+        }
+        .map_err(broken)?;
+        if status.is_success() {
+            return serde_json::from_slice(&body)
+                .map_err(|error| self.answer_error(error.to_string()));
+        }
+        match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(body) => Err(body.error.into()),
+            Err(_) => Err(self.answer_error(format!("HTTP status {status}"))),
+        }
+    }
+
+    fn connect_error(&self, source: io::Error) -> ClientError {
+        let path = self.socket.clone();
+        match source.kind() {
+            io::ErrorKind::NotFound => ClientError::NoDaemon(path),
+            // Reset: it ended before it got to us in its queue.
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => {
+                ClientError::Gone(path)
+            }
+            io::ErrorKind::PermissionDenied => ClientError::Denied(path),
+            _ => ClientError::Connect { path, source },
+        }
+    }
+
+    fn answer_error(&self, what: String) -> ClientError {
+        ClientError::Answer {
+            path: self.socket.clone(),
+            what,
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The control API: how the other subcommands, and programs, talk to the daemon.
+//!
+//! HTTP/1.1 with JSON over a Unix socket; `docs/api.md` is its description. The server only turns
+//! requests into [`Command`]s; whoever owns the registry and the maps answers them.
+
+pub mod client;
+pub mod model;
+pub mod server;
+pub mod socket;
+
+use tokio::sync::oneshot;
+
+use crate::pair::Pair;
+use model::{ApiError, Detached, PairReport, StatusReport};
+
+/// Where the answer to a [`Command`] goes.
+///
+/// It is closed when nobody waits any longer: a command found so is to be skipped, because its
+/// caller was told that it failed.
+pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
+
+/// What a client asks of the controller.
+#[derive(Debug)]
+pub enum Command {
+    /// Take a pair into the registry. Its addresses were checked as far as [`Pair::new`] can.
+    Add {
+        /// The pair.
+        pair: Pair,
+        /// Gets the new pair as it stands.
+        reply: Reply<PairReport>,
+    },
+    /// Take one pair back and forget it.
+    Remove {
+        /// The pair's number.
+        id: u64,
+        /// Gets the pair as it last was.
+        reply: Reply<PairReport>,
+    },
+    /// Take back and forget every pair of every feed.
+    Flush {
+        /// Gets the pairs as they last were.
+        reply: Reply<Vec<PairReport>>,
+    },
+    /// Report every pair.
+    List {
+        /// Gets them in the order of their numbers.
+        reply: Reply<Vec<PairReport>>,
+    },
+    /// Report one pair.
+    Show {
+        /// The pair's number.
+        id: u64,
+        /// Gets the pair.
+        reply: Reply<PairReport>,
+    },
+    /// Report the daemon itself.
+    Status {
+        /// Gets the report.
+        reply: Reply<StatusReport>,
+    },
+    /// Take everything back and end. Answered when programs, links, maps and pins are gone, because
+    /// the client tells its user so.
+    Detach {
+        /// Gets what was ended.
+        reply: Reply<Detached>,
+    },
+}

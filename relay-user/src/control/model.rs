@@ -1,0 +1,496 @@
+//! The control API's JSON, which `--json` prints too. Its shape is stable: fields are added, never
+//! renamed or removed, and `docs/api.md` shows each.
+//!
+//! A field that does not apply is `null`, never absent.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::Dscp,
+    datapath::AttachMode,
+    pair::{Leg, Pair, PairError, PayloadTypes},
+};
+
+/// Body of `POST /v1/pairs`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddRequest {
+    /// The first and the second leg.
+    pub legs: [LegAddresses; 2],
+    /// What is relayed; payload type 0 on both legs when absent.
+    #[serde(default = "pcmu")]
+    pub payload_types: Vec<PayloadTypes>,
+}
+
+/// One leg of an [`AddRequest`], as written by the client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LegAddresses {
+    /// Where the PBX receives RTP for this leg: `ADDRESS:PORT`, IPv6 in brackets.
+    pub local: String,
+    /// Where the phone sends from and receives at, written likewise.
+    pub remote: String,
+}
+
+fn pcmu() -> Vec<PayloadTypes> {
+    vec![PayloadTypes::same(0)]
+}
+
+/// Which feed a pair came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Feed {
+    /// The control socket.
+    Api,
+    /// Asterisk's manager interface.
+    Ami,
+}
+
+/// What became of a pair as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PairState {
+    /// The kernel relays both streams.
+    Offloaded,
+    /// At least one stream is not relayed yet; its packets go to the PBX.
+    Waiting,
+    /// It stays with the PBX.
+    Refused,
+}
+
+/// What the datapath does with a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamState {
+    /// Not in the table yet: its next hop is not known.
+    Waiting,
+    /// The PBX forwards it while the datapath collects the proof.
+    Watching,
+    /// The kernel relays it.
+    Offloaded,
+    /// The kernel has stopped relaying it.
+    Suspended,
+}
+
+/// A pair: what it joins, and how it fares.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PairReport {
+    /// The pair's number, unique as long as the daemon runs.
+    pub id: u64,
+    /// Where the pair came from.
+    pub feed: Feed,
+    /// The PBX's name of the call: the bridge's id under Asterisk, none for `api`.
+    pub call: Option<String>,
+    /// What became of it.
+    pub state: PairState,
+    /// Why it is not offloaded, in words; none when it is.
+    pub why: Option<String>,
+    /// Both legs, first and second; empty for a call refused before its addresses were known.
+    pub legs: Vec<LegReport>,
+    /// What is relayed.
+    pub payload_types: Vec<PayloadTypes>,
+    /// Both streams, in the order of the legs they come in on; empty when `legs` is.
+    pub streams: Vec<StreamReport>,
+}
+
+/// One side of a pair.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LegReport {
+    /// Where the PBX receives RTP for this leg.
+    pub local: SocketAddr,
+    /// Where the phone sends from and receives at.
+    pub remote: SocketAddr,
+    /// The PBX's name of the leg, such as `PJSIP/alice-00000001`; none for `api`.
+    pub channel: Option<String>,
+}
+
+/// One direction of a pair.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamReport {
+    /// The leg it comes in on: 0 for the first, 1 for the second.
+    pub leg: u8,
+    /// The phone that sends it.
+    pub from: SocketAddr,
+    /// The phone that gets it.
+    pub to: SocketAddr,
+    /// What the datapath does with it.
+    pub state: StreamState,
+    /// Packets relayed in the kernel.
+    pub packets: u64,
+    /// Bytes relayed in the kernel, Ethernet header included.
+    pub bytes: u64,
+    /// How it leaves the host; none until that is resolved.
+    pub next_hop: Option<NextHopReport>,
+}
+
+/// How a relayed packet leaves the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NextHopReport {
+    /// Source MAC address, such as `02:00:00:00:00:01`.
+    pub source_mac: String,
+    /// Destination MAC address.
+    pub destination_mac: String,
+    /// VLAN identifiers (0–4095), the outer one first; empty when untagged.
+    pub vlan: Vec<u16>,
+    /// Largest IP packet that fits, in bytes.
+    pub mtu: u32,
+}
+
+/// Several pairs: the answer to a list and to a flush.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PairList {
+    /// In the order of their numbers.
+    pub pairs: Vec<PairReport>,
+}
+
+/// The daemon, its interface and its counters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Version of `relay-user`.
+    pub version: String,
+    /// Version of the layout shared with the kernel program.
+    pub abi: u32,
+    /// The daemon's process.
+    pub pid: u32,
+    /// Name of the interface it is attached to.
+    pub interface: String,
+    /// Number of that interface.
+    pub ifindex: u32,
+    /// Where the relay sits.
+    pub mode: AttachMode,
+    /// Why this mode, in words.
+    pub mode_reason: String,
+    /// DSCP of relayed packets: `ef`, `keep` or a number, as a string.
+    pub dscp: Dscp,
+    /// Folder of the pinned maps and programs.
+    pub pins: PathBuf,
+    /// Seconds since the daemon attached.
+    pub uptime_seconds: u64,
+    /// Size of the stream table; a pair takes two.
+    pub max_streams: u32,
+    /// Pairs known, of every state.
+    pub pairs: u64,
+    /// Streams in the table.
+    pub streams: u64,
+    /// Pairs in state `offloaded`.
+    pub offloaded: u64,
+    /// Pairs in state `waiting`.
+    pub waiting: u64,
+    /// Pairs in state `refused`.
+    pub refused: u64,
+    /// The AMI feed; none when the daemon runs without it.
+    pub ami: Option<AmiReport>,
+    /// Packets by what the datapath did with them, in the order of the reasons' numbers.
+    pub reasons: Vec<ReasonReport>,
+    /// Pairs and calls not taken, by cause.
+    pub refusals: Vec<RefusalReport>,
+}
+
+/// Whether Asterisk can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AmiState {
+    /// Logged in.
+    Up,
+    /// Not connected or not logged in; `cause` says why.
+    Down,
+}
+
+/// The AMI feed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AmiReport {
+    /// Where it connects to, as configured.
+    pub address: String,
+    /// The user it logs in as.
+    pub user: String,
+    /// Whether it is logged in.
+    pub state: AmiState,
+    /// What Asterisk says it is; none before the first login.
+    pub asterisk: Option<String>,
+    /// Why it is down, in words; none when it is up.
+    pub cause: Option<String>,
+}
+
+/// What became of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The kernel sent it to the other phone.
+    Relayed,
+    /// It went to the kernel's stack, and so to the PBX.
+    Passed,
+}
+
+/// Packets the datapath saw, by reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReasonReport {
+    /// The reason's name.
+    pub reason: String,
+    /// What it means for the packet.
+    pub verdict: Verdict,
+    /// Packets since attaching.
+    pub packets: u64,
+    /// Their bytes, Ethernet header included.
+    pub bytes: u64,
+}
+
+/// Pairs and calls that were not taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusalReport {
+    /// The cause: an error code of the API, or the AMI feed's name for it.
+    pub cause: String,
+    /// How often since attaching.
+    pub count: u64,
+}
+
+/// How a detach found the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Found {
+    /// A daemon ran, and has ended.
+    Running,
+    /// Its daemon was gone already; what it had left in the kernel is removed.
+    LeftBehind,
+}
+
+/// What a detach ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detached {
+    /// The interface that is free again.
+    pub interface: String,
+    /// How the relay was found. The daemon itself always answers `running`.
+    pub found: Found,
+    /// Pairs taken back; 0 when the daemon was gone, because nobody knows.
+    pub pairs: u64,
+}
+
+/// What kind of thing went wrong. Programs decide by this; the message is for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// Not the JSON, the path or the number that this request needs.
+    InvalidRequest,
+    /// Addresses or payload types that no pair can have.
+    InvalidPair,
+    /// The client is neither root nor the daemon's own user.
+    Forbidden,
+    /// No pair has this number.
+    UnknownPair,
+    /// No such path.
+    UnknownPath,
+    /// The path has no such method.
+    MethodNotAllowed,
+    /// The request did not arrive in time.
+    RequestTimeout,
+    /// A local address is in another pair already.
+    Duplicate,
+    /// With pairs already there, packets would go in a circle.
+    Loop,
+    /// The request's body is too long.
+    BodyTooLarge,
+    /// No route leads to a remote address.
+    Unreachable,
+    /// Possible, but not in this version.
+    Unsupported,
+    /// The daemon itself failed.
+    Internal,
+    /// The daemon is ending.
+    Stopping,
+    /// The daemon did not answer in time.
+    Busy,
+    /// No room for two more streams.
+    MapFull,
+}
+
+impl ErrorCode {
+    /// Every code, in the order of their statuses.
+    pub const ALL: [Self; 16] = [
+        Self::InvalidRequest,
+        Self::InvalidPair,
+        Self::Forbidden,
+        Self::UnknownPair,
+        Self::UnknownPath,
+        Self::MethodNotAllowed,
+        Self::RequestTimeout,
+        Self::Duplicate,
+        Self::Loop,
+        Self::BodyTooLarge,
+        Self::Unreachable,
+        Self::Unsupported,
+        Self::Internal,
+        Self::Stopping,
+        Self::Busy,
+        Self::MapFull,
+    ];
+
+    /// The HTTP status it is sent with.
+    pub const fn status(self) -> u16 {
+        match self {
+            Self::InvalidRequest | Self::InvalidPair => 400,
+            Self::Forbidden => 403,
+            Self::UnknownPair | Self::UnknownPath => 404,
+            Self::MethodNotAllowed => 405,
+            Self::RequestTimeout => 408,
+            Self::Duplicate | Self::Loop => 409,
+            Self::BodyTooLarge => 413,
+            Self::Unreachable | Self::Unsupported => 422,
+            Self::Internal => 500,
+            Self::Stopping => 503,
+            Self::Busy => 504,
+            Self::MapFull => 507,
+        }
+    }
+}
+
+/// A refusal as the client gets it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// For programs.
+    pub code: ErrorCode,
+    /// For people: what is wrong, and what to do about it.
+    pub message: String,
+}
+
+/// Body of every answer that is no success.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// What went wrong.
+    pub error: ApiError,
+}
+
+impl ApiError {
+    /// An error of this code, told in the words of what caused it.
+    pub fn new(code: ErrorCode, cause: impl ToString) -> Self {
+        Self {
+            code,
+            message: cause.to_string(),
+        }
+    }
+
+    /// The answer to a number that no pair has.
+    pub fn unknown_pair(id: u64) -> Self {
+        Self::new(
+            ErrorCode::UnknownPair,
+            format_args!("there is no pair {id}: `relay-user list` shows those there are"),
+        )
+    }
+}
+
+impl From<PairError> for ApiError {
+    fn from(error: PairError) -> Self {
+        Self::new(ErrorCode::InvalidPair, error)
+    }
+}
+
+impl From<&Leg> for LegAddresses {
+    fn from(leg: &Leg) -> Self {
+        Self {
+            local: leg.local.to_string(),
+            remote: leg.remote.to_string(),
+        }
+    }
+}
+
+impl From<&Pair> for AddRequest {
+    fn from(pair: &Pair) -> Self {
+        Self {
+            legs: pair.legs.each_ref().map(LegAddresses::from),
+            payload_types: pair.payload_types.clone(),
+        }
+    }
+}
+
+impl TryFrom<AddRequest> for Pair {
+    type Error = PairError;
+
+    fn try_from(request: AddRequest) -> Result<Self, PairError> {
+        // Through the text form, whose errors quote what the client wrote.
+        let leg = |leg: &LegAddresses| format!("{}={}", leg.local, leg.remote).parse::<Leg>();
+        let [first, second] = &request.legs;
+        Self::new([leg(first)?, leg(second)?], request.payload_types)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::de::DeserializeOwned;
+    use serde_json::Value;
+
+    use super::*;
+
+    const DESCRIPTION: &str = include_str!("../../../docs/api.md");
+
+    /// The JSON blocks of the description that follow the heading of a type.
+    fn examples(heading: &str) -> Vec<Value> {
+        let section = DESCRIPTION
+            .split("\n## ")
+            .find(|section| section.starts_with(heading))
+            .unwrap_or_else(|| panic!("docs/api.md has no section {heading}"));
+        section
+            .split("```json\n")
+            .skip(1)
+            .map(|block| {
+                let block = block.split("```").next().expect("end of block");
+                serde_json::from_str(block).expect(block)
+            })
+            .collect()
+    }
+
+    /// Reading and writing a documented example must neither lose nor add a field.
+    fn documented<T: Serialize + DeserializeOwned>(heading: &str) {
+        let examples = examples(heading);
+        assert!(!examples.is_empty(), "no example under {heading}");
+        for example in examples {
+            let read: T = serde_json::from_value(example.clone()).expect(heading);
+            assert_eq!(
+                serde_json::to_value(read).expect(heading),
+                example,
+                "{heading}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_description_shows_what_is_sent() {
+        documented::<AddRequest>("Adding a pair");
+        documented::<PairReport>("A pair");
+        documented::<PairList>("Several pairs");
+        documented::<StatusReport>("The status");
+        documented::<Detached>("Detaching");
+        documented::<ErrorBody>("Errors");
+    }
+
+    #[test]
+    fn the_description_lists_every_error_code() {
+        for code in ErrorCode::ALL {
+            let name = serde_json::to_value(code).expect("code");
+            let row = format!("| {} | `{}` |", code.status(), name.as_str().expect("name"));
+            assert!(DESCRIPTION.contains(&row), "docs/api.md misses {row}");
+        }
+        let rows = DESCRIPTION.lines().filter(|line| {
+            line.strip_prefix("| ")
+                .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        });
+        assert_eq!(rows.count(), ErrorCode::ALL.len());
+    }
+
+    #[test]
+    fn a_request_becomes_the_pair_it_was_made_of() {
+        let leg = |text: &str| text.parse::<Leg>().expect(text);
+        let pair = Pair::new(
+            [
+                leg("[2001:db8::1]:1=[2001:db8::2]:2"),
+                leg("[2001:db8::1]:3=[2001:db8::4]:4"),
+            ],
+            vec![PayloadTypes {
+                first: 101,
+                second: 96,
+            }],
+        )
+        .expect("pair");
+        assert_eq!(Pair::try_from(AddRequest::from(&pair)), Ok(pair));
+    }
+}

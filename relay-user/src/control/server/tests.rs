@@ -1,0 +1,580 @@
+//! Server and client against each other over a real socket, with a controller that answers from a
+//! fixed table.
+
+use std::{path::PathBuf, time::Duration};
+
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+
+use super::*;
+use crate::{
+    control::{
+        client::{Client, ClientError},
+        model::{
+            AttachMode, Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport,
+        },
+    },
+    pair::{Leg, PayloadTypes},
+};
+
+/// Cuts off what does not arrive, and nothing else in the time of a test.
+const SHORT: Limits = Limits {
+    arrival: Duration::from_millis(200),
+    connection: Duration::from_secs(3600),
+    ..LIMITS
+};
+
+/// Longer than any of these tests takes when all is well.
+const HANG: Duration = Duration::from_secs(20);
+
+/// A served socket in a folder of its own.
+struct Served {
+    client: Client,
+    stop: Option<oneshot::Sender<()>>,
+    server: JoinHandle<io::Result<()>>,
+    folder: tempfile::TempDir,
+}
+
+impl Served {
+    fn new(limits: Limits, commands: mpsc::Sender<Command>) -> Self {
+        let folder = tempfile::tempdir().expect("temporary directory");
+        let socket = ControlSocket::claim(&folder.path().join("eth0.sock")).expect("claim");
+        let client = Client::new(socket.path().to_owned());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = tokio::spawn(serve_within(limits, socket, commands, async {
+            // A dropped sender stops too.
+            let _ = stopped.await;
+        }));
+        Self {
+            client,
+            stop: Some(stop),
+            server,
+            folder,
+        }
+    }
+
+    fn with_controller(limits: Limits) -> Self {
+        let (commands, received) = mpsc::channel(4);
+        tokio::spawn(controller(received));
+        Self::new(limits, commands)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.client.socket().to_owned()
+    }
+
+    async fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.client.socket())
+            .await
+            .expect("connect")
+    }
+
+    /// Sends bytes as they are; returns all that comes back.
+    async fn raw(&self, request: &[u8]) -> String {
+        let mut stream = self.connect().await;
+        // The server may answer and close before it has read everything.
+        let _ = stream.write_all(request).await;
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// Status and error code of the answer to a request.
+    async fn refusal(&self, head: &str, body: &str) -> (u16, String) {
+        let request = format!(
+            "{head} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        refusal(&self.raw(request.as_bytes()).await)
+    }
+}
+
+fn refusal(answer: &str) -> (u16, String) {
+    let status = answer
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .expect(answer);
+    let body = answer.split("\r\n\r\n").nth(1).expect(answer);
+    let body: Value = serde_json::from_str(body).expect(answer);
+    assert!(
+        body["error"]["message"]
+            .as_str()
+            .is_some_and(|words| !words.is_empty()),
+        "{answer}"
+    );
+    (
+        status,
+        body["error"]["code"].as_str().expect(answer).to_owned(),
+    )
+}
+
+fn report(id: u64, pair: &Pair) -> PairReport {
+    PairReport {
+        id,
+        feed: Feed::Api,
+        call: None,
+        state: PairState::Waiting,
+        why: Some("no neighbour".into()),
+        legs: pair
+            .legs
+            .iter()
+            .map(|leg| LegReport {
+                local: leg.local,
+                remote: leg.remote,
+                channel: None,
+            })
+            .collect(),
+        payload_types: pair.payload_types.clone(),
+        streams: Vec::new(),
+    }
+}
+
+fn status_report() -> StatusReport {
+    StatusReport {
+        version: "0.1.0".into(),
+        abi: 1,
+        pid: 1,
+        interface: "eth0".into(),
+        ifindex: 2,
+        mode: AttachMode::Generic,
+        mode_reason: "asked for".into(),
+        dscp: crate::config::Dscp::Set(46),
+        pins: "/sys/fs/bpf/relay/v1/eth0".into(),
+        uptime_seconds: 1,
+        max_streams: 2,
+        pairs: 0,
+        streams: 0,
+        offloaded: 0,
+        waiting: 0,
+        refused: 0,
+        ami: None,
+        reasons: Vec::new(),
+        refusals: Vec::new(),
+    }
+}
+
+/// Knows one pair of number 7, and refuses to add what its first remote port names the reason for.
+async fn controller(mut commands: mpsc::Receiver<Command>) {
+    let known = || report(7, &pair(30000));
+    let numbered = |id| {
+        if id == 7 {
+            Ok(known())
+        } else {
+            Err(ApiError::unknown_pair(id))
+        }
+    };
+    while let Some(command) = commands.recv().await {
+        // Whether anybody still waits for an answer is not this controller's concern.
+        let _ = match command {
+            Command::Add { pair, reply } => reply
+                .send(match usize::from(pair.legs[0].remote.port()) {
+                    number if number < ErrorCode::ALL.len() + 1 => {
+                        Err(ApiError::new(ErrorCode::ALL[number - 1], "told to"))
+                    }
+                    _ => Ok(report(8, &pair)),
+                })
+                .is_ok(),
+            Command::Remove { id, reply } | Command::Show { id, reply } => {
+                reply.send(numbered(id)).is_ok()
+            }
+            Command::Flush { reply } => reply.send(Ok(vec![known()])).is_ok(),
+            Command::List { reply } => reply.send(Ok(vec![known(), known()])).is_ok(),
+            Command::Status { reply } => reply.send(Ok(status_report())).is_ok(),
+            Command::Detach { reply } => reply
+                .send(Ok(Detached {
+                    interface: "eth0".into(),
+                    found: Found::Running,
+                    pairs: 1,
+                }))
+                .is_ok(),
+        };
+    }
+}
+
+fn pair(remote_port: usize) -> Pair {
+    let leg = |text: &str| text.parse::<Leg>().expect(text);
+    Pair::new(
+        [
+            leg(&format!("192.0.2.1:10000=192.0.2.11:{remote_port}")),
+            leg("192.0.2.1:10002=192.0.2.12:30002"),
+        ],
+        vec![
+            PayloadTypes::same(0),
+            PayloadTypes {
+                first: 101,
+                second: 96,
+            },
+        ],
+    )
+    .expect("pair")
+}
+
+const GOOD: &str = r#"{"legs":[{"local":"192.0.2.1:10000","remote":"192.0.2.11:30000"},
+    {"local":"192.0.2.1:10002","remote":"192.0.2.12:30002"}]}"#;
+
+#[tokio::test]
+async fn every_command_makes_the_round_trip() {
+    let served = Served::with_controller(LIMITS);
+    let client = &served.client;
+    assert_eq!(
+        client.add(&pair(30000)).await.expect("add"),
+        report(8, &pair(30000))
+    );
+    assert_eq!(client.show(7).await.expect("show"), report(7, &pair(30000)));
+    assert_eq!(client.remove(7).await.expect("remove").id, 7);
+    assert_eq!(client.flush().await.expect("flush").pairs.len(), 1);
+    assert_eq!(client.list().await.expect("list").pairs.len(), 2);
+    assert_eq!(client.status().await.expect("status"), status_report());
+}
+
+#[tokio::test]
+async fn detach_returns_when_the_socket_is_free() {
+    let (commands, mut received) = mpsc::channel(1);
+    let mut served = Served::new(LIMITS, commands);
+    let path = served.path();
+    let client = served.client.clone();
+    let detaching = tokio::spawn(async move { client.detach().await });
+    let Some(Command::Detach { reply }) = received.recv().await else {
+        panic!("no detach")
+    };
+    reply
+        .send(Ok(Detached {
+            interface: "eth0".into(),
+            found: Found::Running,
+            pairs: 0,
+        }))
+        .expect("client waits");
+    // The socket is still listened on, so the client must go on waiting.
+    timeout(Duration::from_millis(200), async {
+        while !detaching.is_finished() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect_err("detach returned while the socket was still in use");
+    served.stop.take();
+    assert_eq!(
+        detaching.await.expect("task").expect("detach").found,
+        Found::Running
+    );
+    assert!(matches!(
+        served.client.status().await,
+        Err(ClientError::NoDaemon(_))
+    ));
+    ControlSocket::claim(&path).expect("free");
+}
+
+#[tokio::test]
+async fn every_error_code_arrives_with_its_status() {
+    let served = Served::with_controller(LIMITS);
+    for (index, code) in ErrorCode::ALL.into_iter().enumerate() {
+        let error = served
+            .client
+            .add(&pair(index + 1))
+            .await
+            .expect_err("refused");
+        let ClientError::Refused(error) = error else {
+            panic!("{error}")
+        };
+        assert_eq!(error, ApiError::new(code, "told to"));
+        let body = GOOD.replace("30000", &(index + 1).to_string());
+        let (status, _) = served.refusal("POST /v1/pairs", &body).await;
+        assert_eq!(status, code.status(), "{code:?}");
+    }
+    let error = served
+        .client
+        .show(9)
+        .await
+        .expect_err("unknown")
+        .to_string();
+    assert_eq!(
+        error,
+        "there is no pair 9: `relay-user list` shows those there are"
+    );
+}
+
+#[tokio::test]
+async fn bad_requests_are_refused() {
+    let served = Served::with_controller(LIMITS);
+    let same = GOOD.replace("10002", "10000");
+    let unknown_field = GOOD.replacen('{', r#"{"codec":"ulaw","#, 1);
+    let three_legs = GOOD.replace("]}", r#",{"local":"192.0.2.1:1","remote":"192.0.2.2:2"}]}"#);
+    let port_zero = GOOD.replace("30002", "0");
+    for (head, body, status, code) in [
+        ("GET /", "", 404, "unknown_path"),
+        ("GET /v1/pairs/7/streams", "", 404, "unknown_path"),
+        ("GET /v1/pairs/8", "", 404, "unknown_pair"),
+        ("DELETE /v1/pairs/8", "", 404, "unknown_pair"),
+        ("GET /v1/pairs/seven", "", 400, "invalid_request"),
+        ("GET /v1/pairs/-1", "", 400, "invalid_request"),
+        ("GET /v1/pairs/%ff", "", 400, "invalid_request"),
+        ("PUT /v1/pairs", "", 405, "method_not_allowed"),
+        ("GET /v1/detach", "", 405, "method_not_allowed"),
+        ("POST /v1/pairs", "", 400, "invalid_request"),
+        ("POST /v1/pairs", "{", 400, "invalid_request"),
+        ("POST /v1/pairs", "[]", 400, "invalid_request"),
+        ("POST /v1/pairs", &unknown_field, 400, "invalid_request"),
+        ("POST /v1/pairs", &three_legs, 400, "invalid_request"),
+        ("POST /v1/pairs", &same, 400, "invalid_pair"),
+        ("POST /v1/pairs", &port_zero, 400, "invalid_pair"),
+    ] {
+        assert_eq!(
+            served.refusal(head, body).await,
+            (status, code.to_owned()),
+            "{head} {body}"
+        );
+    }
+    served.client.status().await.expect("still served");
+}
+
+#[tokio::test]
+async fn a_request_without_payload_types_is_mu_law() {
+    let served = Served::with_controller(LIMITS);
+    let request = format!(
+        "POST /v1/pairs HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{GOOD}",
+        GOOD.len()
+    );
+    let answer = served.raw(request.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
+    assert!(
+        answer.contains(r#""payload_types":[{"first":0,"second":0}]"#),
+        "{answer}"
+    );
+    assert!(
+        answer.contains("content-type: application/json"),
+        "{answer}"
+    );
+}
+
+#[tokio::test]
+async fn an_oversized_body_is_refused() {
+    let served = Served::with_controller(LIMITS);
+    let body = "x".repeat(10_000_000);
+    let (status, code) = served.refusal("POST /v1/pairs", &body).await;
+    assert_eq!((status, code.as_str()), (413, "body_too_large"));
+    // In chunks, so that its length is not announced.
+    let chunk = format!("8000\r\n{}\r\n", "x".repeat(0x8000));
+    let request = format!(
+        "POST /v1/pairs HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n{}",
+        chunk.repeat(300)
+    );
+    let (status, code) = refusal(&served.raw(request.as_bytes()).await);
+    assert_eq!((status, code.as_str()), (413, "body_too_large"));
+    served.client.status().await.expect("still served");
+}
+
+#[tokio::test]
+async fn garbage_is_refused() {
+    let served = Served::with_controller(SHORT);
+    let endless_head = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(1 << 20));
+    for (request, status) in [
+        (
+            &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\x00\x00\r\n\r\n"[..],
+            "400",
+        ),
+        (b"relay, please\r\n\r\n", "400"),
+        (b"GET /v1/status HTTP/9.9\r\n\r\n", "400"),
+        (
+            b"POST /v1/pairs HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+            "400",
+        ),
+        (endless_head.as_bytes(), "431"),
+    ] {
+        let answer = served.raw(request).await;
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")),
+            "{answer}"
+        );
+    }
+    served.client.status().await.expect("still served");
+}
+
+#[tokio::test]
+async fn slow_clients_are_cut_off_and_block_nobody() {
+    let served = Served::with_controller(SHORT);
+    let mut slow = Vec::new();
+    for request in [
+        "",
+        "GET /v1/st",
+        "POST /v1/pairs HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{",
+    ] {
+        let mut stream = served.connect().await;
+        stream.write_all(request.as_bytes()).await.expect("write");
+        slow.push(stream);
+    }
+    served.client.status().await.expect("served meanwhile");
+    let mut answers = Vec::new();
+    for mut stream in slow {
+        let mut answer = String::new();
+        stream
+            .read_to_string(&mut answer)
+            .await
+            .expect("closed by the server");
+        answers.push(answer);
+    }
+    assert_eq!(answers[..2], ["", ""]);
+    assert_eq!(refusal(&answers[2]), (408, "request_timeout".to_owned()));
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_cut_off() {
+    let (commands, mut received) = mpsc::channel(1);
+    let limits = Limits {
+        connection: Duration::from_millis(300),
+        ..LIMITS
+    };
+    let served = Served::new(limits, commands);
+    let mut deaf = served.connect().await;
+    deaf.write_all(b"GET /v1/pairs HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await
+        .expect("write");
+    let Some(Command::List { reply }) = received.recv().await else {
+        panic!("no list")
+    };
+    // Far more than the socket's buffers hold.
+    let many = vec![report(7, &pair(30000)); 10_000];
+    let whole = serde_json::to_vec(&many).expect("JSON").len();
+    reply.send(Ok(many)).expect("server waits");
+    tokio::spawn(controller(received));
+    served.client.status().await.expect("served meanwhile");
+    // Nothing is read before the server has given up, which shows in that writing fails.
+    let given_up = async {
+        while deaf.write_all(b" ").await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(HANG, given_up).await.expect("cut off");
+    let mut answer = Vec::new();
+    let _ = deaf.read_to_end(&mut answer).await;
+    assert!(
+        answer.len() < whole,
+        "{} of {whole} bytes arrived",
+        answer.len()
+    );
+}
+
+#[tokio::test]
+async fn more_clients_than_places_wait_for_one() {
+    let (commands, mut received) = mpsc::channel(4);
+    let served = Served::new(
+        Limits {
+            connections: 2,
+            ..LIMITS
+        },
+        commands,
+    );
+    let ask = || {
+        let client = served.client.clone();
+        tokio::spawn(async move { client.status().await })
+    };
+    let asked = [ask(), ask(), ask()];
+    let mut replies = Vec::new();
+    for _ in 0..2 {
+        let Some(Command::Status { reply }) = received.recv().await else {
+            panic!("no status")
+        };
+        replies.push(reply);
+    }
+    timeout(Duration::from_millis(200), received.recv())
+        .await
+        .expect_err("a third was served at once");
+    for reply in replies {
+        reply.send(Ok(status_report())).expect("server waits");
+    }
+    tokio::spawn(controller(received));
+    for client in asked {
+        timeout(HANG, client)
+            .await
+            .expect("served in the end")
+            .expect("task")
+            .expect("status");
+    }
+}
+
+#[tokio::test]
+async fn a_silent_controller_is_reported_and_its_command_is_closed() {
+    let (commands, mut received) = mpsc::channel(1);
+    let limits = Limits {
+        answer: Duration::from_millis(100),
+        ..LIMITS
+    };
+    let served = Served::new(limits, commands);
+    let error = served
+        .client
+        .add(&pair(30000))
+        .await
+        .expect_err("silence")
+        .to_string();
+    assert!(error.contains("did not answer within 0.1 s"), "{error}");
+    let Some(Command::Add { reply, .. }) = received.recv().await else {
+        panic!("no add")
+    };
+    assert!(reply.is_closed());
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_closes_its_command() {
+    let (commands, mut received) = mpsc::channel(1);
+    let served = Served::new(LIMITS, commands);
+    let mut stream = served.connect().await;
+    stream
+        .write_all(b"DELETE /v1/pairs HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await
+        .expect("write");
+    let Some(Command::Flush { mut reply }) = received.recv().await else {
+        panic!("no flush")
+    };
+    drop(stream);
+    reply.closed().await;
+}
+
+#[tokio::test]
+async fn an_ending_controller_is_reported() {
+    let (commands, received) = mpsc::channel(1);
+    drop(received);
+    let served = Served::new(LIMITS, commands);
+    assert_eq!(
+        served.refusal("GET /v1/status", "").await,
+        (503, "stopping".to_owned())
+    );
+}
+
+#[tokio::test]
+async fn answers_under_way_are_finished_at_the_end() {
+    let (commands, mut received) = mpsc::channel(1);
+    let mut served = Served::new(LIMITS, commands);
+    let client = served.client.clone();
+    let asked = tokio::spawn(async move { client.status().await });
+    let Some(Command::Status { reply }) = received.recv().await else {
+        panic!("no status")
+    };
+    served.stop.take();
+    reply.send(Ok(status_report())).expect("server waits");
+    asked.await.expect("task").expect("answered");
+    served.server.await.expect("task").expect("server");
+    assert_eq!(
+        std::fs::read_dir(served.folder.path())
+            .expect("folder")
+            .count(),
+        0
+    );
+}
+
+#[test]
+fn root_and_the_own_user_may_control() {
+    for (peer, own, allowed) in [
+        (0, 0, true),
+        (0, 1000, true),
+        (1000, 1000, true),
+        (1001, 1000, false),
+        (1000, 0, false),
+    ] {
+        assert_eq!(may_control(peer, own), allowed, "{peer} {own}");
+    }
+}

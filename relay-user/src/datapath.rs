@@ -1,0 +1,654 @@
+//! The datapath as the controller sees it: load, attach, pin, and the maps.
+
+use std::{
+    fs, io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+    ptr,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{HashMap, Map, MapData, MapError, MapInfo, PerCpuArray},
+    programs::{ProgramError, ProgramInfo, Xdp, XdpMode},
+};
+use memmap2::{MmapOptions, MmapRaw};
+use nix::{
+    mount::MsFlags,
+    sys::statfs::{FsType, statfs},
+};
+use relay_common::{
+    reason::Reason,
+    stream::{ABI_VERSION, Counter, State, Stream, StreamKey, mode},
+};
+use serde::{Deserialize, Serialize};
+
+/// The compiled datapath. Both entry points are in it: `relay_xdp` and `relay_tc`.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/relay"));
+
+/// Names of what the object defines; nothing else in userspace spells them.
+pub mod names {
+    /// XDP entry point.
+    pub const XDP: &str = "relay_xdp";
+    /// TC entry point.
+    pub const TC: &str = "relay_tc";
+    /// Streams by local address.
+    pub const STREAMS: &str = "STREAMS";
+    /// What happened to each stream.
+    pub const STATE: &str = "STATE";
+    /// Packets and bytes by reason.
+    pub const COUNTERS: &str = "COUNTERS";
+    /// Load-time constant: 1 in generic XDP.
+    pub const GENERIC: &str = "GENERIC";
+}
+
+/// Where BPF objects get names.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// From include/uapi/linux/magic.h.
+const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+
+const KEY: usize = size_of::<StreamKey>();
+const VALUE: usize = size_of::<Stream>();
+const COUNTER: usize = size_of::<Counter>();
+
+/// How XDP runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachMode {
+    /// In the driver, before a socket buffer exists.
+    Native,
+    /// In the stack's receive path, on every interface.
+    Generic,
+}
+
+impl AttachMode {
+    /// As in `--mode`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+}
+
+/// Why the datapath could not be set up or changed. The text names the thing and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// bpffs is absent and could not be mounted.
+    #[error(
+        "{BPFFS} is no BPF file system and could not be mounted ({0}): run `mount -t bpf bpf {BPFFS}`"
+    )]
+    Bpffs(#[source] io::Error),
+    /// A pin of an earlier run that this version cannot own.
+    #[error(
+        "{path} is left over from a version with another layout ({found}; this one needs {expected}): run `relay-user detach {interface}` to remove it"
+    )]
+    StalePin {
+        /// The pinned map.
+        path: PathBuf,
+        /// Its type and sizes.
+        found: String,
+        /// The type and sizes of this version.
+        expected: String,
+        /// The interface it belongs to.
+        interface: String,
+    },
+    /// A pin that is no map, or cannot be opened.
+    #[error(
+        "{path} cannot be opened as a BPF map ({source}): run `relay-user detach {interface}` to remove it"
+    )]
+    UnreadablePin {
+        /// What stands at the path.
+        path: PathBuf,
+        /// The interface it belongs to.
+        interface: String,
+        /// The kernel's answer.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// The pin directory cannot be created or cleared.
+    #[error("{path}: {source}")]
+    Pins {
+        /// The directory or file.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Another XDP program has the interface.
+    #[error(
+        "{interface} already has an XDP program ({program}): detach it first (`ip link set dev {interface} xdp off`, or the tool that attached it)"
+    )]
+    OtherProgram {
+        /// The interface.
+        interface: String,
+        /// Name and id, where the kernel tells.
+        program: String,
+    },
+    /// The driver has no native XDP, or refuses it in its present configuration.
+    #[error(
+        "{interface} refuses native XDP ({source}): use `--mode generic`; native needs a driver with XDP support, an MTU that fits a page, and LRO off"
+    )]
+    NativeRefused {
+        /// The interface.
+        interface: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refuses generic XDP too.
+    #[error(
+        "{interface} refuses XDP ({source}): this kernel or interface type cannot run it; Linux 5.15 or newer is needed"
+    )]
+    XdpRefused {
+        /// The interface.
+        interface: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refuses a map or the program.
+    #[error("the kernel refuses {what} ({source}): {remedy}")]
+    Refused {
+        /// The map or program.
+        what: &'static str,
+        /// What may help.
+        remedy: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The verifier refuses the program: a fault of ours on this kernel.
+    #[error(
+        "the kernel's verifier refuses the program: please report this with the kernel's version and the log:\n{0}"
+    )]
+    Verifier(String),
+    /// The object in this binary does not fit this library: a fault of the build.
+    #[error("the embedded object is unusable: {0}")]
+    Object(String),
+    /// Loading failed otherwise.
+    #[error("the BPF object could not be loaded: {0}")]
+    Load(#[source] Box<EbpfError>),
+    /// `STREAMS` has no room.
+    #[error("the map of streams is full ({max_streams}): raise `--max-streams`")]
+    Full {
+        /// Its size.
+        max_streams: u32,
+    },
+    /// A map operation failed that cannot fail in a sane kernel.
+    #[error("map {map}: {source}")]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// `STATE` cannot be mapped into memory.
+    #[error("map STATE cannot be mapped ({0}): Linux 5.5 or newer is needed")]
+    Mmap(#[source] io::Error),
+}
+
+/// A loaded and attached datapath. Dropping it detaches the program and removes every pin.
+pub struct Datapath {
+    mode: AttachMode,
+    max_streams: u32,
+    // Before the rest: unpinned first, then detached and freed.
+    pins: Pins,
+    streams: HashMap<MapData, [u8; KEY], [u8; VALUE]>,
+    state: StateMap,
+    counters: PerCpuArray<MapData, [u8; COUNTER]>,
+    // Holds the program and its link. The link is not pinned: should this process die, the kernel
+    // detaches the program at once and every packet is Asterisk's again.
+    _ebpf: Ebpf,
+}
+
+/// Loads the object with its maps sized for `max_streams`, for any hook.
+///
+/// # Errors
+/// [`DatapathError::Refused`] and the like, with the kernel's reason.
+pub fn load(mode: AttachMode, max_streams: u32) -> Result<Ebpf, DatapathError> {
+    let generic = u8::from(mode == AttachMode::Generic);
+    EbpfLoader::new()
+        .override_global(names::GENERIC, &generic, true)
+        .map_max_entries(names::STREAMS, max_streams)
+        .map_max_entries(names::STATE, max_streams)
+        .load(OBJECT)
+        .map_err(|error| match error {
+            EbpfError::MapError(MapError::CreateError { io_error, .. }) => {
+                let remedy = match io_error.raw_os_error() {
+                    Some(nix::libc::ENOMEM) => "lower `--max-streams`",
+                    Some(nix::libc::EPERM) => {
+                        "CAP_BPF is needed, and on kernels before 5.11 `ulimit -l unlimited`"
+                    }
+                    _ => "Linux 5.15 or newer is needed",
+                };
+                DatapathError::Refused {
+                    what: "the maps",
+                    remedy,
+                    source: io_error,
+                }
+            }
+            error => DatapathError::Load(Box::new(error)),
+        })
+}
+
+/// The XDP program of a loaded object, itself loaded.
+///
+/// # Errors
+/// [`DatapathError::Verifier`] with the kernel's log, [`DatapathError::Refused`] for want of a
+/// capability.
+pub fn load_xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
+    let program: &mut Xdp = ebpf
+        .program_mut(names::XDP)
+        .ok_or_else(|| DatapathError::Object(format!("no program {}", names::XDP)))?
+        .try_into()
+        .map_err(|error: ProgramError| DatapathError::Object(error.to_string()))?;
+    program.load().map_err(|error| match error {
+        ProgramError::LoadError { io_error, .. }
+            if io_error.raw_os_error() == Some(nix::libc::EPERM) =>
+        {
+            DatapathError::Refused {
+                what: "the program",
+                remedy: "CAP_BPF and CAP_NET_ADMIN are needed",
+                source: io_error,
+            }
+        }
+        ProgramError::LoadError { verifier_log, .. } => {
+            DatapathError::Verifier(verifier_log.to_string())
+        }
+        error => DatapathError::Object(error.to_string()),
+    })?;
+    Ok(program)
+}
+
+impl Datapath {
+    /// Loads the datapath and attaches it to an interface.
+    ///
+    /// # Errors
+    /// Every [`DatapathError`] about loading, attaching and pinning. Nothing is left behind then.
+    pub fn attach(
+        interface: &str,
+        index: u32,
+        mode: AttachMode,
+        max_streams: u32,
+    ) -> Result<Self, DatapathError> {
+        ensure_bpffs()?;
+        let mut ebpf = load(mode, max_streams)?;
+        let mut pins = Pins::claim(interface, &ebpf)?;
+        let program = load_xdp(&mut ebpf)?;
+        let flags = match mode {
+            AttachMode::Native => XdpMode::Driver,
+            AttachMode::Generic => XdpMode::Skb,
+        };
+        program
+            .attach_to_if_index(index, flags)
+            .map_err(|error| attach_error(interface, mode, error))?;
+
+        for name in [names::STREAMS, names::STATE, names::COUNTERS] {
+            pins.pin(name, map(&ebpf, name)?)?;
+        }
+        let state = StateMap::new(map(&ebpf, names::STATE)?, max_streams)?;
+        Ok(Self {
+            mode,
+            max_streams,
+            pins,
+            streams: take(&mut ebpf, names::STREAMS)?,
+            state,
+            counters: take(&mut ebpf, names::COUNTERS)?,
+            _ebpf: ebpf,
+        })
+    }
+
+    /// How the program runs.
+    #[must_use]
+    pub const fn mode(&self) -> AttachMode {
+        self.mode
+    }
+
+    /// Directory of the pinned maps.
+    #[must_use]
+    pub fn pins(&self) -> &Path {
+        &self.pins.directory
+    }
+
+    /// Installs a stream, or replaces its value while packets flow; a packet sees the old value or
+    /// the new one. The stream's mode is left as it is.
+    ///
+    /// # Errors
+    /// [`DatapathError::Full`].
+    pub fn install(&mut self, key: &StreamKey, stream: &Stream) -> Result<(), DatapathError> {
+        let key: [u8; KEY] = zerocopy::transmute!(*key);
+        let stream: [u8; VALUE] = zerocopy::transmute!(*stream);
+        self.streams
+            .insert(key, stream, 0)
+            .map_err(|source| match &source {
+                MapError::SyscallError(error)
+                    if error.io_error.raw_os_error() == Some(nix::libc::E2BIG) =>
+                {
+                    DatapathError::Full {
+                        max_streams: self.max_streams,
+                    }
+                }
+                _ => DatapathError::Map {
+                    map: names::STREAMS,
+                    source: Box::new(source),
+                },
+            })
+    }
+
+    /// Takes a stream back on the spot, then removes it.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`]; a stream that is not there is none.
+    pub fn remove(&mut self, key: &StreamKey, slot: u32) -> Result<(), DatapathError> {
+        self.set_mode(slot, mode::SUSPENDED);
+        match self.streams.remove(&zerocopy::transmute!(*key)) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(nix::libc::ENOENT) =>
+            {
+                Ok(())
+            }
+            Err(source) => Err(DatapathError::Map {
+                map: names::STREAMS,
+                source: Box::new(source),
+            }),
+        }
+    }
+
+    /// Sets a stream's mode (see [`mode`]); effective on the next packet, without a system call.
+    pub fn set_mode(&self, slot: u32, mode: u32) {
+        self.state.set_mode(slot, mode);
+    }
+
+    /// Forgets what happened to the slot's earlier stream. Its mode becomes `watching`.
+    pub fn reset(&self, slot: u32) {
+        self.state.reset(slot);
+    }
+
+    /// What happened to a stream so far.
+    #[must_use]
+    pub fn state(&self, slot: u32) -> State {
+        self.state.read(slot)
+    }
+
+    /// Packets and bytes by reason, all CPUs together.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn counters(&self) -> Result<Vec<(Reason, Counter)>, DatapathError> {
+        Reason::ALL
+            .iter()
+            .map(|&reason| {
+                let values = self.counters.get(&(reason as u32), 0).map_err(|source| {
+                    DatapathError::Map {
+                        map: names::COUNTERS,
+                        source: Box::new(source),
+                    }
+                })?;
+                let total = values.iter().fold(Counter::default(), |total, bytes| {
+                    let one: Counter = zerocopy::transmute!(*bytes);
+                    Counter {
+                        packets: total.packets.wrapping_add(one.packets),
+                        bytes: total.bytes.wrapping_add(one.bytes),
+                    }
+                });
+                Ok((reason, total))
+            })
+            .collect()
+    }
+}
+
+/// A map of the object.
+fn map<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a MapData, DatapathError> {
+    match ebpf.map(name) {
+        Some(Map::HashMap(data) | Map::Array(data) | Map::PerCpuArray(data)) => Ok(data),
+        _ => Err(DatapathError::Object(format!("no map {name}"))),
+    }
+}
+
+/// A map of the object, typed; its key and value sizes are checked by aya.
+fn take<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, DatapathError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let map = ebpf
+        .take_map(name)
+        .ok_or_else(|| DatapathError::Object(format!("no map {name}")))?;
+    T::try_from(map).map_err(|source| DatapathError::Map {
+        map: name,
+        source: Box::new(source),
+    })
+}
+
+fn attach_error(interface: &str, mode: AttachMode, error: ProgramError) -> DatapathError {
+    let source = match error {
+        ProgramError::SyscallError(error) => error.io_error,
+        error => io::Error::other(error.to_string()),
+    };
+    let interface = interface.to_owned();
+    match (source.raw_os_error(), mode) {
+        // EEXIST: there is one in the other mode.
+        (Some(nix::libc::EBUSY | nix::libc::EEXIST), _) => {
+            let program = "id unknown".to_owned();
+            DatapathError::OtherProgram { interface, program }
+        }
+        (_, AttachMode::Native) => DatapathError::NativeRefused { interface, source },
+        (_, AttachMode::Generic) => DatapathError::XdpRefused { interface, source },
+    }
+}
+
+/// Name and id of a loaded program, for a message.
+#[must_use]
+pub fn describe_program(id: u32) -> String {
+    let name = aya::programs::loaded_programs()
+        .filter_map(Result::ok)
+        .find(|program: &ProgramInfo| program.id() == id)
+        .and_then(|program| program.name_as_str().map(str::to_owned));
+    match name {
+        Some(name) => format!("`{name}`, id {id}"),
+        None => format!("id {id}"),
+    }
+}
+
+fn ensure_bpffs() -> Result<(), DatapathError> {
+    let is_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
+    if is_bpffs(Path::new(BPFFS)) {
+        return Ok(());
+    }
+    nix::mount::mount(
+        Some("bpf"),
+        BPFFS,
+        Some("bpf"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Some("mode=0700"),
+    )
+    .map_err(|errno| DatapathError::Bpffs(errno.into()))
+}
+
+/// `/sys/fs/bpf/relay`.
+fn pin_root() -> PathBuf {
+    Path::new(BPFFS).join("relay")
+}
+
+/// Pinned maps of one interface, removed on drop.
+struct Pins {
+    directory: PathBuf,
+}
+
+impl Pins {
+    /// Takes over the interface's directory. What a killed daemon left there is removed, unless it
+    /// has another layout: that may be the work of another version, and an operator decides.
+    fn claim(interface: &str, ebpf: &Ebpf) -> Result<Self, DatapathError> {
+        let directory = pin_root().join(format!("v{ABI_VERSION}")).join(interface);
+        let error = |path: &Path| {
+            let path = path.to_owned();
+            move |source| DatapathError::Pins { path, source }
+        };
+        if directory.exists() {
+            for entry in fs::read_dir(&directory).map_err(error(&directory))? {
+                let path = entry.map_err(error(&directory))?.path();
+                check_layout(&path, interface, ebpf)?;
+            }
+            fs::remove_dir_all(&directory).map_err(error(&directory))?;
+        }
+        fs::create_dir_all(&directory).map_err(error(&directory))?;
+        Ok(Self { directory })
+    }
+
+    fn pin(&mut self, name: &'static str, map: &MapData) -> Result<(), DatapathError> {
+        let path = self.directory.join(name);
+        map.pin(&path).map_err(|error| DatapathError::Pins {
+            path,
+            source: io::Error::other(error.to_string()),
+        })
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        if let Err(error) = remove_pins(&self.directory) {
+            tracing::error!(path = %self.directory.display(), %error, "pins not removed");
+        }
+    }
+}
+
+/// Removes a directory of pins, and the directories above it once nothing else is in them.
+fn remove_pins(directory: &Path) -> io::Result<()> {
+    fs::remove_dir_all(directory)?;
+    let root = pin_root();
+    for parent in directory
+        .ancestors()
+        .skip(1)
+        .take_while(|parent| parent.starts_with(&root))
+    {
+        // Another interface's daemon may use it.
+        if fs::remove_dir(parent).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a pinned map that this version did not create: reusing it would read one layout as
+/// another, and removing it might take away a running daemon's.
+fn check_layout(path: &Path, interface: &str, ebpf: &Ebpf) -> Result<(), DatapathError> {
+    let layout = |info: &MapInfo| {
+        let kind = info
+            .map_type()
+            .map_or_else(|_| "?".to_owned(), |kind| format!("{kind:?}"));
+        format!(
+            "{kind}, key {} bytes, value {} bytes",
+            info.key_size(),
+            info.value_size()
+        )
+    };
+    let unreadable = |source| DatapathError::UnreadablePin {
+        path: path.to_owned(),
+        interface: interface.to_owned(),
+        source: Box::new(source),
+    };
+    let found = layout(&MapInfo::from_pin(path).map_err(unreadable)?);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let expected = match ebpf.maps().find(|(map, _)| *map == name) {
+        Some((_, Map::HashMap(data) | Map::Array(data) | Map::PerCpuArray(data))) => {
+            layout(&data.info().map_err(unreadable)?)
+        }
+        _ => "no such map".to_owned(),
+    };
+    if found == expected {
+        Ok(())
+    } else {
+        Err(DatapathError::StalePin {
+            path: path.to_owned(),
+            found,
+            expected,
+            interface: interface.to_owned(),
+        })
+    }
+}
+
+/// Removes what daemons that no longer run left pinned for an interface, of every ABI version.
+/// Says what it removed.
+///
+/// # Errors
+/// [`DatapathError::Pins`].
+pub fn remove_leftovers(interface: &str) -> Result<Vec<PathBuf>, DatapathError> {
+    let root = pin_root();
+    let Ok(versions) = fs::read_dir(&root) else {
+        return Ok(Vec::new());
+    };
+    let mut removed = Vec::new();
+    for version in versions.flatten() {
+        let path = version.path().join(interface);
+        if path.is_dir() {
+            remove_pins(&path).map_err(|source| DatapathError::Pins {
+                path: path.clone(),
+                source,
+            })?;
+            removed.push(path);
+        }
+    }
+    Ok(removed)
+}
+
+/// `STATE`, mapped into memory: reading 100,000 streams costs no system call.
+struct StateMap {
+    memory: MmapRaw,
+    entries: u32,
+}
+
+impl StateMap {
+    fn new(map: &MapData, entries: u32) -> Result<Self, DatapathError> {
+        let length = entries as usize * size_of::<State>();
+        let memory = MmapOptions::new()
+            .len(length)
+            .map_raw(&map.fd().as_fd())
+            .map_err(DatapathError::Mmap)?;
+        Ok(Self { memory, entries })
+    }
+
+    fn slot(&self, slot: u32) -> *mut State {
+        assert!(slot < self.entries, "slot {slot} of {}", self.entries);
+        // SAFETY: within the mapping, as just checked.
+        unsafe { self.memory.as_mut_ptr().cast::<State>().add(slot as usize) }
+    }
+
+    fn words(&self, slot: u32) -> (&AtomicU32, &AtomicU64, &AtomicU64) {
+        let state = self.slot(slot);
+        // SAFETY: aligned words inside the mapping, which lives as long as `self`. The datapath
+        // writes them from other CPUs, so they are only ever touched atomically here.
+        unsafe {
+            (
+                AtomicU32::from_ptr(ptr::addr_of_mut!((*state).mode)),
+                AtomicU64::from_ptr(ptr::addr_of_mut!((*state).packets)),
+                AtomicU64::from_ptr(ptr::addr_of_mut!((*state).bytes)),
+            )
+        }
+    }
+
+    fn set_mode(&self, slot: u32, mode: u32) {
+        self.words(slot).0.store(mode, Ordering::Release);
+    }
+
+    fn reset(&self, slot: u32) {
+        let (mode, packets, bytes) = self.words(slot);
+        mode.store(mode::WATCHING, Ordering::Release);
+        packets.store(0, Ordering::Relaxed);
+        bytes.store(0, Ordering::Relaxed);
+    }
+
+    fn read(&self, slot: u32) -> State {
+        let (mode, packets, bytes) = self.words(slot);
+        State {
+            mode: mode.load(Ordering::Relaxed),
+            padding: 0,
+            packets: packets.load(Ordering::Relaxed),
+            bytes: bytes.load(Ordering::Relaxed),
+        }
+    }
+}

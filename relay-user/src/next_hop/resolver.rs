@@ -1,0 +1,205 @@
+//! The task that keeps paths resolved: moves messages between the kernel, the [`Table`] and those
+//! who ask. It decides nothing.
+
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    Path, Resolution,
+    netlink::{Hint, Kernel, NetlinkError, Notifications},
+    table::Table,
+};
+
+/// Commands served in one go.
+const COMMANDS: usize = 256;
+
+/// Route lookups between two looks at notifications and commands: about a millisecond. Not less than
+/// commands, so that every watch is answered in the step that reads it.
+const LOOKUPS: usize = COMMANDS;
+
+/// Changes that wait in the channel. Further ones wait in the table, where a newer one replaces
+/// an older one of the same path.
+const NOTICES: usize = 1024;
+
+/// Every change of a watched path after the answer to its first watch. A receiver that is slow gets
+/// the latest state of each path, and may miss states in between.
+pub type Changes = mpsc::Receiver<(Path, Resolution)>;
+
+/// Asks the resolver. Cheap to clone; the resolver ends when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub struct NextHops {
+    commands: mpsc::Sender<Command>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Watch {
+        path: Path,
+        answer: oneshot::Sender<Resolution>,
+    },
+    Unwatch {
+        path: Path,
+    },
+}
+
+/// The resolver has ended, so nothing keeps next hops current any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the next hop resolver has ended; its own error says why")]
+pub struct Stopped;
+
+impl NextHops {
+    /// Resolves a path now and keeps watching it. Each watch of a path needs its own
+    /// [`NextHops::unwatch`]. To be awaited to its end, or the watch may remain.
+    ///
+    /// # Errors
+    /// When the resolver has ended.
+    pub async fn watch(&self, path: Path) -> Result<Resolution, Stopped> {
+        let (answer, resolution) = oneshot::channel();
+        let command = Command::Watch { path, answer };
+        self.commands.send(command).await.map_err(|_| Stopped)?;
+        resolution.await.map_err(|_| Stopped)
+    }
+
+    /// Ends one watch. Changes of the path that are in the channel already still arrive.
+    ///
+    /// # Errors
+    /// When the resolver has ended.
+    pub async fn unwatch(&self, path: Path) -> Result<(), Stopped> {
+        let command = Command::Unwatch { path };
+        self.commands.send(command).await.map_err(|_| Stopped)
+    }
+}
+
+/// Keeps the watched paths of one interface resolved. Runs as a task of its own.
+pub struct Resolver {
+    kernel: Kernel,
+    notifications: Notifications,
+    table: Table,
+    commands: mpsc::Receiver<Command>,
+    notices: mpsc::Sender<(Path, Resolution)>,
+}
+
+/// Prepares a resolver for streams that leave through the interface of this index, in the network
+/// namespace of the calling thread. To be called within a Tokio runtime.
+///
+/// # Errors
+/// When the kernel's sockets cannot be opened or the interfaces not be listed.
+pub fn open(interface: u32) -> Result<(NextHops, Resolver, Changes), NetlinkError> {
+    // Subscribed before anything is read, so no change falls in between.
+    let notifications = Notifications::open()?;
+    let mut kernel = Kernel::open()?;
+    let now = Instant::now();
+    let mut table = Table::new(interface, now);
+    table.interfaces(kernel.interfaces()?);
+    let (commands_in, commands) = mpsc::channel(COMMANDS);
+    let (notices, changes) = mpsc::channel(NOTICES);
+    let resolver = Resolver {
+        kernel,
+        notifications,
+        table,
+        commands,
+        notices,
+    };
+    Ok((
+        NextHops {
+            commands: commands_in,
+        },
+        resolver,
+        changes,
+    ))
+}
+
+impl Resolver {
+    /// Runs until all [`NextHops`] or the receiver of changes are dropped.
+    ///
+    /// # Errors
+    /// When the kernel's sockets fail. Next hops are then no longer kept current.
+    pub async fn run(mut self) -> Result<(), NetlinkError> {
+        let mut hints = Vec::new();
+        let mut commands = Vec::new();
+        loop {
+            let deadline = self.table.deadline().into();
+            tokio::select! {
+                read = self.notifications.read(&mut hints) => read?,
+                count = self.commands.recv_many(&mut commands, COMMANDS) => {
+                    if count == 0 {
+                        return Ok(());
+                    }
+                }
+                permit = self.notices.reserve(), if self.table.has_notices() => match permit {
+                    Ok(permit) => if let Some(notice) = self.table.next_notice() {
+                        permit.send(notice);
+                    },
+                    Err(_) => return Ok(()),
+                },
+                () = tokio::time::sleep_until(deadline) => {}
+            }
+            self.step(&mut hints, &mut commands)?;
+            // A long pass finds some branch ready each time, and would keep the others out.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn step(
+        &mut self,
+        hints: &mut Vec<Hint>,
+        commands: &mut Vec<Command>,
+    ) -> Result<(), NetlinkError> {
+        let now = Instant::now();
+        if hints.contains(&Hint::Lost) {
+            tracing::warn!("netlink notifications were lost; reading everything again");
+            self.table.interfaces(self.kernel.interfaces()?);
+        }
+        // A route that flaps is one change.
+        hints.sort_unstable();
+        hints.dedup();
+        for hint in hints.drain(..) {
+            self.table.hint(hint);
+        }
+        let mut asked = Vec::new();
+        for command in commands.drain(..) {
+            match command {
+                Command::Watch { path, answer } => {
+                    self.table.watch(path);
+                    asked.push((path, answer));
+                }
+                Command::Unwatch { path } => self.table.unwatch(path),
+            }
+        }
+        for index in self.table.links_due() {
+            self.table.link_answer(index, self.kernel.interface(index)?);
+        }
+        let paths = self.table.lookups_due(now, LOOKUPS);
+        let routes = self.kernel.routes(&paths);
+        self.table
+            .route_answers(paths.into_iter().zip(routes), Instant::now());
+        let keys = self.table.reads_due(LOOKUPS);
+        for (key, entry) in keys.iter().zip(self.kernel.neighbours(&keys)) {
+            self.table.neighbour_answer(*key, entry, now);
+        }
+        let keys = self.table.uses_due(now);
+        self.kernel.use_neighbours(&keys);
+        // Some states that a use leads to are not notified, such as NUD_NOARP at once.
+        for (key, entry) in keys.iter().zip(self.kernel.neighbours(&keys)) {
+            self.table.neighbour_answer(*key, entry, now);
+        }
+        for (path, answer) in asked {
+            if let Some(resolution) = self.table.answer(path)
+                && answer.send(resolution).is_err()
+            {
+                self.table.unwatch(path);
+            }
+        }
+        while self.table.has_notices() {
+            let Ok(permit) = self.notices.try_reserve() else {
+                break;
+            };
+            let Some(notice) = self.table.next_notice() else {
+                break;
+            };
+            permit.send(notice);
+        }
+        Ok(())
+    }
+}

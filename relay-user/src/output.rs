@@ -1,0 +1,584 @@
+//! What the commands print for people. Programs take `--json`.
+
+use std::{
+    borrow::Cow,
+    fmt::Write as _,
+    io::{self, IsTerminal as _},
+};
+
+use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
+
+use crate::control::model::{
+    AmiReport, AmiState, AttachMode, Detached, Feed, Found, LegReport, NextHopReport, PairReport,
+    PairState, StatusReport, StreamReport, StreamState, Verdict,
+};
+
+/// How the output looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Style {
+    /// Tables with lines, fitted to the width of the terminal; else plain aligned columns.
+    pub lines: bool,
+    /// States in colour.
+    pub colour: bool,
+}
+
+impl Style {
+    /// Aligned text, fit for a file or a pipe.
+    pub const PLAIN: Self = Self {
+        lines: false,
+        colour: false,
+    };
+
+    /// What suits standard output: lines and colour on a terminal, and no colour where `NO_COLOR` is
+    /// set and not empty (<https://no-color.org>).
+    pub fn of_stdout() -> Self {
+        let terminal = io::stdout().is_terminal();
+        let refused = std::env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty());
+        Self {
+            lines: terminal,
+            colour: terminal && !refused,
+        }
+    }
+
+    fn table(self, header: &[&str]) -> Table {
+        let mut table = Table::new();
+        table.set_header(header);
+        if self.lines {
+            table.load_style(presets::UTF8_FULL_CONDENSED);
+            table.set_content_arrangement(ContentArrangement::Dynamic);
+            if self.colour {
+                table.enforce_styling();
+            }
+        } else {
+            table.force_no_tty();
+            table.load_style(presets::NOTHING);
+            table.set_content_arrangement(ContentArrangement::Disabled);
+            for column in table.column_iter_mut() {
+                column.set_padding((0, 2));
+            }
+        }
+        table
+    }
+
+    fn paint(self, cell: Cell, colour: Color) -> Cell {
+        if self.colour { cell.fg(colour) } else { cell }
+    }
+}
+
+/// Every pair, a line each.
+pub fn pairs(pairs: &[PairReport], style: Style) -> String {
+    if pairs.is_empty() {
+        return "no pairs\n".to_owned();
+    }
+    let mut table = style.table(&[
+        "ID",
+        "FEED",
+        "STATE",
+        "FIRST LEG",
+        "SECOND LEG",
+        "PACKETS",
+        "WHY",
+    ]);
+    for pair in pairs {
+        let mut legs = pair.legs.iter().map(|report| {
+            // Between the addresses, or a narrow terminal would break them in the middle.
+            if style.lines {
+                leg(report).replace('=', "=\n")
+            } else {
+                leg(report)
+            }
+        });
+        table.add_row([
+            number(pair.id),
+            Cell::new(feed(pair.feed)),
+            pair_state(pair.state, style),
+            Cell::new(legs.next().unwrap_or_else(|| "-".into())),
+            Cell::new(legs.next().unwrap_or_else(|| "-".into())),
+            number(packets(pair)),
+            text(pair.why.as_deref().unwrap_or_default()),
+        ]);
+    }
+    drawn(&table)
+}
+
+/// One pair, whole.
+pub fn pair(pair: &PairReport, style: Style) -> String {
+    let mut facts = Facts::default();
+    facts.add("pair", pair.id);
+    facts.add("state", pair_state_name(pair.state));
+    if let Some(why) = &pair.why {
+        facts.add("why", why);
+    }
+    facts.add("feed", feed(pair.feed));
+    if let Some(call) = &pair.call {
+        facts.add("call", call);
+    }
+    for (name, report) in ["first leg", "second leg"].into_iter().zip(&pair.legs) {
+        match &report.channel {
+            Some(channel) => facts.add(name, format_args!("{} ({channel})", leg(report))),
+            None => facts.add(name, leg(report)),
+        }
+    }
+    let types: Vec<_> = pair.payload_types.iter().map(ToString::to_string).collect();
+    facts.add("payload types", types.join(", "));
+    if pair.streams.is_empty() {
+        return facts.drawn();
+    }
+    let mut table = style.table(&["FROM", "TO", "STATE", "PACKETS", "BYTES", "NEXT HOP"]);
+    for stream in &pair.streams {
+        table.add_row([
+            Cell::new(stream.from),
+            Cell::new(stream.to),
+            stream_state(stream, style),
+            number(stream.packets),
+            number(stream.bytes),
+            text(
+                &stream
+                    .next_hop
+                    .as_ref()
+                    .map_or_else(|| "not known yet".into(), next_hop),
+            ),
+        ]);
+    }
+    format!("{}\n{}", facts.drawn(), drawn(&table))
+}
+
+/// What became of a pair just added: one line.
+pub fn added(pair: &PairReport) -> String {
+    let state = pair_state_name(pair.state);
+    match &pair.why {
+        Some(why) => format!("pair {}: {state}: {}\n", pair.id, clean(why)),
+        None => format!("pair {}: {state}\n", pair.id),
+    }
+}
+
+/// The pairs that went, and how many.
+pub fn removed(removed: &[PairReport], style: Style) -> String {
+    let count = match removed.len() {
+        0 => return "there was no pair to remove\n".to_owned(),
+        1 => "1 pair".to_owned(),
+        count => format!("{count} pairs"),
+    };
+    format!("{}{count} removed\n", pairs(removed, style))
+}
+
+/// What a detach ended: one line.
+pub fn detached(detached: &Detached) -> String {
+    let interface = clean(&detached.interface);
+    match detached.found {
+        Found::Running => {
+            format!(
+                "detached from {interface}; pairs given back to the PBX: {}\n",
+                detached.pairs
+            )
+        }
+        Found::LeftBehind => {
+            format!("no relay daemon ran on {interface}; removed what it had left in the kernel\n")
+        }
+    }
+}
+
+/// The daemon on one screen.
+pub fn status(status: &StatusReport, style: Style) -> String {
+    let mut facts = Facts::default();
+    let mode = match status.mode {
+        AttachMode::Native => "native",
+        AttachMode::Generic => "generic",
+    };
+    facts.add(
+        "interface",
+        format_args!("{} (number {})", status.interface, status.ifindex),
+    );
+    facts.add("mode", format_args!("{mode} XDP: {}", status.mode_reason));
+    facts.add(
+        "daemon",
+        format_args!(
+            "relay-user {}, ABI {}, process {}, up {}",
+            status.version,
+            status.abi,
+            status.pid,
+            duration(status.uptime_seconds)
+        ),
+    );
+    facts.add("DSCP", status.dscp);
+    facts.add("pins", status.pins.display());
+    facts.add(
+        "AMI",
+        status.ami.as_ref().map_or_else(|| "not used".into(), ami),
+    );
+    facts.add(
+        "pairs",
+        format_args!(
+            "{}: {} offloaded, {} waiting, {} refused",
+            status.pairs, status.offloaded, status.waiting, status.refused
+        ),
+    );
+    facts.add(
+        "streams",
+        format_args!("{} of {}", status.streams, status.max_streams),
+    );
+    let mut screen = facts.drawn();
+
+    let mut reasons = style.table(&["REASON", "VERDICT", "PACKETS", "BYTES"]);
+    for row in status.reasons.iter().filter(|row| row.packets != 0) {
+        let (verdict, colour) = match row.verdict {
+            Verdict::Relayed => ("relayed", Color::Green),
+            Verdict::Passed => ("passed", Color::Yellow),
+        };
+        reasons.add_row([
+            text(&row.reason),
+            style.paint(Cell::new(verdict), colour),
+            number(row.packets),
+            number(row.bytes),
+        ]);
+    }
+    screen.push('\n');
+    if reasons.is_empty() {
+        screen.push_str("no packets yet\n");
+    } else {
+        screen.push_str(&drawn(&reasons));
+    }
+
+    let mut refusals = style.table(&["REFUSED BECAUSE", "COUNT"]);
+    for row in status.refusals.iter().filter(|row| row.count != 0) {
+        refusals.add_row([text(&row.cause), number(row.count)]);
+    }
+    if !refusals.is_empty() {
+        screen.push('\n');
+        screen.push_str(&drawn(&refusals));
+    }
+    screen
+}
+
+/// Names and values in two columns.
+#[derive(Default)]
+struct Facts(Vec<(&'static str, String)>);
+
+impl Facts {
+    fn add(&mut self, name: &'static str, value: impl ToString) {
+        self.0.push((name, clean(&value.to_string()).into_owned()));
+    }
+
+    fn drawn(&self) -> String {
+        let width = self
+            .0
+            .iter()
+            .map(|(name, _)| name.len())
+            .max()
+            .unwrap_or_default();
+        let mut lines = String::new();
+        for (name, value) in &self.0 {
+            // Writing to a string cannot fail.
+            let _ = writeln!(lines, "{name:width$}  {value}");
+        }
+        lines
+    }
+}
+
+fn drawn(table: &Table) -> String {
+    table.trim_fmt() + "\n"
+}
+
+fn packets(pair: &PairReport) -> u64 {
+    pair.streams.iter().map(|stream| stream.packets).sum()
+}
+
+fn leg(leg: &LegReport) -> String {
+    format!("{}={}", leg.local, leg.remote)
+}
+
+fn next_hop(hop: &NextHopReport) -> String {
+    let mut line = format!("{} > {}", hop.source_mac, hop.destination_mac);
+    for vlan in &hop.vlan {
+        let _ = write!(line, ", VLAN {vlan}");
+    }
+    let _ = write!(line, ", MTU {}", hop.mtu);
+    line
+}
+
+fn ami(ami: &AmiReport) -> String {
+    let mut line = match ami.state {
+        AmiState::Up => "up".to_owned(),
+        AmiState::Down => "down".to_owned(),
+    };
+    let _ = write!(line, ", {} at {}", ami.user, ami.address);
+    for more in [&ami.asterisk, &ami.cause].into_iter().flatten() {
+        let _ = write!(line, ", {more}");
+    }
+    line
+}
+
+fn duration(seconds: u64) -> String {
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, _) => format!("{minutes} min {} s", seconds % 60),
+        (0, _, _) => format!("{hours} h {minutes} min"),
+        _ => format!("{days} d {hours} h"),
+    }
+}
+
+fn feed(feed: Feed) -> &'static str {
+    match feed {
+        Feed::Api => "api",
+        Feed::Ami => "ami",
+    }
+}
+
+fn pair_state_name(state: PairState) -> &'static str {
+    match state {
+        PairState::Offloaded => "offloaded",
+        PairState::Waiting => "waiting",
+        PairState::Refused => "refused",
+    }
+}
+
+fn pair_state(state: PairState, style: Style) -> Cell {
+    let colour = match state {
+        PairState::Offloaded => Color::Green,
+        PairState::Waiting => Color::Yellow,
+        PairState::Refused => Color::Red,
+    };
+    style.paint(Cell::new(pair_state_name(state)), colour)
+}
+
+fn stream_state(stream: &StreamReport, style: Style) -> Cell {
+    let (name, colour) = match stream.state {
+        StreamState::Waiting => ("waiting", Color::Yellow),
+        StreamState::Watching => ("watching", Color::Yellow),
+        StreamState::Offloaded => ("offloaded", Color::Green),
+        StreamState::Suspended => ("suspended", Color::Red),
+    };
+    style.paint(Cell::new(name), colour)
+}
+
+fn number(number: u64) -> Cell {
+    Cell::new(number).set_alignment(CellAlignment::Right)
+}
+
+fn text(text: &str) -> Cell {
+    Cell::new(clean(text))
+}
+
+/// Without control characters. Channel names and causes come from the network, and must neither
+/// break a line nor drive the reader's terminal.
+fn clean(text: &str) -> Cow<'_, str> {
+    // U+202A–U+202E and U+2066–U+2069 reorder what stands around them.
+    let unfit =
+        |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    if text.contains(unfit) {
+        Cow::Owned(text.replace(unfit, "\u{fffd}"))
+    } else {
+        Cow::Borrowed(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::model::ReasonReport;
+
+    /// The examples of docs/api.md, so that the two descriptions of one thing agree.
+    fn example<T: serde::de::DeserializeOwned>(heading: &str) -> T {
+        let description = include_str!("../../docs/api.md");
+        let section = description
+            .split("\n## ")
+            .find(|section| section.starts_with(heading))
+            .expect("section");
+        let block = section.split("```json\n").nth(1).expect("block");
+        serde_json::from_str(block.split("```").next().expect("end")).expect("example")
+    }
+
+    fn rows(text: &str) -> Vec<Vec<&str>> {
+        text.lines()
+            .map(|line| {
+                line.split("  ")
+                    .map(str::trim)
+                    .filter(|cell| !cell.is_empty())
+                    .collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_list_is_one_aligned_line_per_pair() {
+        let mut waiting: PairReport = example("A pair");
+        waiting.state = PairState::Waiting;
+        waiting.why = Some("no neighbour".into());
+        let mut refused = waiting.clone();
+        refused.id = 1000;
+        refused.state = PairState::Refused;
+        refused.legs.clear();
+        refused.streams.clear();
+        let text = pairs(&[example("A pair"), waiting, refused], Style::PLAIN);
+        let rows = rows(&text);
+        assert_eq!(
+            rows[0],
+            [
+                "ID",
+                "FEED",
+                "STATE",
+                "FIRST LEG",
+                "SECOND LEG",
+                "PACKETS",
+                "WHY"
+            ]
+        );
+        assert_eq!(
+            rows[1],
+            [
+                "7",
+                "ami",
+                "offloaded",
+                "192.0.2.1:10000=192.0.2.11:30000",
+                "192.0.2.1:10002=192.0.2.12:30002",
+                "3003"
+            ]
+        );
+        assert_eq!(rows[2][2], "waiting");
+        assert_eq!(rows[2][6], "no neighbour");
+        assert_eq!(
+            rows[3],
+            ["1000", "ami", "refused", "-", "-", "0", "no neighbour"]
+        );
+        let column = |line: &str, what: &str| line.find(what).expect("column");
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(column(lines[0], "STATE"), column(lines[1], "offloaded"));
+        assert_eq!(column(lines[0], "STATE"), column(lines[3], "refused"));
+        assert!(
+            lines.iter().all(|line| line.trim_end() == *line),
+            "{text:?}"
+        );
+        assert_eq!(pairs(&[], Style::PLAIN), "no pairs\n");
+    }
+
+    #[test]
+    fn a_pair_shows_all_it_has() {
+        let text = pair(&example("A pair"), Style::PLAIN);
+        for fragment in [
+            "state          offloaded",
+            "call           0e0f7c4e-6d5e-4b6e-9d3b-0b8f6d0a7c11",
+            "first leg      192.0.2.1:10000=192.0.2.11:30000 (PJSIP/alice-00000001)",
+            "payload types  0, 101:96",
+            "02:00:00:00:00:01 > 02:00:00:00:00:0c, VLAN 100, MTU 1500",
+            "321000",
+        ] {
+            assert!(text.contains(fragment), "{fragment} in {text}");
+        }
+    }
+
+    #[test]
+    fn a_new_pair_tells_why_it_waits() {
+        let mut report: PairReport = example("A pair");
+        assert_eq!(added(&report), "pair 7: offloaded\n");
+        report.state = PairState::Waiting;
+        report.why = Some("192.0.2.12 does not answer ARP".into());
+        assert_eq!(
+            added(&report),
+            "pair 7: waiting: 192.0.2.12 does not answer ARP\n"
+        );
+    }
+
+    #[test]
+    fn what_went_is_counted() {
+        let report: PairReport = example("A pair");
+        assert!(
+            removed(std::slice::from_ref(&report), Style::PLAIN).ends_with("\n1 pair removed\n")
+        );
+        assert!(removed(&[report.clone(), report], Style::PLAIN).ends_with("\n2 pairs removed\n"));
+        assert_eq!(removed(&[], Style::PLAIN), "there was no pair to remove\n");
+    }
+
+    #[test]
+    fn a_status_fits_a_screen_and_shows_no_zeros() {
+        let mut report: StatusReport = example("The status");
+        let zero = |reason: &str| ReasonReport {
+            reason: reason.into(),
+            verdict: Verdict::Passed,
+            packets: 0,
+            bytes: 0,
+        };
+        report.reasons.push(zero("never_seen"));
+        let text = status(&report, Style::PLAIN);
+        for fragment in [
+            "interface  eth0 (number 2)",
+            "mode       native XDP: ",
+            "up 3 d 4 h",
+            "AMI        up, relay at 127.0.0.1:5038, Asterisk 22.10.1",
+            "pairs      3: 1 offloaded, 1 waiting, 1 refused",
+            "streams    4 of 65536",
+        ] {
+            assert!(text.contains(fragment), "{fragment} in {text}");
+        }
+        assert!(
+            rows(&text).contains(&vec!["no_stream", "passed", "51200", "10342400"]),
+            "{text}"
+        );
+        assert!(rows(&text).contains(&vec!["hold", "4"]), "{text}");
+        assert!(!text.contains("never_seen"));
+        assert!(text.lines().count() <= 24, "{text}");
+
+        report.reasons = vec![zero("never_seen")];
+        report.refusals.clear();
+        report.ami = None;
+        let text = status(&report, Style::PLAIN);
+        assert!(
+            text.contains("no packets yet") && text.contains("AMI        not used"),
+            "{text}"
+        );
+        assert!(!text.contains("REFUSED BECAUSE"), "{text}");
+    }
+
+    #[test]
+    fn only_a_terminal_gets_lines_and_only_with_colour_escapes() {
+        let report = [example::<PairReport>("A pair")];
+        let plain = pairs(&report, Style::PLAIN);
+        assert!(!plain.contains(['\u{1b}', '─']), "{plain}");
+        let lines = pairs(
+            &report,
+            Style {
+                lines: true,
+                colour: false,
+            },
+        );
+        assert!(lines.contains('─') && !lines.contains('\u{1b}'), "{lines}");
+        let colour = pairs(
+            &report,
+            Style {
+                lines: true,
+                colour: true,
+            },
+        );
+        assert!(colour.contains('\u{1b}'), "{colour}");
+    }
+
+    #[test]
+    fn text_from_the_network_cannot_drive_the_terminal() {
+        let mut report: PairReport = example("A pair");
+        let hostile = "\u{1b}[2Jx\nID  FEED\u{202e}";
+        report.why = Some(hostile.into());
+        report.call = Some(hostile.into());
+        report.legs[0].channel = Some(hostile.into());
+        for text in [
+            pair(&report, Style::PLAIN),
+            pairs(std::slice::from_ref(&report), Style::PLAIN),
+            added(&report),
+        ] {
+            assert!(!text.contains(['\u{1b}', '\u{202e}']), "{text:?}");
+            assert!(!text.contains("\nID  FEED"), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn durations_read_well() {
+        for (seconds, expected) in [
+            (0, "0 s"),
+            (59, "59 s"),
+            (61, "1 min 1 s"),
+            (3_600, "1 h 0 min"),
+            (90_000, "1 d 1 h"),
+        ] {
+            assert_eq!(duration(seconds), expected);
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Cables between simulated machines: veth pairs with fixed addresses, no checksum offload and no GRO.
+
+use std::{
+    fs,
+    io::{self, Error},
+    mem,
+    net::UdpSocket,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    ptr, thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::libc;
+
+use crate::namespace::Host;
+
+/// How long a link may take to come up.
+const LINK_UP: Duration = Duration::from_secs(5);
+
+/// One end of a cable: an interface of a [`Host`].
+#[derive(Clone, Debug)]
+pub struct Interface {
+    /// The machine it belongs to.
+    pub host: Host,
+    /// Its name there.
+    pub name: String,
+    /// Its interface index there.
+    pub index: u32,
+}
+
+/// What one end of a cable shall be.
+#[derive(Clone, Copy, Debug)]
+pub struct End<'a> {
+    /// The machine that gets the interface.
+    pub host: &'a Host,
+    /// The interface's name.
+    pub name: &'a str,
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// Its addresses with prefix length, IPv4 or IPv6.
+    pub addresses: &'a [String],
+}
+
+/// Joins two machines and returns both interfaces, up and ready to send.
+///
+/// # Errors
+/// iproute2 is missing, a name is taken or an address malformed, or the link does not come up.
+pub fn connect(first: End<'_>, second: End<'_>) -> Result<[Interface; 2]> {
+    first.host.ip(&format!(
+        "link add {} address {} type veth peer name {} address {} netns {}",
+        first.name,
+        mac_text(first.mac),
+        second.name,
+        mac_text(second.mac),
+        second.host.net_path()
+    ))?;
+    for end in [first, second] {
+        let mut lines = String::new();
+        for address in end.addresses {
+            let nodad = if address.contains(':') { " nodad" } else { "" };
+            lines += &format!("address add {address} dev {}{nodad}\n", end.name);
+        }
+        lines += &format!("link set {} up\n", end.name);
+        end.host.ip(&lines)?;
+    }
+    let interface = |end: End<'_>| -> Result<Interface> {
+        let index = end.host.run(|| up(end.name))?;
+        let host = end.host.clone();
+        let name = end.name.to_owned();
+        Ok(Interface { host, name, index })
+    };
+    Ok([interface(first)?, interface(second)?])
+}
+
+/// Switches the offloads off, waits for the link and returns its index. Runs inside the machine.
+fn up(name: &str) -> Result<u32> {
+    // A local sender's frames would carry a partial checksum, which native XDP on the peer loses.
+    for offload in [
+        Offload::TransmitChecksum,
+        Offload::ReceiveChecksum,
+        Offload::Gro,
+    ] {
+        offload.disable(name)?;
+    }
+    let state = format!("/sys/class/net/{name}/operstate");
+    let deadline = Instant::now() + LINK_UP;
+    while fs::read_to_string(&state)
+        .with_context(|| state.clone())?
+        .trim()
+        != "up"
+    {
+        if Instant::now() > deadline {
+            bail!("{name} is not up after {LINK_UP:?}");
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    nix::net::if_::if_nametoindex(name).with_context(|| format!("no interface {name}"))
+}
+
+/// The legacy ethtool switches (linux/ethtool.h) that take one 32-bit value.
+#[derive(Clone, Copy, Debug)]
+enum Offload {
+    ReceiveChecksum = 0x15,
+    TransmitChecksum = 0x17,
+    Gro = 0x2c,
+}
+
+impl Offload {
+    fn disable(self, interface: &str) -> Result<()> {
+        /// `struct ethtool_value`.
+        #[repr(C)]
+        struct Value {
+            command: u32,
+            data: u32,
+        }
+        let socket = UdpSocket::bind("127.0.0.1:0").context("socket for ethtool")?;
+        let mut value = Value {
+            command: self as u32,
+            data: 0,
+        };
+        // SAFETY: all-zero is a valid ifreq.
+        let mut request: libc::ifreq = unsafe { mem::zeroed() };
+        if interface.len() >= request.ifr_name.len() {
+            bail!("interface name `{interface}` is longer than 15 bytes");
+        }
+        for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+            *to = from.cast_signed();
+        }
+        request.ifr_ifru.ifru_data = ptr::from_mut(&mut value).cast();
+        // SAFETY: SIOCETHTOOL reads the name and the ethtool_value behind ifru_data; both live across the call.
+        if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) } != 0 {
+            return Err(Error::last_os_error())
+                .with_context(|| format!("cannot disable {self:?} on {interface}"));
+        }
+        Ok(())
+    }
+}
+
+impl Interface {
+    /// Changes the MAC address, as a failover of a gateway does. Neighbours are not told.
+    ///
+    /// # Errors
+    /// The kernel refuses the address.
+    pub fn set_mac(&self, mac: [u8; 6]) -> Result<()> {
+        self.host
+            .ip(&format!("link set {} address {}", self.name, mac_text(mac)))
+    }
+
+    /// The MAC address now.
+    ///
+    /// # Errors
+    /// The interface is gone.
+    pub fn mac(&self) -> Result<[u8; 6]> {
+        let path = format!("/sys/class/net/{}/address", self.name);
+        let text = self
+            .host
+            .run(|| fs::read_to_string(&path))
+            .with_context(|| path.clone())?;
+        let mut mac = [0; 6];
+        for (byte, digits) in mac.iter_mut().zip(text.trim().split(':')) {
+            *byte = u8::from_str_radix(digits, 16).with_context(|| format!("{path}: {text}"))?;
+        }
+        Ok(mac)
+    }
+
+    /// Attaches an XDP program that passes everything, until the returned guard is dropped.
+    ///
+    /// veth delivers the native `XDP_TX` of one end only when the other end has an XDP program too.
+    ///
+    /// # Errors
+    /// The kernel (5.9 or later) refuses the program or the link, as when another program is attached.
+    pub fn pass_program(&self) -> Result<PassProgram> {
+        self.host
+            .run(|| PassProgram::attach(self.index))
+            .with_context(|| format!("XDP program on {}", self.name))
+    }
+}
+
+/// Holds an XDP program attached whose only act is `XDP_PASS`.
+#[derive(Debug)]
+pub struct PassProgram {
+    _link: OwnedFd,
+}
+
+impl PassProgram {
+    /// Runs inside the machine: an interface index means something only there.
+    fn attach(index: u32) -> Result<Self> {
+        /// The leading fields of `union bpf_attr` for `BPF_PROG_LOAD`; the kernel takes the rest as zero.
+        #[repr(C)]
+        struct Load {
+            program_type: u32,
+            instruction_count: u32,
+            instructions: u64,
+            license: u64,
+        }
+        /// As above, for `BPF_LINK_CREATE`.
+        #[repr(C)]
+        struct LinkCreate {
+            program: i32,
+            target: u32,
+            attach_type: u32,
+            flags: u32,
+        }
+        const BPF_PROG_LOAD: libc::c_long = 5;
+        const BPF_LINK_CREATE: libc::c_long = 28;
+        const BPF_PROG_TYPE_XDP: u32 = 6;
+        const BPF_XDP: u32 = 37;
+        const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
+        // `r0 = 2` (XDP_PASS); `exit`: opcode, registers, offset (16 bits), immediate (32 bits).
+        let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 2, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+        let load = Load {
+            program_type: BPF_PROG_TYPE_XDP,
+            instruction_count: 2,
+            instructions: instructions.as_ptr().addr() as u64,
+            license: c"GPL".as_ptr().addr() as u64,
+        };
+        let program = bpf(BPF_PROG_LOAD, &load).context("load")?;
+        let create = LinkCreate {
+            program: program.as_raw_fd(),
+            target: index,
+            attach_type: BPF_XDP,
+            flags: XDP_FLAGS_DRV_MODE,
+        };
+        Ok(Self {
+            _link: bpf(BPF_LINK_CREATE, &create).context("attach")?,
+        })
+    }
+}
+
+/// A `bpf` command that returns a descriptor.
+fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel reads `size_of::<T>()` bytes of `attributes`, whose pointers describe live buffers.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            ptr::from_ref(attributes),
+            mem::size_of::<T>(),
+        )
+    };
+    let descriptor = i32::try_from(result).map_err(Error::other)?;
+    if descriptor < 0 {
+        return Err(Error::last_os_error());
+    }
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}

@@ -1,0 +1,570 @@
+//! RTP endpoints with real sockets. One thread serves all phones of a [`Bank`], so hundreds are cheap.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{SocketAddr, UdpSocket},
+    os::fd::{AsFd as _, BorrowedFd},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::{
+    libc,
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        eventfd::{EfdFlags, EventFd},
+        socket::{setsockopt, sockopt},
+        time::TimeSpec,
+        timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
+    },
+};
+
+use crate::{
+    capture::Quality,
+    datagram,
+    namespace::Host,
+    rtp::{PAYLOAD, Rtp, Stamp},
+};
+
+/// Time between two packets of an ordinary phone.
+pub const PACKET_TIME: Duration = Duration::from_millis(20);
+/// epoll tokens that are no phone.
+const KICK: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
+
+/// What a phone sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Talk {
+    /// Where to.
+    pub to: SocketAddr,
+    /// Payload type (0–127).
+    pub payload_type: u8,
+    /// Synchronization source. Sequence and timestamp go on while it stays the same, and start anew when it changes.
+    pub ssrc: u32,
+    /// Time between packets: [`PACKET_TIME`], or less for load.
+    pub interval: Duration,
+    /// How many packets; `None` for until told otherwise.
+    pub count: Option<u64>,
+}
+
+impl Talk {
+    /// G.711 µ-law (payload type 0) every 20 ms until told otherwise.
+    pub fn to(to: SocketAddr, ssrc: u32) -> Self {
+        Self {
+            to,
+            payload_type: 0,
+            ssrc,
+            interval: PACKET_TIME,
+            count: None,
+        }
+    }
+}
+
+/// One packet that a phone received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// When the kernel received it, since the Unix epoch.
+    pub at: Duration,
+    /// UDP source.
+    pub from: SocketAddr,
+    /// TOS or traffic class: DSCP in the upper six bits, ECN in the lower two.
+    pub tos: u8,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// The RTP header, if it is RTP.
+    pub rtp: Option<Rtp>,
+    /// Who sent it, if the payload is exactly what a phone sent.
+    pub stamp: Option<Stamp>,
+}
+
+/// What one phone heard of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Packets that the other phone has sent until now.
+    pub sent: u64,
+    /// Different packets of it that arrived undamaged.
+    pub received: u64,
+    /// `sent` − `received`; those in flight count.
+    pub lost: u64,
+    /// Packets that came again.
+    pub duplicates: u64,
+    /// Packets that came after a later one.
+    pub reordered: u64,
+    /// Longest time between two arrivals.
+    pub largest_gap: Duration,
+    /// Packets that are not from the other phone, or are damaged.
+    pub foreign: u64,
+}
+
+/// Phones served by one thread, in one machine.
+#[derive(Debug)]
+pub struct Bank {
+    host: Host,
+    exchange: Arc<Exchange>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Exchange {
+    lines: Mutex<Lines>,
+    changed: Condvar,
+    kick: EventFd,
+    epoll: Epoll,
+    timer: TimerFd,
+}
+
+#[derive(Debug, Default)]
+struct Lines {
+    lines: BTreeMap<u64, Line>,
+    next: u64,
+    closing: bool,
+    fault: Option<String>,
+}
+
+#[derive(Debug)]
+struct Line {
+    socket: UdpSocket,
+    sender: u32,
+    sent: u64,
+    voice: Option<Voice>,
+    arrivals: Vec<Arrival>,
+}
+
+/// The state of a stream that a phone sends.
+#[derive(Debug)]
+struct Voice {
+    talk: Talk,
+    sequence: u16,
+    timestamp: u32,
+    marker: bool,
+    left: Option<u64>,
+    due: Option<Instant>,
+}
+
+impl Exchange {
+    fn lines(&self) -> MutexGuard<'_, Lines> {
+        self.lines.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl Bank {
+    /// Starts the thread; phones are added by [`Bank::phone`].
+    ///
+    /// # Errors
+    /// Out of descriptors or threads.
+    pub fn new(host: &Host) -> Result<Self> {
+        let exchange = Arc::new(Exchange {
+            lines: Mutex::default(),
+            changed: Condvar::new(),
+            kick: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            timer: TimerFd::new(
+                ClockId::CLOCK_MONOTONIC,
+                TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK,
+            )?,
+        });
+        exchange.watch(exchange.kick.as_fd(), KICK)?;
+        exchange.watch(exchange.timer.as_fd(), TIMER)?;
+        let thread = {
+            let exchange = Arc::clone(&exchange);
+            thread::Builder::new()
+                .name("phones".to_owned())
+                .spawn(move || {
+                    if let Err(error) = exchange.serve() {
+                        exchange.lines().fault = Some(format!("{error:#}"));
+                        exchange.changed.notify_all();
+                    }
+                })?
+        };
+        Ok(Self {
+            host: host.clone(),
+            exchange,
+            thread: Some(thread),
+        })
+    }
+
+    /// A phone that receives at `local`, an address of the machine; port 0 takes any free port.
+    ///
+    /// # Errors
+    /// The address is not the machine's, or taken.
+    pub fn phone(&self, local: SocketAddr) -> Result<Phone> {
+        static SENDER: AtomicU32 = AtomicU32::new(1);
+        let socket = self
+            .host
+            .run(|| UdpSocket::bind(local))
+            .with_context(|| format!("cannot bind a phone to {local}"))?;
+        let local = socket.local_addr()?;
+        setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
+        let (level, options) = match local {
+            SocketAddr::V4(_) => (libc::IPPROTO_IP, [libc::IP_RECVTOS, libc::IP_RECVTTL]),
+            SocketAddr::V6(_) => (
+                libc::IPPROTO_IPV6,
+                [libc::IPV6_RECVTCLASS, libc::IPV6_RECVHOPLIMIT],
+            ),
+        };
+        for option in options {
+            datagram::set_option(socket.as_fd(), level, option, 1)?;
+        }
+        let sender = SENDER.fetch_add(1, Ordering::Relaxed);
+        let mut lines = self.exchange.lines();
+        let id = lines.next;
+        lines.next += 1;
+        self.exchange.watch(socket.as_fd(), id)?;
+        lines.lines.insert(
+            id,
+            Line {
+                socket,
+                sender,
+                sent: 0,
+                voice: None,
+                arrivals: Vec::new(),
+            },
+        );
+        Ok(Phone {
+            exchange: Arc::clone(&self.exchange),
+            id,
+            local,
+            sender,
+        })
+    }
+}
+
+impl Drop for Bank {
+    fn drop(&mut self) {
+        self.exchange.lines().closing = true;
+        self.exchange.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// One phone of a [`Bank`]. Dropping it closes its socket.
+#[derive(Debug)]
+pub struct Phone {
+    exchange: Arc<Exchange>,
+    id: u64,
+    local: SocketAddr,
+    sender: u32,
+}
+
+impl Drop for Phone {
+    fn drop(&mut self) {
+        self.exchange.lines().lines.remove(&self.id);
+    }
+}
+
+impl Phone {
+    /// Where it receives, and sends from.
+    pub fn local(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Begins to send, at once. Replaces what it sent before.
+    pub fn talk(&self, talk: Talk) {
+        self.line(|line| {
+            let due = (talk.count != Some(0)).then(Instant::now);
+            match &mut line.voice {
+                Some(voice) if voice.talk.ssrc == talk.ssrc => {
+                    (voice.talk, voice.left, voice.due) = (talk, talk.count, due);
+                }
+                voice => {
+                    // Near the wrap, so that every test longer than a second crosses it.
+                    let (sequence, timestamp) = (65_500, u32::MAX - 10_000);
+                    *voice = Some(Voice {
+                        talk,
+                        sequence,
+                        timestamp,
+                        marker: true,
+                        left: talk.count,
+                        due,
+                    });
+                }
+            }
+        });
+        self.exchange.wake();
+    }
+
+    /// Stops sending. [`Phone::talk`] with the same SSRC goes on where this left off.
+    pub fn hush(&self) {
+        self.line(|line| {
+            if let Some(voice) = &mut line.voice {
+                voice.due = None;
+            }
+        });
+    }
+
+    /// Sends one datagram of any content from the phone's socket.
+    ///
+    /// # Errors
+    /// What the socket reports.
+    pub fn send(&self, datagram: &[u8], to: SocketAddr) -> Result<()> {
+        self.line(|line| line.socket.send_to(datagram, to))
+            .with_context(|| format!("send to {to}"))?;
+        Ok(())
+    }
+
+    /// Sets TOS or traffic class of what it sends from now on.
+    ///
+    /// # Errors
+    /// What the socket reports.
+    pub fn set_tos(&self, tos: u8) -> Result<()> {
+        self.set(
+            tos,
+            (libc::IPPROTO_IP, libc::IP_TOS),
+            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+        )
+    }
+
+    /// Sets TTL or hop limit of what it sends from now on.
+    ///
+    /// # Errors
+    /// What the socket reports; 0 is refused.
+    pub fn set_ttl(&self, ttl: u8) -> Result<()> {
+        self.set(
+            ttl,
+            (libc::IPPROTO_IP, libc::IP_TTL),
+            (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
+        )
+    }
+
+    fn set(&self, value: u8, v4: (i32, i32), v6: (i32, i32)) -> Result<()> {
+        let (level, name) = if self.local.is_ipv4() { v4 } else { v6 };
+        self.line(|line| datagram::set_option(line.socket.as_fd(), level, name, value.into()))
+            .with_context(|| format!("socket option of the phone at {}", self.local))
+    }
+
+    /// Packets sent by [`Phone::talk`] until now.
+    pub fn sent(&self) -> u64 {
+        self.line(|line| line.sent)
+    }
+
+    /// Everything received until now, in order.
+    pub fn arrivals(&self) -> Vec<Arrival> {
+        self.line(|line| line.arrivals.clone())
+    }
+
+    /// Forgets what was received, so that a later [`Phone::heard`] counts from here (all sent packets before it
+    /// then count as lost).
+    pub fn forget(&self) {
+        self.line(|line| line.arrivals.clear());
+    }
+
+    /// Waits until what it received satisfies `condition`.
+    ///
+    /// # Errors
+    /// It does not within `timeout`.
+    pub fn wait(
+        &self,
+        timeout: Duration,
+        mut condition: impl FnMut(&[Arrival]) -> bool,
+    ) -> Result<()> {
+        self.wait_line(timeout, |line| condition(&line.arrivals))
+    }
+
+    /// Waits until it has received `count` packets in all.
+    ///
+    /// # Errors
+    /// It has not within `timeout`.
+    pub fn wait_received(&self, count: usize, timeout: Duration) -> Result<()> {
+        self.wait(timeout, |arrivals| arrivals.len() >= count)
+    }
+
+    /// Waits until it has sent `count` packets in all.
+    ///
+    /// # Errors
+    /// It has not within `timeout`.
+    pub fn wait_sent(&self, count: u64, timeout: Duration) -> Result<()> {
+        self.wait_line(timeout, |line| line.sent >= count)
+    }
+
+    fn wait_line(&self, timeout: Duration, mut condition: impl FnMut(&Line) -> bool) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let mut lines = self.exchange.lines();
+        loop {
+            if let Some(fault) = &lines.fault {
+                bail!("the phones' thread has failed: {fault}");
+            }
+            let line = lines
+                .lines
+                .get(&self.id)
+                .expect("a phone's line lives as long as the phone");
+            if condition(line) {
+                return Ok(());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let (sent, received) = (line.sent, line.arrivals.len());
+                bail!(
+                    "not within {timeout:?}: the phone at {} has sent {sent}, received {received}",
+                    self.local
+                );
+            }
+            lines = self
+                .exchange
+                .changed
+                .wait_timeout(lines, left)
+                .expect("no holder of this lock panics")
+                .0;
+        }
+    }
+
+    /// What this phone heard of `other`.
+    pub fn heard(&self, other: &Self) -> Report {
+        let sent = other.sent();
+        let arrivals = self.arrivals();
+        let of_other =
+            |arrival: &Arrival| arrival.stamp.filter(|stamp| stamp.sender == other.sender);
+        let quality = Quality::of(
+            arrivals
+                .iter()
+                .filter_map(|arrival| Some((of_other(arrival)?.number, arrival.at))),
+        );
+        Report {
+            sent,
+            received: quality.distinct,
+            lost: sent.saturating_sub(quality.distinct),
+            duplicates: quality.duplicates,
+            reordered: quality.reordered,
+            largest_gap: quality.largest_gap,
+            foreign: arrivals
+                .iter()
+                .filter(|arrival| of_other(arrival).is_none())
+                .count() as u64,
+        }
+    }
+
+    fn line<T>(&self, act: impl FnOnce(&mut Line) -> T) -> T {
+        let mut lines = self.exchange.lines();
+        act(lines
+            .lines
+            .get_mut(&self.id)
+            .expect("a phone's line lives as long as the phone"))
+    }
+}
+
+impl Exchange {
+    fn watch(&self, descriptor: BorrowedFd<'_>, token: u64) -> Result<()> {
+        self.epoll
+            .add(descriptor, EpollEvent::new(EpollFlags::EPOLLIN, token))
+            .context("epoll")
+    }
+
+    /// Makes the thread look at what is due.
+    fn wake(&self) {
+        // Only a full counter can fail, and then the thread is awake anyway.
+        let _ = self.kick.write(1);
+    }
+
+    fn serve(&self) -> Result<()> {
+        let mut events = [EpollEvent::empty(); 256];
+        let mut buffer = [0; 2048];
+        loop {
+            let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(ready) => ready,
+                Err(nix::errno::Errno::EINTR) => 0,
+                Err(error) => return Err(error).context("epoll"),
+            };
+            let mut lines = self.lines();
+            if lines.closing {
+                return Ok(());
+            }
+            for event in &events[..ready] {
+                match event.data() {
+                    KICK => drop(self.kick.read()),
+                    // Read so that it is not ready any more; what is due is looked up below.
+                    TIMER => drop(self.timer.wait()),
+                    id => {
+                        // A phone dropped since then is gone.
+                        if let Some(line) = lines.lines.get_mut(&id) {
+                            line.receive(&mut buffer)?;
+                        }
+                    }
+                }
+            }
+            let now = Instant::now();
+            let mut next = None::<Instant>;
+            for line in lines.lines.values_mut() {
+                if let Some(due) = line.speak(now)? {
+                    next = Some(next.map_or(due, |next| next.min(due)));
+                }
+            }
+            drop(lines);
+            self.changed.notify_all();
+            match next {
+                // 1 ns at least: zero would disarm the timer.
+                Some(due) => {
+                    let left = due
+                        .saturating_duration_since(Instant::now())
+                        .max(Duration::from_nanos(1));
+                    self.timer.set(
+                        Expiration::OneShot(TimeSpec::from_duration(left)),
+                        TimerSetTimeFlags::empty(),
+                    )?;
+                }
+                None => self.timer.unset()?,
+            }
+        }
+    }
+}
+
+impl Line {
+    fn receive(&mut self, buffer: &mut [u8]) -> Result<()> {
+        loop {
+            let facts = match datagram::receive(self.socket.as_fd(), buffer) {
+                Ok(facts) => facts,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error).context("a phone's socket"),
+            };
+            let Some(from) = facts.source else {
+                bail!("a datagram without source")
+            };
+            let parsed = buffer.get(..facts.len).and_then(Rtp::parse);
+            self.arrivals.push(Arrival {
+                at: facts.at,
+                from,
+                tos: facts.tos,
+                ttl: facts.ttl,
+                rtp: parsed.map(|(rtp, _)| rtp),
+                stamp: parsed.and_then(|(_, payload)| Stamp::read(payload)),
+            });
+        }
+    }
+
+    /// Sends what is due and returns when the next packet is.
+    fn speak(&mut self, now: Instant) -> Result<Option<Instant>> {
+        let Some(voice) = &mut self.voice else {
+            return Ok(None);
+        };
+        while let Some(due) = voice.due.filter(|due| *due <= now) {
+            let rtp = Rtp {
+                marker: voice.marker,
+                payload_type: voice.talk.payload_type,
+                sequence: voice.sequence,
+                timestamp: voice.timestamp,
+                ssrc: voice.talk.ssrc,
+            };
+            let payload = Stamp {
+                sender: self.sender,
+                number: self.sent,
+            }
+            .write();
+            self.socket
+                .send_to(&rtp.packet(&payload), voice.talk.to)
+                .with_context(|| format!("a phone cannot send to {}", voice.talk.to))?;
+            self.sent += 1;
+            voice.marker = false;
+            voice.sequence = voice.sequence.wrapping_add(1);
+            voice.timestamp = voice.timestamp.wrapping_add(PAYLOAD as u32);
+            voice.left = voice.left.map(|left| left - 1);
+            voice.due = (voice.left != Some(0)).then(|| due + voice.talk.interval);
+        }
+        Ok(voice.due)
+    }
+}

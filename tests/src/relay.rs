@@ -1,0 +1,230 @@
+//! The real `relay-user` as a child process in a simulated machine.
+
+use std::{
+    env,
+    ffi::OsStr,
+    fs::File,
+    os::{
+        fd::AsFd as _,
+        unix::{fs::FileExt as _, net::UnixDatagram},
+    },
+    path::PathBuf,
+    process::{Command, ExitStatus, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use crate::namespace::{Host, Process, readable};
+use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::Signal;
+
+/// How long the daemon may take to say that it is ready, and to end when told to.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The path of a program of this workspace: the file named by the environment variable `variable`, else `name`
+/// beside the running test or xtask, in `target/debug` or `target/release`.
+///
+/// # Errors
+/// There is no such file: the text says how to build it.
+pub fn binary(name: &str, variable: &str) -> Result<PathBuf> {
+    if let Some(path) = env::var_os(variable) {
+        return Ok(path.into());
+    }
+    let own = env::current_exe().context("cannot tell the path of this program")?;
+    // Tests run from target/PROFILE/deps, xtask from target/PROFILE.
+    let found = own
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|directory| directory.join(name))
+        .find(|path| path.is_file());
+    found.with_context(|| {
+        format!("`{name}` is not built beside {}: run `cargo build --workspace`, or set {variable} to its path", own.display())
+    })
+}
+
+/// A running `relay-user attach`. Dropping it kills it, as `kill -9` does.
+#[derive(Debug)]
+pub struct Relay {
+    host: Host,
+    program: PathBuf,
+    process: Process,
+    directory: PathBuf,
+    log: File,
+}
+
+impl Relay {
+    /// Starts `relay-user attach IFACE ARGS… --socket …` in the machine and waits until it says that it is ready.
+    ///
+    /// # Errors
+    /// It ends, or does not become ready in time: the text holds its standard error.
+    pub fn attach<S: AsRef<OsStr>>(
+        host: &Host,
+        interface: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
+        let program = binary("relay-user", "RELAY_USER_BIN")?;
+        let directory = host.directory("relay")?;
+        let (notify, log) = (directory.join("notify"), directory.join("log"));
+        let ready = host
+            .run(|| UnixDatagram::bind(&notify))
+            .with_context(|| format!("cannot bind {}", notify.display()))?;
+        let log = host.run(|| {
+            File::options()
+                .create_new(true)
+                .read(true)
+                .append(true)
+                .open(log)
+        })?;
+        let mut command = Command::new(&program);
+        command
+            .args(["attach", interface])
+            .args(args)
+            .arg("--socket")
+            .arg(directory.join("socket"))
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log.try_clone()?);
+        let process = host.spawn(command)?;
+        let mut relay = Self {
+            host: host.clone(),
+            program,
+            process,
+            directory,
+            log,
+        };
+        relay.await_ready(&ready)?;
+        Ok(relay)
+    }
+
+    fn await_ready(&mut self, ready: &UnixDatagram) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut message = [0; 4096];
+        loop {
+            // Short turns, so that an early end is seen: its socket never becomes readable.
+            if readable(ready.as_fd(), Duration::from_millis(20))? {
+                let len = ready.recv(&mut message)?;
+                if String::from_utf8_lossy(&message[..len])
+                    .lines()
+                    .any(|line| line == "READY=1")
+                {
+                    return Ok(());
+                }
+            }
+            if let Some(status) = self.process.try_wait() {
+                bail!(
+                    "relay-user attach ended before it was ready ({status}):\n{}",
+                    self.log()
+                );
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "relay-user attach is not ready after {PATIENCE:?}:\n{}",
+                    self.log()
+                );
+            }
+        }
+    }
+
+    /// The daemon's control socket, which is visible inside the machine only ([`Host::run`]).
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("socket")
+    }
+
+    /// What the daemon has written to standard output and standard error until now.
+    pub fn log(&self) -> String {
+        let mut bytes = vec![
+            0;
+            self.log
+                .metadata()
+                .map_or(0, |metadata| metadata.len() as usize)
+        ];
+        match self.log.read_exact_at(&mut bytes, 0) {
+            Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) => format!("(no log: {error})"),
+        }
+    }
+
+    /// The daemon's process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// CPU time that the daemon has used until now.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        self.process.cpu_time()
+    }
+
+    /// Runs another subcommand against this daemon, whatever its exit status.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Output> {
+        let mut command = Command::new(&self.program);
+        command
+            .args(args)
+            .arg("--socket")
+            .arg(self.socket())
+            .stdin(Stdio::null());
+        self.host.run_to_end(command)
+    }
+
+    /// Runs a subcommand with `--json` and returns what it prints.
+    ///
+    /// # Errors
+    /// It fails, or prints no JSON: the text holds what it printed and the daemon's log.
+    pub fn json<S: AsRef<OsStr>>(
+        &self,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<serde_json::Value> {
+        let args: Vec<_> = args
+            .into_iter()
+            .map(|arg| arg.as_ref().to_owned())
+            .chain([OsStr::new("--json").to_owned()])
+            .collect();
+        let output = self.run(&args)?;
+        let (stdout, stderr) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        if !output.status.success() {
+            bail!(
+                "relay-user {args:?}: {}: {stderr}{stdout}\ndaemon:\n{}",
+                output.status,
+                self.log()
+            );
+        }
+        serde_json::from_str(&stdout)
+            .with_context(|| format!("relay-user {args:?} printed no JSON: {stdout}"))
+    }
+
+    /// Sends a signal to the daemon.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// Waits for the daemon's end.
+    ///
+    /// # Errors
+    /// It still runs after `timeout`: the text holds its log.
+    pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
+        let ended = self.process.wait(timeout);
+        ended.with_context(|| format!("relay-user's log:\n{}", self.log()))
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Errors
+    /// It does not end in time, or not with success: the text holds its log.
+    pub fn stop(mut self) -> Result<()> {
+        self.signal(Signal::SIGTERM);
+        let status = self.wait(PATIENCE)?;
+        if !status.success() {
+            bail!("relay-user ended with {status}:\n{}", self.log());
+        }
+        Ok(())
+    }
+}
