@@ -121,8 +121,8 @@ fn become_program(name: &str, args: Vec<OsString>) -> Result<ExitCode> {
     Err(failed).with_context(|| format!("cannot run {}", program.display()))
 }
 
-/// Debian's plain `su` keeps a user's `PATH`, which has no `/usr/sbin`: `ip`, `tc` and `bpftool`
-/// would be installed and yet not found.
+/// Debian's plain `su` keeps a user's `PATH`, which has no `/usr/sbin`: `ip` and `bpftool` would be
+/// installed and yet not found.
 fn see_sbin() -> Result<()> {
     let path = env::var_os("PATH").unwrap_or_default();
     let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(Into::into);

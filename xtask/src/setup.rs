@@ -34,12 +34,6 @@ const TOOLS: &[Tool] = &[
         tasks: &[Task::Demo, Task::AsteriskDemo, Task::Test, Task::Bench],
     },
     Tool {
-        program: "tc",
-        package: "iproute2",
-        purpose: "makes the queueing disciplines",
-        tasks: &[Task::Test],
-    },
-    Tool {
         program: "bpftool",
         package: "bpftool",
         purpose: "shows the relay's maps",

@@ -37,6 +37,9 @@ pub(crate) fn run(args: Vec<OsString>, harness: Vec<OsString>) -> Result<ExitCod
         line.clear();
     }
     tally.end(cargo.wait()?.success());
+    if tally == Tally::default() {
+        println!("\nNo test ran: none has a name like that.");
+    }
     println!("\n{} passed, {} failed", tally.passed, tally.failed);
     Ok(if tally.failed == 0 && tally.passed > 0 {
         ExitCode::SUCCESS
