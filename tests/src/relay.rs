@@ -1,6 +1,7 @@
 //! The real `relay-user` as a child process in a simulated machine.
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::OsStr,
     fs::File,
@@ -199,6 +200,59 @@ impl Relay {
         }
         serde_json::from_str(&stdout)
             .with_context(|| format!("relay-user {args:?} printed no JSON: {stdout}"))
+    }
+
+    /// Packets by reason since the daemon attached; every reason is there.
+    ///
+    /// # Errors
+    /// `status` fails.
+    pub fn reasons(&self) -> Result<BTreeMap<String, u64>> {
+        let status = self.json(["status"])?;
+        let reasons = status["reasons"].as_array().into_iter().flatten();
+        reasons
+            .map(|row| {
+                let name = row["reason"].as_str().context("a reason without a name")?;
+                let packets = row["packets"]
+                    .as_u64()
+                    .context("a reason without packets")?;
+                Ok((name.to_owned(), packets))
+            })
+            .collect()
+    }
+
+    /// Runs `add` with these arguments, waits until the kernel relays the pair, and returns its number.
+    ///
+    /// # Errors
+    /// The pair is refused, or still waits after a while: the text holds what the daemon says of it.
+    pub fn offload<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<u64> {
+        let args: Vec<_> = args
+            .into_iter()
+            .map(|arg| arg.as_ref().to_owned())
+            .collect();
+        let added = self.json([OsStr::new("add").to_owned()].into_iter().chain(args))?;
+        let id = added["id"].as_u64().context("a pair without number")?;
+        self.wait_state(id, "offloaded")?;
+        Ok(id)
+    }
+
+    /// Waits until `show` tells this state of a pair, and returns the pair.
+    ///
+    /// # Errors
+    /// It does not in time: the text holds what it told last.
+    pub fn wait_state(&self, id: u64, state: &str) -> Result<serde_json::Value> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let pair = self.json(["show", &id.to_string()])?;
+            if pair["state"] == state {
+                return Ok(pair);
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "pair {id} is not {state} after {PATIENCE:?}: {pair:#}\ndaemon:\n{}",
+                    self.log()
+                );
+            }
+        }
     }
 
     /// Sends a signal to the daemon.
