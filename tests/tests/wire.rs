@@ -106,6 +106,12 @@ impl Sockets {
         });
     }
 
+    /// Waits until the other phone has heard `count` packets in all.
+    fn heard(&self, leg: usize, count: usize) {
+        let phone = &self.phones[1 - leg];
+        phone.wait_received(count, PATIENCE).expect("relayed");
+    }
+
     /// Packets at the PBX's sockets.
     fn at_pbx(&self) -> usize {
         self.pbx.iter().map(|socket| socket.arrivals().len()).sum()
@@ -1144,36 +1150,33 @@ fn a_silent_gateway_gives_its_calls_to_the_pbx_until_it_answers() {
 
 #[test]
 fn an_unresolved_phone_waits_with_the_pbx_and_is_relayed_by_itself() {
-    // The second phone is not there yet.
+    // The second phone has its addresses, but on another interface: it is silent on the cable.
     let net = Direct::new(1).expect("network");
+    let legs = Legs::direct();
+    let [v4, v6] = legs.map(|legs| legs.remote[1].ip());
+    let arp_ignore = "net/ipv4/conf/all/arp_ignore";
+    net.phones.sysctl(arp_ignore, "1").expect("sysctl");
+    let addresses = format!("address add {v4}/32 dev lo\naddress add {v6}/128 dev lo nodad");
+    net.phones.ip(&addresses).expect("the second phone");
     let relay = Relay::attach(&net.pbx, "eth0", ["--mode", "generic"]).expect("attached");
     let phones = Bank::new(&net.phones).expect("phones");
     let pbx = Bank::new(&net.pbx).expect("sockets");
-    let legs = Legs::direct();
+    let sockets = legs.map(|legs| Sockets::open(legs, &phones, &pbx));
     let ids = legs.map(|legs| {
         let args = [&["add".to_owned()][..], &legs.arguments()].concat();
         let added = relay.json(args).expect("taken");
         assert_eq!(added["state"], "waiting", "{added:#}");
         added["id"].as_u64().expect("a number")
     });
-    let open = |bank: &Bank, address| bank.phone(address).expect("socket");
-    let callers = legs.map(|legs| open(&phones, legs.remote[0]));
-    let locals = legs.map(|legs| legs.local.map(|local| open(&pbx, local)));
-    for pair in [0, 1] {
-        callers[pair].talk(Talk {
-            interval: FAST,
-            ..Talk::to(legs[pair].local[0], 1)
-        });
-        locals[pair][0]
-            .wait_received(20, PATIENCE)
-            .expect("packets at the PBX");
-        let why = format!(
-            "waiting for neighbour {} on eth0",
-            legs[pair].remote[1].ip()
-        );
-        let json = relay.wait_state(ids[pair], "waiting").expect("waiting");
-        assert_eq!(json["why"], why.as_str());
-        let shown = relay.run(["show", &ids[pair].to_string()]).expect("show");
+    for (sockets, id) in sockets.iter().zip(ids) {
+        sockets.talk(0, 0, None);
+        let pbx = &sockets.pbx[0];
+        pbx.wait_received(20, PATIENCE).expect("packets at the PBX");
+        let callee = sockets.legs.remote[1].ip();
+        let why = format!("waiting for neighbour {callee} on eth0");
+        let pair = relay.wait_state(id, "waiting").expect("waiting");
+        assert_eq!(pair["why"], why.as_str());
+        let shown = relay.run(["show", &id.to_string()]).expect("show");
         let list = relay.run(["list"]).expect("list");
         for output in [shown, list] {
             let text = String::from_utf8(output.stdout).expect("text");
@@ -1182,22 +1185,12 @@ fn an_unresolved_phone_waits_with_the_pbx_and_is_relayed_by_itself() {
     }
     assert!(relay.reasons().expect("status")["no_stream"] >= 40);
 
-    let callees = legs.map(|legs| legs.remote[1].ip());
-    let lines = callees.map(|address| {
-        let prefix = if address.is_ipv4() { "24" } else { "64 nodad" };
-        let (prefix, nodad) = prefix.split_once(' ').unwrap_or((prefix, ""));
-        format!("address add {address}/{prefix} dev eth0 {nodad}")
-    });
-    net.phones.ip(&lines.join("\n")).expect("the second phone");
-    for (pair, (caller, locals)) in callers.into_iter().zip(locals).enumerate() {
-        let callee = open(&phones, legs[pair].remote[1]);
-        relay.wait_state(ids[pair], "offloaded").expect("offloaded");
-        callee.wait_received(50, PATIENCE).expect("relayed");
-        let sockets = Sockets {
-            legs: legs[pair],
-            phones: [caller, callee],
-            pbx: locals,
-        };
+    let appears = format!("address add {v6}/64 dev eth0 nodad");
+    net.phones.ip(&appears).expect("the phone appears");
+    net.phones.sysctl(arp_ignore, "0").expect("sysctl");
+    for (sockets, id) in sockets.iter().zip(ids) {
+        relay.wait_state(id, "offloaded").expect("offloaded");
+        sockets.heard(0, 50);
         let fate = runs(&sockets.fate(0));
         assert!(matches!(fate[..], [(false, _), (true, _)]), "{fate:?}");
     }
