@@ -9,6 +9,7 @@ pub mod asterisk;
 pub mod capture;
 pub mod link;
 pub mod namespace;
+pub mod pair;
 pub mod pbx;
 pub mod phone;
 pub mod relay;

@@ -63,6 +63,19 @@ impl Relay {
         interface: &str,
         args: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
+        Self::attach_through::<&str, S>(host, [], interface, args)
+    }
+
+    /// The same, started by a program with its arguments that replaces itself with the daemon (`setpriv …`, `env …`).
+    ///
+    /// # Errors
+    /// It ends, or does not become ready in time: the text holds its standard error.
+    pub fn attach_through<W: AsRef<OsStr>, S: AsRef<OsStr>>(
+        host: &Host,
+        starter: impl IntoIterator<Item = W>,
+        interface: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
         let program = binary("relay-user", "RELAY_USER_BIN")?;
         let directory = host.directory("relay")?;
         let (notify, log) = (directory.join("notify"), directory.join("log"));
@@ -76,8 +89,14 @@ impl Relay {
                 .append(true)
                 .open(log)
         })?;
-        let mut command = Command::new(&program);
+        let mut words: Vec<_> = starter
+            .into_iter()
+            .map(|word| word.as_ref().to_owned())
+            .collect();
+        words.push(program.clone().into_os_string());
+        let mut command = Command::new(&words[0]);
         command
+            .args(&words[1..])
             .args(["attach", interface])
             .args(args)
             .arg("--socket")

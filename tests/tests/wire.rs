@@ -3,8 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    thread,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use etherparse::{
@@ -13,142 +12,16 @@ use etherparse::{
 use relay_tests::{
     capture::{Capture, Direction, Frame, Injector},
     link::{Interface, PassProgram},
-    phone::{Bank, Phone, Talk},
+    pair::{Legs, Sockets},
+    phone::Bank,
     relay::Relay,
     rtp::{Rtp, Stamp},
     topology::{Direct, PBX_MAC, PBX_V4, PBX_V6, PHONES_MAC, ROUTER_MAC, Routed},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Between two packets of one phone: ten times as fast as a call, for short tests.
-const FAST: Duration = Duration::from_millis(2);
-/// Payload types of every pair here: G.711, and events that the legs number differently.
-const PAYLOAD_TYPES: &str = "0,101:96";
 /// Expedited Forwarding.
 const EF: u8 = 46;
-
-/// Waits for what no single event announces.
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// A pair of one address family: where the PBX receives, and where the phones do.
-#[derive(Clone, Copy)]
-struct Legs {
-    local: [SocketAddr; 2],
-    remote: [SocketAddr; 2],
-}
-
-impl Legs {
-    fn new(pbx: IpAddr, phones: [IpAddr; 2]) -> Self {
-        Self {
-            local: [10_000, 10_002].map(|port| SocketAddr::new(pbx, port)),
-            remote: [
-                SocketAddr::new(phones[0], 30_000),
-                SocketAddr::new(phones[1], 30_002),
-            ],
-        }
-    }
-
-    /// IPv4 and IPv6 on one cable.
-    fn direct() -> [Self; 2] {
-        [
-            Self::new(PBX_V4, [0, 1].map(Direct::phone_v4)),
-            Self::new(PBX_V6, [0, 1].map(Direct::phone_v6)),
-        ]
-    }
-
-    /// IPv4 and IPv6 behind the router.
-    fn routed() -> [Self; 2] {
-        [
-            Self::new(PBX_V4, [0, 1].map(Routed::phone_v4)),
-            Self::new(PBX_V6, [0, 1].map(Routed::phone_v6)),
-        ]
-    }
-
-    /// Arguments of `add`.
-    fn arguments(&self) -> [String; 4] {
-        let [first, second] = [0, 1].map(|leg| format!("{}={}", self.local[leg], self.remote[leg]));
-        let types = ["--payload-type", PAYLOAD_TYPES].map(str::to_owned);
-        let [flag, types] = types;
-        [first, second, flag, types]
-    }
-}
-
-/// The sockets of a pair: the phones, and those of the PBX, which only listens.
-struct Sockets {
-    legs: Legs,
-    phones: [Phone; 2],
-    pbx: [Phone; 2],
-}
-
-impl Sockets {
-    fn open(legs: Legs, phones: &Bank, pbx: &Bank) -> Self {
-        let open = |bank: &Bank, address| bank.phone(address).expect("socket");
-        Self {
-            legs,
-            phones: legs.remote.map(|remote| open(phones, remote)),
-            pbx: legs.local.map(|local| open(pbx, local)),
-        }
-    }
-
-    /// The phone of a leg begins to send.
-    fn talk(&self, leg: usize, payload_type: u8, count: Option<u64>) {
-        self.phones[leg].talk(Talk {
-            payload_type,
-            interval: FAST,
-            count,
-            ..Talk::to(self.legs.local[leg], 100 + leg as u32)
-        });
-    }
-
-    /// Waits until the other phone has heard `count` packets in all.
-    fn heard(&self, leg: usize, count: usize) {
-        let phone = &self.phones[1 - leg];
-        phone.wait_received(count, PATIENCE).expect("relayed");
-    }
-
-    /// Packets at the PBX's sockets.
-    fn at_pbx(&self) -> usize {
-        self.pbx.iter().map(|socket| socket.arrivals().len()).sum()
-    }
-
-    /// Silences the phone of a leg and returns where each of its packets went: true to the other phone, false to
-    /// the PBX. Panics when one was lost, doubled or damaged.
-    fn fate(&self, leg: usize) -> BTreeMap<u64, bool> {
-        self.phones[leg].hush();
-        let sent = self.phones[leg].sent() as usize;
-        let (phone, pbx) = (&self.phones[1 - leg], &self.pbx[leg]);
-        until("every packet is somewhere", || {
-            phone.arrivals().len() + pbx.arrivals().len() >= sent
-        });
-        let mut fate = BTreeMap::new();
-        for (socket, relayed) in [(phone, true), (pbx, false)] {
-            for arrival in socket.arrivals() {
-                let number = arrival.stamp.expect("an undamaged packet").number;
-                assert_eq!(fate.insert(number, relayed), None, "packet {number} twice");
-            }
-        }
-        assert_eq!(fate.len(), sent, "packets of {}", self.legs.remote[leg]);
-        fate
-    }
-}
-
-/// The lengths of the runs of equal fates.
-fn runs(fate: &BTreeMap<u64, bool>) -> Vec<(bool, usize)> {
-    let mut runs = Vec::<(bool, usize)>::new();
-    for &relayed in fate.values() {
-        match runs.last_mut() {
-            Some((last, length)) if *last == relayed => *length += 1,
-            _ => runs.push((relayed, 1)),
-        }
-    }
-    runs
-}
 
 /// A cable with a phone and a PBX of both families at its ends, and the daemon attached.
 struct Wire {
@@ -175,7 +48,8 @@ impl Wire {
             Bank::new(&net.pbx).expect("sockets"),
         );
         Self {
-            sockets: Legs::direct().map(|legs| Sockets::open(legs, &phones, &pbx)),
+            sockets: Legs::direct()
+                .map(|legs| Sockets::open(legs, &phones, &pbx).expect("sockets")),
             net,
             relay,
             pbx,
@@ -193,7 +67,7 @@ impl Wire {
 fn offload(relay: &Relay, sockets: &[Sockets; 2]) -> [u64; 2] {
     sockets
         .each_ref()
-        .map(|sockets| relay.offload(sockets.legs.arguments()).expect("offloaded"))
+        .map(|sockets| sockets.offload(relay).expect("offloaded"))
 }
 
 /// Both pairs talk both ways; `class` is what the DSCP in front of `phone`'s ECN bits becomes.
@@ -846,10 +720,7 @@ fn relays_unfinished_checksums(mode: &str) {
     for sockets in &wire.sockets {
         for leg in [0, 1] {
             sockets.talk(leg, 0, Some(BEFORE as u64));
-            let socket = &sockets.pbx[leg];
-            socket
-                .wait_received(BEFORE, PATIENCE)
-                .expect("not relayed yet");
+            sockets.passed(leg, BEFORE).expect("not relayed yet");
         }
     }
     wire.offload();
@@ -857,12 +728,11 @@ fn relays_unfinished_checksums(mode: &str) {
         for leg in [0, 1] {
             // The second half renumbered: another change under the checksum.
             sockets.talk(leg, 0, Some(RELAYED as u64 / 2));
-            let phone = &sockets.phones[1 - leg];
-            phone.wait_received(RELAYED / 2, PATIENCE).expect("relayed");
+            sockets.relayed(leg, RELAYED / 2).expect("relayed");
             sockets.talk(leg, [101, 96][leg], Some(RELAYED as u64 / 2));
-            phone.wait_received(RELAYED, PATIENCE).expect("relayed");
-            let fate = sockets.fate(leg);
-            assert_eq!(runs(&fate), [(false, BEFORE), (true, RELAYED)]);
+            sockets.relayed(leg, RELAYED).expect("relayed");
+            let fate = sockets.fate(leg).expect("no loss");
+            assert_eq!(fate, [(false, BEFORE), (true, RELAYED)]);
         }
     }
     let recording = capture.stop().expect("no drops");
@@ -889,32 +759,34 @@ fn unfinished_checksums_are_finished_by_the_driver() {
 #[test]
 fn what_is_removed_goes_to_the_pbx_from_the_next_packet_on() {
     let wire = Wire::new("generic", &[]);
-    let commands: [&dyn Fn(u64) -> Vec<String>; 2] =
-        [&|id| vec!["remove".to_owned(), id.to_string()], &|_| {
-            vec!["flush".to_owned()]
-        }];
     let mut expected = Vec::new();
-    for command in commands {
+    for command in ["remove", "flush"] {
         let ids = wire.offload();
+        let rounds = expected.len() / 2 + 1;
         for sockets in &wire.sockets {
             sockets.talk(0, 0, Some(10));
+            sockets.relayed(0, 10 * rounds).expect("relayed");
         }
-        expected.push((true, 10));
-        for (pair, sockets) in wire.sockets.iter().enumerate() {
-            let heard = 10 * expected.len().div_ceil(2);
-            let phone = &sockets.phones[1];
-            phone.wait_received(heard, PATIENCE).expect("relayed");
-            wire.relay.json(command(ids[pair])).expect("taken back");
+        if command == "remove" {
+            for id in ids {
+                wire.relay
+                    .json(["remove", &id.to_string()])
+                    .expect("removed");
+            }
+        } else {
+            let flushed = wire.relay.json(["flush"]).expect("flushed");
+            assert_eq!(flushed["pairs"].as_array().map(Vec::len), Some(2));
+        }
+        for sockets in &wire.sockets {
             sockets.talk(0, 0, Some(10));
-            let pbx = &sockets.pbx[0];
-            pbx.wait_received(heard, PATIENCE).expect("at the PBX");
+            sockets.passed(0, 10 * rounds).expect("passed");
         }
-        expected.push((false, 10));
+        expected.extend([(true, 10), (false, 10)]);
         let list = wire.relay.json(["list"]).expect("list");
         assert_eq!(list["pairs"].as_array().map(Vec::len), Some(0), "{list:#}");
     }
     for sockets in &wire.sockets {
-        assert_eq!(runs(&sockets.fate(0)), expected);
+        assert_eq!(sockets.fate(0).expect("no loss"), expected);
     }
 }
 
@@ -936,7 +808,8 @@ impl Gateway {
         net.router.ip(&lines.join("\n")).expect("neighbours");
         let relay = Relay::attach(&net.pbx, "eth0", ["-v"]).expect("attached");
         let banks = [&net.phones, &net.pbx].map(|host| Bank::new(host).expect("sockets"));
-        let sockets = Legs::routed().map(|legs| Sockets::open(legs, &banks[0], &banks[1]));
+        let sockets =
+            Legs::routed().map(|legs| Sockets::open(legs, &banks[0], &banks[1]).expect("sockets"));
         let ids = offload(&relay, &sockets);
         for sockets in &sockets {
             sockets.talk(0, 0, None);
@@ -1054,10 +927,10 @@ fn a_changed_gateway_is_in_the_map_within_its_bound() {
         let to_nobody = media(&frames, v4)
             .filter(|(at, to)| outdated.iter().any(|(mac, since)| mac == to && at >= since));
         let to_nobody = to_nobody.count() as u64;
-        let (phone, from) = (&sockets.phones[1], &sockets.phones[0]);
-        until("all but those to nobody arrive", || {
-            phone.heard(from).lost <= to_nobody
-        });
+        let rest = sockets.phones[0].sent() - to_nobody;
+        sockets
+            .relayed(0, rest as usize)
+            .expect("all but those to nobody");
         assert_eq!(sockets.at_pbx(), 0, "the PBX's sockets stand still");
     }
 }
@@ -1096,7 +969,7 @@ fn another_gateway_takes_over_without_loss() {
         let hop = &pair["streams"][0]["next_hop"]["destination_mac"];
         assert_eq!(hop, "02:00:00:00:07:07", "{pair:#}");
         // While the new gateway's address is asked for, the PBX has the call; nothing is lost or doubled.
-        let fate = runs(&sockets.fate(0));
+        let fate = sockets.fate(0).expect("no loss");
         assert!(
             matches!(fate[..], [(true, _)] | [(true, _), (false, _), (true, _)]),
             "{fate:?}"
@@ -1138,14 +1011,14 @@ fn a_silent_gateway_gives_its_calls_to_the_pbx_until_it_answers() {
     phone
         .wait_received(heard + 50, PATIENCE)
         .expect("relayed again");
-    let fate = runs(&sockets.fate(0));
+    let fate = sockets.fate(0).expect("no loss");
     let [(true, _), (false, passed), (true, _)] = fate[..] else {
         panic!("not relayed, passed, relayed: {fate:?}");
     };
     let counted = gateway.relay.reasons().expect("status")["next_hop_unknown"];
     assert_eq!(counted, passed as u64);
     // The pair of the other family never noticed.
-    assert_eq!(runs(&gateway.sockets[1].fate(0)).len(), 1);
+    assert_eq!(gateway.sockets[1].fate(0).expect("no loss").len(), 1);
 }
 
 #[test]
@@ -1161,7 +1034,7 @@ fn an_unresolved_phone_waits_with_the_pbx_and_is_relayed_by_itself() {
     let relay = Relay::attach(&net.pbx, "eth0", ["--mode", "generic"]).expect("attached");
     let phones = Bank::new(&net.phones).expect("phones");
     let pbx = Bank::new(&net.pbx).expect("sockets");
-    let sockets = legs.map(|legs| Sockets::open(legs, &phones, &pbx));
+    let sockets = legs.map(|legs| Sockets::open(legs, &phones, &pbx).expect("sockets"));
     let ids = legs.map(|legs| {
         let args = [&["add".to_owned()][..], &legs.arguments()].concat();
         let added = relay.json(args).expect("taken");
@@ -1190,8 +1063,8 @@ fn an_unresolved_phone_waits_with_the_pbx_and_is_relayed_by_itself() {
     net.phones.sysctl(arp_ignore, "0").expect("sysctl");
     for (sockets, id) in sockets.iter().zip(ids) {
         relay.wait_state(id, "offloaded").expect("offloaded");
-        sockets.heard(0, 50);
-        let fate = runs(&sockets.fate(0));
+        sockets.relayed(0, 50).expect("relayed");
+        let fate = sockets.fate(0).expect("no loss");
         assert!(matches!(fate[..], [(false, _), (true, _)]), "{fate:?}");
     }
 }
