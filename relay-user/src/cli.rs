@@ -8,17 +8,19 @@ use std::{
     path::PathBuf,
     process::ExitCode,
     slice,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 use serde::Serialize;
+use tokio::time::sleep;
 
 use crate::{
     config::{self, Dscp, Mode, Settings},
     control::{
         client::{Client, ClientError},
-        model::{Detached, Found},
+        model::{Detached, Found, PairReport, PairState},
         socket,
     },
     daemon,
@@ -446,7 +448,7 @@ fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> 
     let style = Style::of_stdout();
     wait_for(async {
         match request {
-            Request::Add(pair) => form.text(&client.add(&pair).await?, output::added),
+            Request::Add(pair) => form.text(&add(&client, &pair).await?, output::added),
             Request::List => form.text(&client.list().await?, |list| {
                 output::pairs(&list.pairs, style)
             }),
@@ -464,6 +466,20 @@ fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> 
             }),
         }
     })
+}
+
+/// Adds a pair, and gives a neighbour that was never asked before the moment it takes to answer, so
+/// that the report says what will last.
+async fn add(client: &Client, pair: &Pair) -> anyhow::Result<PairReport> {
+    const PATIENCE: Duration = Duration::from_millis(500);
+    const STEP: Duration = Duration::from_millis(20);
+    let mut report = client.add(pair).await?;
+    let patience = Instant::now() + PATIENCE;
+    while report.state == PairState::Waiting && Instant::now() < patience {
+        sleep(STEP).await;
+        report = client.show(report.id).await?;
+    }
+    Ok(report)
 }
 
 fn detach(arguments: Detach) -> anyhow::Result<String> {
