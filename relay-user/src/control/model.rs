@@ -164,7 +164,7 @@ pub struct StatusReport {
     pub mode_reason: String,
     /// DSCP of relayed packets: `ef`, `keep` or a number, as a string.
     pub dscp: Dscp,
-    /// Folder of the pinned maps and programs.
+    /// Folder of the pinned maps.
     pub pins: PathBuf,
     /// Seconds since the daemon attached.
     pub uptime_seconds: u64,
