@@ -9,7 +9,6 @@ mod media;
 
 use std::{
     collections::BTreeMap,
-    fs,
     io::{BufRead as _, BufReader, Write as _},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -70,8 +69,7 @@ impl Pbx {
         struct Ready {
             ami: SocketAddr,
         }
-        let secret_file = host.directory("pbx")?.join("secret");
-        host.run(|| fs::write(&secret_file, SECRET))?;
+        let secret_file = host.private_file("secret", SECRET)?;
         let mut command = Command::new(binary("pbx", "RELAY_PBX_BIN")?);
         command
             .arg("--address")
