@@ -5,7 +5,7 @@ use crate::{
     packet::Packet,
     parse::{Family, Parsed},
     reason::Reason,
-    stream::{DSCP_KEEP, Stream},
+    stream::{DSCP_KEEP, Stream, VlanTag},
     wire::{Be16, Ethernet, Ipv4, Ipv6, Rtp, Udp, Vlan},
 };
 
@@ -76,10 +76,10 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
 
     let next_hop = &stream.next_hop;
     if next_hop.vlan_depth >= 1 {
-        retag(packet, Ethernet::LEN, next_hop.vlans[0].id)?;
+        retag(packet, Ethernet::LEN, next_hop.vlans[0])?;
     }
     if next_hop.vlan_depth >= 2 {
-        retag(packet, Ethernet::LEN + Vlan::LEN, next_hop.vlans[1].id)?;
+        retag(packet, Ethernet::LEN + Vlan::LEN, next_hop.vlans[1])?;
     }
     let header = packet.header::<Ethernet>(0)?;
     header.destination = next_hop.destination_mac.words();
@@ -98,11 +98,12 @@ const fn traffic_class(stream: &Stream, old: u8) -> u8 {
     }
 }
 
-/// Another VLAN, the same priority.
+/// Another VLAN, the same priority. `at` is the tag's control field: its TPID stands before it.
 #[inline(always)]
-fn retag<P: Packet + ?Sized>(packet: &mut P, at: usize, id: u16) -> Result<(), Reason> {
+fn retag<P: Packet + ?Sized>(packet: &mut P, at: usize, tag: VlanTag) -> Result<(), Reason> {
     const ID: u16 = 0x0fff;
-    let tag = packet.header::<Vlan>(at)?;
-    tag.control = Be16::new(tag.control.get() & !ID | id & ID);
+    let [tpid, control] = packet.header::<[Be16; 2]>(at - size_of::<Be16>())?;
+    *tpid = Be16::new(tag.tpid);
+    *control = Be16::new(control.get() & !ID | tag.id & ID);
     Ok(())
 }
