@@ -28,20 +28,22 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
     stream: &Stream,
     plan: &Rewrite,
 ) -> Result<(), Reason> {
+    // The second byte of RTP is the low byte of its word.
+    let datagram = Sum::new(stream.port_change)
+        .change(u16::from(plan.marker_type), u16::from(plan.new_marker_type));
     if parsed.udp_checksum != 0 {
-        // The second byte of RTP is the low byte of its word.
-        let payload_type =
-            Sum::ZERO.change(u16::from(plan.marker_type), u16::from(plan.new_marker_type));
         packet.change_udp_checksum(&UdpChange {
             udp: parsed.udp,
             length: parsed.udp_length,
             pseudo_header: Sum::new(stream.pseudo_header).word(parsed.udp_length),
             addresses: Sum::new(stream.address_change),
-            datagram: Sum::new(stream.port_change).plus(payload_type),
+            datagram,
         })?;
     } else if parsed.family == Family::V6 {
         // No checksum is a fault there (RFC 8200 section 8.1); the stack drops and counts it.
         return Err(Reason::UdpChecksum);
+    } else {
+        packet.sum_changed(datagram);
     }
 
     match parsed.family {
@@ -62,10 +64,16 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
             let header = packet.header::<Ipv6>(parsed.ip)?;
             let word = header.version_class.get();
             let class = traffic_class(stream, (word >> 4) as u8);
-            header.version_class = Be16::new(word & 0xf00f | u16::from(class) << 4);
-            header.hop_limit = header.hop_limit.wrapping_sub(1);
+            let new_word = word & 0xf00f | u16::from(class) << 4;
+            let hop_limit = header.hop_limit.wrapping_sub(1);
+            let change = Sum::new(stream.address_change)
+                .change(word, new_word)
+                .change(u16::from(header.hop_limit), u16::from(hop_limit));
+            header.version_class = Be16::new(new_word);
+            header.hop_limit = hop_limit;
             header.source = stream.new_source.halves();
             header.destination = stream.new_destination.halves();
+            packet.sum_changed(change);
         }
     }
 
@@ -103,7 +111,14 @@ const fn traffic_class(stream: &Stream, old: u8) -> u8 {
 fn retag<P: Packet + ?Sized>(packet: &mut P, at: usize, tag: VlanTag) -> Result<(), Reason> {
     const ID: u16 = 0x0fff;
     let [tpid, control] = packet.header::<[Be16; 2]>(at - size_of::<Be16>())?;
+    let new = control.get() & !ID | tag.id & ID;
+    let mut change = Sum::ZERO.change(control.get(), new);
+    // The first TPID stands in the Ethernet header.
+    if at > Ethernet::LEN {
+        change = change.change(tpid.get(), tag.tpid);
+    }
     *tpid = Be16::new(tag.tpid);
-    *control = Be16::new(control.get() & !ID | tag.id & ID);
+    *control = Be16::new(new);
+    packet.sum_changed(change);
     Ok(())
 }

@@ -1029,6 +1029,23 @@ fn ipv6_only(fixtures: &mut Vec<Fixture>) {
         streams.clone(),
         Reason::UdpChecksum,
     ));
+    // Its form in the tables is an IPv4 stream's, and Linux takes no such packet (ipv6_rcv() in net/ipv6/ip6_input.c).
+    let mapped = |address: SocketAddr| match address.ip() {
+        IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()),
+        IpAddr::V6(_) => address,
+    };
+    let v4 = received(Family::V4);
+    let draft = Draft {
+        source: mapped(v4.source),
+        destination: mapped(v4.destination),
+        ..v4
+    };
+    fixtures.push(passed(
+        "IPv6, the addresses of an IPv4 stream",
+        draft.bytes(),
+        vec![offloaded(stream(Family::V4))],
+        Reason::NoStream,
+    ));
     // The upper four bits of the flow label share their word with the traffic class.
     let [input, output] = [received(family), sent(family)].map(|draft| {
         let class = draft.traffic_class << 4 | 0x0f;
