@@ -192,7 +192,9 @@ impl Generator {
             let length = self.below(50);
             draft.trailer = self.fill(length);
         }
-        if draft.payload.len().is_multiple_of(2) && draft.payload.len() > 12 && self.one_in(20) {
+        // The last bytes are voice, then: no extension stands there.
+        let plain = draft.payload[0] & 0x10 == 0 && draft.payload.len() >= 14;
+        if plain && draft.payload.len().is_multiple_of(2) && self.one_in(20) {
             draft.checksum = Checksum::Finished;
             let field = self.word().max(1);
             draft = match self.below(2) {
