@@ -76,6 +76,7 @@ fn validate<P: Packet + ?Sized>(
     if parsed.hop_limit <= 1 {
         return Err(Reason::HopLimit);
     }
+    // Before its MTU, which is 0 then.
     if stream.next_hop.known == 0 {
         return Err(Reason::NextHopUnknown);
     }

@@ -154,6 +154,9 @@ fn attach_datapath(
     interface: &Interface,
 ) -> anyhow::Result<(Datapath, String)> {
     if let Some(other) = interface.xdp.first() {
+        // Detaching our own program by hand, as that error advises, would take calls from under a
+        // daemon.
+        datapath::check_unserved(&interface.name)?;
         return Err(DatapathError::OtherProgram {
             interface: interface.name.clone(),
             program: datapath::describe_program(other.id),

@@ -288,7 +288,7 @@ fn load_error(error: ProgramError) -> DatapathError {
         {
             DatapathError::Refused {
                 what: "the program",
-                remedy: "CAP_BPF and CAP_NET_ADMIN are needed",
+                remedy: "CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are needed",
                 source: io_error,
             }
         }
@@ -651,6 +651,17 @@ fn check_layout(path: &Path, interface: &str, ebpf: &Ebpf) -> Result<(), Datapat
             interface: interface.to_owned(),
         })
     }
+}
+
+/// Refuses an interface that a running daemon serves, of whatever ABI version.
+///
+/// # Errors
+/// [`DatapathError::Running`], [`DatapathError::Pins`].
+pub fn check_unserved(interface: &str) -> Result<(), DatapathError> {
+    for version in fs::read_dir(pin_root()).into_iter().flatten().flatten() {
+        lock(&version.path().join(interface), interface)?;
+    }
+    Ok(())
 }
 
 /// Removes what daemons that no longer run left pinned for an interface, of every ABI version.

@@ -7,15 +7,23 @@ use nix::sys::utsname::uname;
 /// mmapable arrays (5.5), CAP_BPF (5.8); tested from 6.1 on.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
-/// What BPF maps, XDP programs and netlink need.
-const NEEDED: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
+/// What maps and netlink need as long as the daemon runs.
+const KEPT: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
+
+/// What attaching needs. CAP_PERFMON is for the verifier: without it a program may not subtract packet
+/// pointers (`allow_ptr_leaks` in kernel/bpf/verifier.c, from `perfmon_capable()`).
+const NEEDED: [Capability; 3] = [
+    Capability::CAP_BPF,
+    Capability::CAP_PERFMON,
+    Capability::CAP_NET_ADMIN,
+];
 
 /// Why the daemon cannot run here. The text names the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PrivilegeError {
     /// Not root, nor given the capabilities.
     #[error(
-        "attaching needs {missing}: run as root, or grant it (systemd: AmbientCapabilities=CAP_BPF CAP_NET_ADMIN)"
+        "attaching needs {missing}: run as root with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN (systemd: see CapabilityBoundingSet=)"
     )]
     Capabilities {
         /// Those that are missing.
@@ -58,10 +66,12 @@ fn check_kernel(release: &str) -> Result<(), PrivilegeError> {
 }
 
 fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
-    // CAP_SYS_ADMIN holds CAP_BPF's rights too (include/linux/capability.h, bpf_capable()).
+    // CAP_SYS_ADMIN holds their rights too (bpf_capable() and perfmon_capable() in
+    // include/linux/capability.h).
     let has = |needed: Capability| {
         effective.contains(&needed)
-            || needed == Capability::CAP_BPF && effective.contains(&Capability::CAP_SYS_ADMIN)
+            || matches!(needed, Capability::CAP_BPF | Capability::CAP_PERFMON)
+                && effective.contains(&Capability::CAP_SYS_ADMIN)
     };
     let missing: Vec<_> = NEEDED
         .into_iter()
@@ -84,7 +94,7 @@ fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
 pub fn drop_others() -> Result<(), PrivilegeError> {
     let system = |error: caps::errors::CapsError| PrivilegeError::System(error.to_string());
     let permitted = caps::read(None, CapSet::Permitted).map_err(system)?;
-    let kept: CapsHashSet = NEEDED
+    let kept: CapsHashSet = KEPT
         .into_iter()
         .filter(|needed| permitted.contains(needed))
         .collect();
@@ -120,9 +130,16 @@ mod tests {
         assert_eq!(check_capabilities(&set(&NEEDED)), Ok(()));
         let both = [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN];
         assert_eq!(check_capabilities(&set(&both)), Ok(()));
-        let error = check_capabilities(&set(&[Capability::CAP_BPF])).expect_err("net_admin");
-        assert!(error.to_string().contains("CAP_NET_ADMIN"));
-        let error = check_capabilities(&set(&[])).expect_err("both").to_string();
-        assert!(error.contains("CAP_BPF and CAP_NET_ADMIN"), "{error}");
+        for (index, missing) in NEEDED.iter().enumerate() {
+            let mut rest = NEEDED.to_vec();
+            rest.remove(index);
+            let error = check_capabilities(&set(&rest)).expect_err("one is missing");
+            let error = error.to_string();
+            let named = format!("attaching needs {missing}: ");
+            assert!(error.starts_with(&named), "{error}");
+        }
+        let error = check_capabilities(&set(&[])).expect_err("all").to_string();
+        let named = "needs CAP_BPF and CAP_PERFMON and CAP_NET_ADMIN";
+        assert!(error.contains(named), "{error}");
     }
 }

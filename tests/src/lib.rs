@@ -13,6 +13,7 @@ pub mod generator;
 pub mod kernel;
 pub mod link;
 pub mod namespace;
+pub mod pair;
 pub mod pbx;
 pub mod phone;
 pub mod program;

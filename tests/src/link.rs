@@ -84,7 +84,7 @@ fn up(name: &str) -> Result<u32> {
         Offload::ReceiveChecksum,
         Offload::Gro,
     ] {
-        offload.disable(name)?;
+        offload.set(name, false)?;
     }
     let state = format!("/sys/class/net/{name}/operstate");
     let deadline = Instant::now() + LINK_UP;
@@ -110,7 +110,7 @@ enum Offload {
 }
 
 impl Offload {
-    fn disable(self, interface: &str) -> Result<()> {
+    fn set(self, interface: &str, on: bool) -> Result<()> {
         /// `struct ethtool_value`.
         #[repr(C)]
         struct Value {
@@ -120,7 +120,7 @@ impl Offload {
         let socket = UdpSocket::bind("127.0.0.1:0").context("socket for ethtool")?;
         let mut value = Value {
             command: self as u32,
-            data: 0,
+            data: on.into(),
         };
         // SAFETY: all-zero is a valid ifreq.
         let mut request: libc::ifreq = unsafe { mem::zeroed() };
@@ -134,7 +134,7 @@ impl Offload {
         // SAFETY: SIOCETHTOOL reads the name and the ethtool_value behind ifru_data; both live across the call.
         if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) } != 0 {
             return Err(Error::last_os_error())
-                .with_context(|| format!("cannot disable {self:?} on {interface}"));
+                .with_context(|| format!("cannot set {self:?} to {on} on {interface}"));
         }
         Ok(())
     }
@@ -165,6 +165,16 @@ impl Interface {
             *byte = u8::from_str_radix(digits, 16).with_context(|| format!("{path}: {text}"))?;
         }
         Ok(mac)
+    }
+
+    /// Leaves the UDP checksum of packets sent from now on to the device, which for a veth means to nobody: they
+    /// arrive unfinished, marked so (`CHECKSUM_PARTIAL`), as those of guests and containers do.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn leave_checksums_to_device(&self) -> Result<()> {
+        self.host
+            .run(|| Offload::TransmitChecksum.set(&self.name, true))
     }
 
     /// Attaches an XDP program that passes everything, until the returned guard is dropped.
