@@ -82,13 +82,18 @@ pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason
                 | protocol::DESTINATION => return Err(Reason::IpOptions),
                 _ => return Err(Reason::NotUdp),
             }
+            let destination = Address::ipv6(zerocopy::transmute!(header.destination));
+            // As a key it would find an IPv4 stream. The stack drops such packets.
+            if destination.is_mapped() {
+                return Err(Reason::NoStream);
+            }
             (
                 Family::V6,
                 Ipv6::LEN,
                 Ipv6::LEN + usize::from(header.payload_length.get()),
                 header.hop_limit,
                 Address::ipv6(zerocopy::transmute!(header.source)),
-                Address::ipv6(zerocopy::transmute!(header.destination)),
+                destination,
             )
         }
         _ => return Err(Reason::NotIp),

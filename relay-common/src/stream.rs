@@ -86,6 +86,14 @@ impl Address {
         one[3] == other[3] && one[2] == other[2] && one[1] == other[1] && one[0] == other[0]
     }
 
+    /// Whether this is an IPv4 address.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        let [one, two, three, _] = self.words();
+        one == 0 && two == 0 && three == u32::from_be(0xffff)
+    }
+
     /// The words that a checksum covers: an IPv4 pseudo-header holds 4 bytes, and the constant
     /// prefix of a mapped address must not be added.
     fn sum(&self) -> Sum {

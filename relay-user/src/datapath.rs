@@ -12,7 +12,7 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{HashMap, Map, MapData, MapError, MapInfo, PerCpuArray},
-    programs::{ProgramError, ProgramInfo, Xdp, XdpMode},
+    programs::{Program, ProgramError, ProgramInfo, SchedClassifier, Xdp, XdpMode},
 };
 use memmap2::{MmapOptions, MmapRaw};
 use nix::{
@@ -255,12 +255,34 @@ pub fn load(mode: AttachMode, max_streams: u32) -> Result<Ebpf, DatapathError> {
 /// [`DatapathError::Verifier`] with the kernel's log, [`DatapathError::Refused`] for want of a
 /// capability.
 pub fn load_xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
-    let program: &mut Xdp = ebpf
-        .program_mut(names::XDP)
-        .ok_or_else(|| DatapathError::Object(format!("no program {}", names::XDP)))?
+    let program: &mut Xdp = program(ebpf, names::XDP)?;
+    program.load().map_err(load_error)?;
+    Ok(program)
+}
+
+/// The TC program of a loaded object, itself loaded.
+///
+/// # Errors
+/// As [`load_xdp`].
+pub fn load_tc(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
+    let program: &mut SchedClassifier = program(ebpf, names::TC)?;
+    program.load().map_err(load_error)?;
+    Ok(program)
+}
+
+/// A program of the object, typed.
+fn program<'a, T>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut T, DatapathError>
+where
+    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    ebpf.program_mut(name)
+        .ok_or_else(|| DatapathError::Object(format!("no program {name}")))?
         .try_into()
-        .map_err(|error: ProgramError| DatapathError::Object(error.to_string()))?;
-    program.load().map_err(|error| match error {
+        .map_err(|error: ProgramError| DatapathError::Object(error.to_string()))
+}
+
+fn load_error(error: ProgramError) -> DatapathError {
+    match error {
         ProgramError::LoadError { io_error, .. }
             if io_error.raw_os_error() == Some(nix::libc::EPERM) =>
         {
@@ -274,8 +296,7 @@ pub fn load_xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
             DatapathError::Verifier(verifier_log.to_string())
         }
         error => DatapathError::Object(error.to_string()),
-    })?;
-    Ok(program)
+    }
 }
 
 impl Datapath {

@@ -7,13 +7,19 @@
 pub mod ami;
 pub mod asterisk;
 pub mod capture;
+pub mod draft;
+pub mod fixture;
+pub mod generator;
+pub mod kernel;
 pub mod link;
 pub mod namespace;
 pub mod pair;
 pub mod pbx;
 pub mod phone;
+pub mod program;
 pub mod relay;
 pub mod rtp;
+pub mod tables;
 pub mod topology;
 
 mod datagram;
