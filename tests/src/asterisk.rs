@@ -25,6 +25,7 @@ use crate::{
     ami::{Client, Message},
     capture::{Direction, Flow, Quality, Recording},
     namespace::{Host, Process},
+    relay,
     rtp::Rtp,
     topology::{Direct, PBX_V4},
 };
@@ -120,8 +121,7 @@ impl Lab {
                 .map_err(|panic| anyhow!("starting Asterisk panicked: {panic:?}"));
             Ok::<_, anyhow::Error>((pbx??, phones?))
         })?;
-        let secret_file = net.pbx.directory("asterisk-secret")?.join("secret");
-        net.pbx.run(|| fs::write(&secret_file, SECRET))?;
+        let secret_file = relay::secret_file(&net.pbx, "asterisk-secret", SECRET)?;
         let manager = Mutex::new(pbx.manager()?);
         let originator = Mutex::new(phones.manager()?);
         Ok(Self {

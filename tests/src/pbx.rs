@@ -9,7 +9,6 @@ mod media;
 
 use std::{
     collections::BTreeMap,
-    fs,
     io::{BufRead as _, BufReader, Write as _},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -25,7 +24,7 @@ pub use exchange::{Options, run};
 
 use crate::{
     namespace::{Host, Process},
-    relay::binary,
+    relay::{binary, secret_file},
 };
 
 /// The only AMI user, with the least privileges that the relay needs.
@@ -70,8 +69,7 @@ impl Pbx {
         struct Ready {
             ami: SocketAddr,
         }
-        let secret_file = host.directory("pbx")?.join("secret");
-        host.run(|| fs::write(&secret_file, SECRET))?;
+        let secret_file = secret_file(host, "pbx", SECRET)?;
         let mut command = Command::new(binary("pbx", "RELAY_PBX_BIN")?);
         command
             .arg("--address")
@@ -162,6 +160,27 @@ impl Pbx {
     /// The PBX is gone.
     pub fn disconnect_ami(&self) -> Result<()> {
         self.command::<serde_json::Value>("disconnect").map(drop)
+    }
+
+    /// From now on AMI tells what happens, but answers no question about calls, as a busy Asterisk does for a while.
+    ///
+    /// # Errors
+    /// The PBX is gone.
+    pub fn stall_ami(&self) -> Result<()> {
+        self.command::<serde_json::Value>("stall").map(drop)
+    }
+
+    /// AMI answers again, the questions of before too.
+    ///
+    /// # Errors
+    /// The PBX is gone.
+    pub fn unstall_ami(&self) -> Result<()> {
+        self.command::<serde_json::Value>("unstall").map(drop)
+    }
+
+    /// The process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     /// Packets of each call that is up, by its number: caller's leg, callee's leg.

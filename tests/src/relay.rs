@@ -2,13 +2,17 @@
 
 use std::{
     env,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs::File,
+    io::Write as _,
     os::{
         fd::AsFd as _,
-        unix::{fs::FileExt as _, net::UnixDatagram},
+        unix::{
+            fs::{FileExt as _, OpenOptionsExt as _},
+            net::UnixDatagram,
+        },
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Output, Stdio},
     time::{Duration, Instant},
 };
@@ -42,13 +46,30 @@ pub fn binary(name: &str, variable: &str) -> Result<PathBuf> {
     })
 }
 
+/// Writes an AMI secret as the relay wants it, readable by its owner only, into a new directory of the machine.
+///
+/// # Errors
+/// The file cannot be written.
+pub(crate) fn secret_file(host: &Host, directory: &str, secret: &str) -> Result<PathBuf> {
+    let path = host.directory(directory)?.join("secret");
+    host.run(|| {
+        let mut options = File::options();
+        options.write(true).create_new(true).mode(0o600);
+        options.open(&path)?.write_all(secret.as_bytes())
+    })
+    .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
 /// A running `relay-user attach`. Dropping it kills it, as `kill -9` does.
 #[derive(Debug)]
 pub struct Relay {
     host: Host,
     program: PathBuf,
     process: Process,
-    directory: PathBuf,
+    socket: PathBuf,
+    /// `--socket PATH`, or nothing where it is in its default place.
+    socket_args: Vec<OsString>,
     log: File,
 }
 
@@ -62,8 +83,35 @@ impl Relay {
         interface: &str,
         args: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
-        let program = binary("relay-user", "RELAY_USER_BIN")?;
         let directory = host.directory("relay")?;
+        let socket = directory.join("socket");
+        let socket_args = vec!["--socket".into(), socket.clone().into()];
+        Self::start(host, interface, args, &directory, socket, socket_args)
+    }
+
+    /// The same with the control socket where it is by default. One to a machine.
+    ///
+    /// # Errors
+    /// As [`Relay::attach`].
+    pub fn attach_plainly<S: AsRef<OsStr>>(
+        host: &Host,
+        interface: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
+        let directory = host.directory("relay")?;
+        let socket = Path::new("/run/relay-user").join(format!("{interface}.sock"));
+        Self::start(host, interface, args, &directory, socket, Vec::new())
+    }
+
+    fn start<S: AsRef<OsStr>>(
+        host: &Host,
+        interface: &str,
+        args: impl IntoIterator<Item = S>,
+        directory: &Path,
+        socket: PathBuf,
+        socket_args: Vec<OsString>,
+    ) -> Result<Self> {
+        let program = binary("relay-user", "RELAY_USER_BIN")?;
         let (notify, log) = (directory.join("notify"), directory.join("log"));
         let ready = host
             .run(|| UnixDatagram::bind(&notify))
@@ -79,8 +127,7 @@ impl Relay {
         command
             .args(["attach", interface])
             .args(args)
-            .arg("--socket")
-            .arg(directory.join("socket"))
+            .args(&socket_args)
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -90,7 +137,8 @@ impl Relay {
             host: host.clone(),
             program,
             process,
-            directory,
+            socket,
+            socket_args,
             log,
         };
         relay.await_ready(&ready)?;
@@ -128,7 +176,7 @@ impl Relay {
 
     /// The daemon's control socket, which is visible inside the machine only ([`Host::run`]).
     pub fn socket(&self) -> PathBuf {
-        self.directory.join("socket")
+        self.socket.clone()
     }
 
     /// What the daemon has written to standard output and standard error until now.
@@ -166,8 +214,7 @@ impl Relay {
         let mut command = Command::new(&self.program);
         command
             .args(args)
-            .arg("--socket")
-            .arg(self.socket())
+            .args(&self.socket_args)
             .stdin(Stdio::null());
         self.host.run_to_end(command)
     }
