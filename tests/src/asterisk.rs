@@ -176,6 +176,11 @@ impl Lab {
         self.pbx.process.cpu_time()
     }
 
+    /// The process id of the Asterisk under test.
+    pub fn id(&self) -> u32 {
+        self.pbx.process.id()
+    }
+
     /// What the Asterisk under test has logged until now.
     pub fn log(&self) -> String {
         self.pbx.log()

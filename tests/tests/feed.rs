@@ -225,9 +225,11 @@ fn await_offloaded(relay: &Relay, calls: usize) {
     });
 }
 
-fn await_taken_back(relay: &Relay) {
+/// Waits until everything is taken back while AMI does what `ami` says: a relay that asks first, of a PBX that does
+/// not answer, gives up the connection in the end, and takes back because of that.
+fn await_taken_back(relay: &Relay, ami: &str) {
     await_status(relay, "everything taken back", |status| {
-        status["offloaded"] == 0 && status["streams"] == 0
+        status["offloaded"] == 0 && status["streams"] == 0 && status["ami"]["state"] == ami
     });
 }
 
@@ -243,16 +245,21 @@ fn streams_in_kernel(office: &Office, relay: &Relay) -> usize {
     })
 }
 
-/// The TOS values among the last `count` packets that a phone received.
-fn tos_of_last(phone: &Phone, count: usize) -> Vec<u8> {
+/// What the phone hears has this TOS. Not every single packet: one in 65,536 has a UDP checksum that could as well be
+/// an unfinished one, and goes through the PBX.
+fn assert_tos(relay: &Relay, phone: &Phone, expected: u8) {
     let arrivals = phone.arrivals();
-    let mut seen: Vec<_> = arrivals[arrivals.len() - count..]
+    let last = &arrivals[arrivals.len() - 50..];
+    let other = last
         .iter()
-        .map(|arrival: &Arrival| arrival.tos)
-        .collect();
-    seen.sort_unstable();
-    seen.dedup();
-    seen
+        .filter(|arrival| arrival.tos != expected)
+        .count();
+    assert!(
+        other <= 1,
+        "{last:#?}: {:#}\n{}",
+        status(relay),
+        relay.log()
+    );
 }
 
 #[test]
@@ -260,18 +267,18 @@ fn calls_before_and_after_attach_are_relayed_and_the_pbx_sees_none_of_it() {
     let office = Office::open();
     let mut calls = office.calls(0..5);
     talk_on(&calls, 10);
-    assert_eq!(tos_of_last(&calls[0].callee, 5), [0], "the PBX's own mark");
+    let marks = calls[0].callee.arrivals();
+    assert!(
+        marks.iter().all(|arrival| arrival.tos == 0),
+        "the PBX's own mark"
+    );
     let relay = office.attach(&[]);
     office.assert_relayed(&relay, &calls);
     calls.extend(office.calls(5..10));
     office.assert_relayed(&relay, &calls);
     assert_eq!(streams_in_kernel(&office, &relay), 20);
     for phone in calls.iter().flat_map(Call::phones) {
-        assert_eq!(
-            tos_of_last(phone, 50),
-            [EF_TOS],
-            "EF, and the ECN bits stay"
-        );
+        assert_tos(&relay, phone, EF_TOS);
     }
     assert_perfect(&calls);
     relay.stop().expect("a clean end");
@@ -284,7 +291,7 @@ fn dscp_keep_leaves_the_phones_mark() {
     let calls = office.calls(0..1);
     office.assert_relayed(&relay, &calls);
     for phone in calls[0].phones() {
-        assert_eq!(tos_of_last(phone, 50), [PHONE_TOS]);
+        assert_tos(&relay, phone, PHONE_TOS);
     }
     assert_perfect(&calls);
 }
@@ -302,7 +309,7 @@ fn ipv6_calls_are_relayed() {
         office.call_between(phones, 1),
     ];
     office.assert_relayed(&relay, &calls);
-    assert_eq!(tos_of_last(&calls[0].callee, 50), [EF_TOS]);
+    assert_tos(&relay, &calls[0].callee, EF_TOS);
     assert_perfect(&calls);
 }
 
@@ -318,7 +325,7 @@ fn a_held_call_is_taken_back_at_once_and_offloaded_when_resumed() {
     for call in &calls {
         office.pbx.hold(call.line).expect("hold");
     }
-    await_taken_back(&relay);
+    await_taken_back(&relay, "up");
     office.assert_forwarded(&relay, &calls, 20);
     office.pbx.unstall_ami().expect("unstall");
     // Asked now, and asked again: it stays on hold, and with the PBX.
@@ -346,7 +353,7 @@ fn a_bridge_that_leaves_native_rtp_is_taken_back_at_once() {
     for call in &calls {
         office.pbx.simple(call.line).expect("simple");
     }
-    await_taken_back(&relay);
+    await_taken_back(&relay, "up");
     office.assert_forwarded(&relay, &calls, 20);
     office.pbx.unstall_ami().expect("unstall");
     await_status(&relay, "refused", |status| status["refused"] == 2);
@@ -448,7 +455,7 @@ fn without_ami_everything_is_taken_back_and_a_resync_offloads_it_again() {
     // Stalled, so that the relay is not back before this test has looked.
     office.pbx.stall_ami().expect("stall");
     office.pbx.disconnect_ami().expect("disconnect");
-    await_taken_back(&relay);
+    await_taken_back(&relay, "down");
     office.assert_forwarded(&relay, &calls, 50);
     // What ends and begins meanwhile, the relay hears no event of.
     let gone = calls.remove(0);
