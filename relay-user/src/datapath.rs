@@ -235,7 +235,7 @@ pub fn load(mode: AttachMode, max_streams: u32) -> Result<Ebpf, DatapathError> {
                 let remedy = match io_error.raw_os_error() {
                     Some(nix::libc::ENOMEM) => "lower `--max-streams`",
                     Some(nix::libc::EPERM) => {
-                        "CAP_BPF is needed, and on kernels before 5.11 `ulimit -l unlimited`"
+                        "CAP_BPF is needed"
                     }
                     _ => "Linux 5.15 or newer is needed",
                 };
@@ -310,7 +310,6 @@ impl Datapath {
         mode: AttachMode,
         max_streams: u32,
     ) -> Result<Self, DatapathError> {
-        ensure_bpffs()?;
         let mut ebpf = load(mode, max_streams)?;
         let mut pins = Pins::claim(interface, &ebpf)?;
         let program = load_xdp(&mut ebpf)?;
@@ -489,7 +488,11 @@ pub fn describe_program(id: u32) -> String {
     }
 }
 
-fn ensure_bpffs() -> Result<(), DatapathError> {
+/// Mounts the BPF file system where it is missing, which needs CAP_SYS_ADMIN.
+///
+/// # Errors
+/// [`DatapathError::Bpffs`].
+pub fn ensure_bpffs() -> Result<(), DatapathError> {
     let is_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
     if is_bpffs(Path::new(BPFFS)) {
         return Ok(());

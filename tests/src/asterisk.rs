@@ -25,6 +25,7 @@ use crate::{
     ami::{Client, Message},
     capture::{Direction, Flow, Quality, Recording},
     namespace::{Host, Process},
+    relay,
     rtp::Rtp,
     topology::{Direct, PBX_V4},
 };
@@ -173,6 +174,11 @@ impl Lab {
     /// Asterisk is gone.
     pub fn cpu_time(&self) -> Result<Duration> {
         self.pbx.process.cpu_time()
+    }
+
+    /// The process id of the Asterisk under test.
+    pub fn id(&self) -> u32 {
+        self.pbx.process.id()
     }
 
     /// What the Asterisk under test has logged until now.
