@@ -695,6 +695,9 @@ fn not_the_streams(fixtures: &mut Vec<Fixture>, family: Family) {
             input.payload.clear();
         },
     );
+    add("11 bytes", stream, Reason::RtpLength, &|input| {
+        input.payload.truncate(11);
+    });
     add(
         "11 bytes and padding",
         stream,
