@@ -23,6 +23,8 @@ use site::{Laboratory, Office, Site};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Between two looks at the relay's state, which no event announces to clients.
 const LOOK: Duration = Duration::from_millis(50);
+/// A gap that an idle machine does not have.
+const BUSY: Duration = Duration::from_millis(100);
 /// DSCP of relayed packets: EF, RFC 3246.
 const EF: u8 = 46;
 
@@ -81,8 +83,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         .seconds
         .unwrap_or(if options.asterisk { 10 } else { 7 });
     let length = Duration::from_secs(seconds.into());
-    binary("relay-user", "RELAY_USER_BIN")?;
+    let program = binary("relay-user", "RELAY_USER_BIN")?;
 
+    screen.title(&format!(
+        "{calls} calls through {}, without relay-user and with it (about {} s)",
+        if options.asterisk {
+            "Asterisk"
+        } else {
+            "a PBX"
+        },
+        3 * seconds + if options.asterisk { 8 } else { 2 }
+    ));
     screen.phase(
         "Build",
         "Two machines (network namespaces) on one cable: a PBX in one, all phones in the other.",
@@ -144,7 +155,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     screen.command("relay-user status");
     screen.output(&command(&relay, &["status"])?);
     if options.hold {
-        screen.say("The calls go on. Look around, then press Enter here.");
+        screen.say("The calls go on. Look around in another terminal, then press Enter here.");
+        screen.command(&format!(
+            "nsenter -t {} -n -m {} list",
+            site.pbx_id(),
+            program.display()
+        ));
         io::stdin().read_line(&mut String::new())?;
     }
 
@@ -180,6 +196,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     screen.table(&columns);
     screen.say(note);
     screen.say("Loss, duplicates and gaps include the moments of attach and of flush.");
+    if columns[0].hearing.largest_gap > BUSY {
+        screen.say("This machine is busy: such gaps without the relay are its own doing.");
+    }
     let faults = faults(&columns, tolerated_loss);
     if faults.is_empty() {
         screen.verdict(&format!(

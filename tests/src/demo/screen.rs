@@ -46,6 +46,11 @@ impl Screen {
         println!("{clear}{text}");
     }
 
+    /// The first line.
+    pub(super) fn title(self, text: &str) {
+        self.line(&self.paint("1;4", text));
+    }
+
     /// A new phase, and in one sentence what it does.
     pub(super) fn phase(self, name: &str, sentence: &str) {
         self.line("");
