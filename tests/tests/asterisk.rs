@@ -405,6 +405,8 @@ struct Offloaded {
     manager: Client,
     capture: Capture,
     pair: [Leg; 2],
+    /// Packets relayed before the last action.
+    relayed: u64,
 }
 
 impl Offloaded {
@@ -423,12 +425,14 @@ impl Offloaded {
             manager,
             capture,
             pair,
+            relayed: 0,
         }
     }
 
     fn do_to(&mut self, leg: usize, action: &str, fields: &[(&str, &str)]) {
         let mut all = vec![("Channel", self.pair[leg].channel.as_str())];
         all.extend(fields);
+        self.relayed = self.attached.relayed();
         self.manager.action(action, &all).expect(action);
     }
 
@@ -441,6 +445,9 @@ impl Offloaded {
         assert_eq!(list[0]["state"], "refused");
         assert_eq!(self.attached.map(), BTreeSet::new());
         let relayed = self.attached.relayed();
+        // An event did that, at once, and not the next look at all calls.
+        let late = relayed - self.relayed;
+        assert!(late < RATE, "{late} packets relayed past Asterisk");
         wait_received(&self.lab, 2 * RATE);
         assert_eq!(self.attached.relayed(), relayed);
     }
