@@ -62,20 +62,23 @@ struct Case {
 enum Subject {
     /// One that does as little as can be.
     Floor(OwnedFd),
-    /// Ours, which must find this reason.
-    Relay {
-        kernel: Kernel,
-        hook: Hook,
-        entry: Entry,
-        reason: Reason,
-    },
+    /// Ours.
+    Relay(Box<Relay>),
+}
+
+/// The datapath, a stream that it knows, and what it must find the packet to be.
+struct Relay {
+    kernel: Kernel,
+    hook: Hook,
+    entry: Entry,
+    reason: Reason,
 }
 
 impl Subject {
     fn descriptor(&self) -> Result<BorrowedFd<'_>> {
         match self {
             Self::Floor(program) => Ok(program.as_fd()),
-            Self::Relay { kernel, hook, .. } => kernel.descriptor(*hook),
+            Self::Relay(relay) => relay.kernel.descriptor(relay.hook),
         }
     }
 }
@@ -129,12 +132,12 @@ fn cases() -> Result<Vec<Case>> {
                 name: format!("{hook_name}, {name}"),
                 frame: packet.bytes(),
                 after: after.bytes(),
-                subject: Subject::Relay {
+                subject: Subject::Relay(Box::new(Relay {
                     kernel,
                     hook,
                     entry,
                     reason,
-                },
+                })),
                 samples: vec![],
             });
         }
@@ -271,7 +274,7 @@ impl Case {
         let counted = self.counted()? - counted;
         let expected = match self.subject {
             Subject::Floor(_) => 0,
-            Subject::Relay { .. } => u64::from(calls) * u64::from(REPEAT),
+            Subject::Relay(_) => u64::from(calls) * u64::from(REPEAT),
         };
         ensure!(
             counted == expected,
@@ -285,21 +288,21 @@ impl Case {
     fn counted(&self) -> Result<u64> {
         Ok(match &self.subject {
             Subject::Floor(_) => 0,
-            Subject::Relay { kernel, reason, .. } => kernel.counters()?[*reason as usize].packets,
+            Subject::Relay(relay) => relay.kernel.counters()?[relay.reason as usize].packets,
         })
     }
 
     /// Counts instructions, and sees that they do to the frame what the kernel's do.
     fn trace(&self) -> Result<Option<Trace>> {
-        let Subject::Relay {
+        let Subject::Relay(relay) = &self.subject else {
+            return Ok(None);
+        };
+        let Relay {
             hook,
             entry,
             reason,
             ..
-        } = &self.subject
-        else {
-            return Ok(None);
-        };
+        } = &**relay;
         let trace = interpreter::trace(*hook, *entry, &self.frame)?;
         let relayed = *reason == Reason::Relayed;
         let verdict = match (hook, relayed) {
@@ -372,9 +375,7 @@ fn print_programs(cases: &[Case]) -> Result<()> {
     ]);
     for hook in [Hook::NativeXdp, Hook::Tc] {
         let kernel = cases.iter().find_map(|case| match &case.subject {
-            Subject::Relay {
-                kernel, hook: its, ..
-            } if *its == hook => Some(kernel),
+            Subject::Relay(relay) if relay.hook == hook => Some(&relay.kernel),
             _ => None,
         });
         let info = kernel.context("no case has this hook")?.info(hook)?;
