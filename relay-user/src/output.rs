@@ -80,7 +80,7 @@ pub fn pairs(pairs: &[PairReport], style: Style) -> String {
         "WHY",
     ]);
     for pair in pairs {
-        let mut legs = pair.legs.iter().map(|report| {
+        let legs = pair.legs.iter().map(|report| {
             // Between the addresses, or a narrow terminal would break them in the middle.
             if style.lines {
                 leg(report).replace('=', "=\n")
@@ -88,6 +88,9 @@ pub fn pairs(pairs: &[PairReport], style: Style) -> String {
                 leg(report)
             }
         });
+        // A call that was never offered has no addresses to be known by.
+        let channels = pair.channels.iter().skip(pair.legs.len());
+        let mut legs = legs.chain(channels.map(|channel| clean(channel).into_owned()));
         table.add_row([
             number(pair.id),
             Cell::new(feed(pair.feed)),
@@ -118,6 +121,9 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
             Some(channel) => facts.add(name, format_args!("{} ({channel})", leg(report))),
             None => facts.add(name, leg(report)),
         }
+    }
+    if pair.legs.is_empty() && !pair.channels.is_empty() {
+        facts.add("channels", clean(&pair.channels.join(", ")));
     }
     let types: Vec<_> = pair.payload_types.iter().map(ToString::to_string).collect();
     facts.add("payload types", types.join(", "));
@@ -436,7 +442,15 @@ mod tests {
         assert_eq!(rows[2][6], "no neighbour");
         assert_eq!(
             rows[3],
-            ["1000", "ami", "refused", "-", "-", "0", "no neighbour"]
+            [
+                "1000",
+                "ami",
+                "refused",
+                "PJSIP/alice-00000001",
+                "PJSIP/bob-00000002",
+                "0",
+                "no neighbour"
+            ]
         );
         let column = |line: &str, what: &str| line.find(what).expect("column");
         let lines: Vec<_> = text.lines().collect();
@@ -501,7 +515,7 @@ mod tests {
             "interface  eth0 (number 2)",
             "mode       native XDP: ",
             "up 3 d 4 h",
-            "AMI        up, relay at 127.0.0.1:5038, Asterisk 22.10.1",
+            "AMI        up, relay at 127.0.0.1:5038, Asterisk Call Manager/11.0.0",
             "pairs      3: 1 offloaded, 1 waiting, 1 refused",
             "streams    4 of 65536",
         ] {

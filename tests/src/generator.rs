@@ -223,7 +223,7 @@ impl Generator {
         let head = 12 + sources * 4;
         let length = head + extension.map_or(0, |words| 4 + words * 4) + voice;
         let mut packet = self.fill(length);
-        packet[0] = 0x80 | packet[0] & 0x20 | sources as u8;
+        packet[0] = 0x80 | sources as u8;
         packet[1] = packet[1] & 0x80 | payload_type;
         if let Some(words) = extension {
             packet[0] |= 0x10;
