@@ -984,7 +984,7 @@ fn another_gateway_takes_over_without_loss() {
 #[test]
 fn a_silent_gateway_gives_its_calls_to_the_pbx_until_it_answers() {
     let gateway = Gateway::new();
-    let (sockets, id) = (&gateway.sockets[0], gateway.ids[0]);
+    let ([sockets, other], id) = (&gateway.sockets, gateway.ids[0]);
     let before = gateway.relay.reasons().expect("status")["next_hop_unknown"];
     assert_eq!(before, 0);
     let arp_ignore = "net/ipv4/conf/all/arp_ignore";
@@ -1001,6 +1001,9 @@ fn a_silent_gateway_gives_its_calls_to_the_pbx_until_it_answers() {
     assert_eq!(pair["streams"][0]["next_hop"], serde_json::Value::Null);
     let pbx = &sockets.pbx[0];
     pbx.wait_received(50, PATIENCE).expect("packets at the PBX");
+    // The pair of the other family is relayed all the while.
+    let heard = other.phones[1].arrivals().len();
+    other.relayed(0, heard + 50).expect("relayed");
     gateway.net.router.sysctl(arp_ignore, "0").expect("sysctl");
     gateway
         .relay
@@ -1015,10 +1018,12 @@ fn a_silent_gateway_gives_its_calls_to_the_pbx_until_it_answers() {
     let [(true, _), (false, passed), (true, _)] = fate[..] else {
         panic!("not relayed, passed, relayed: {fate:?}");
     };
+    // A busy kernel may forget the other family's neighbour too (its table is one for all machines).
+    let others = other.fate(0).expect("no loss");
+    let others = others.iter().filter(|(relayed, _)| !relayed);
+    let passed = passed + others.map(|(_, length)| length).sum::<usize>();
     let counted = gateway.relay.reasons().expect("status")["next_hop_unknown"];
     assert_eq!(counted, passed as u64);
-    // The pair of the other family never noticed.
-    assert_eq!(gateway.sockets[1].fate(0).expect("no loss").len(), 1);
 }
 
 #[test]
