@@ -3,8 +3,8 @@
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::utsname::uname;
 
-/// The oldest kernel that the datapath is made for: BPF links for XDP (5.9), bounded loops (5.3),
-/// mmapable arrays (5.5), CAP_BPF (5.8); tested from 6.1 on.
+/// The oldest long-term kernel that has what the datapath is made of: bounded loops (5.3), mmapable
+/// arrays (5.5), CAP_BPF (5.8), BPF links for XDP (5.9), BPF memory outside the memlock limit (5.11).
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
 /// What maps and netlink need as long as the daemon runs.
@@ -66,16 +66,9 @@ fn check_kernel(release: &str) -> Result<(), PrivilegeError> {
 }
 
 fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
-    // CAP_SYS_ADMIN holds their rights too (bpf_capable() and perfmon_capable() in
-    // include/linux/capability.h).
-    let has = |needed: Capability| {
-        effective.contains(&needed)
-            || matches!(needed, Capability::CAP_BPF | Capability::CAP_PERFMON)
-                && effective.contains(&Capability::CAP_SYS_ADMIN)
-    };
     let missing: Vec<_> = NEEDED
         .into_iter()
-        .filter(|needed| !has(*needed))
+        .filter(|needed| !effective.contains(needed))
         .map(|needed| needed.to_string())
         .collect();
     if missing.is_empty() {
@@ -87,17 +80,29 @@ fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
     }
 }
 
-/// Gives up every capability that is not needed from now on, for good.
+/// Gives up, for good, every capability that attaching does not need. To be called before another
+/// thread runs: capabilities belong to a thread.
 ///
 /// # Errors
 /// [`PrivilegeError::System`].
-pub fn drop_others() -> Result<(), PrivilegeError> {
+pub fn keep_for_attaching() -> Result<(), PrivilegeError> {
+    // Root would get everything back with the next program it executes.
+    nix::sys::prctl::set_no_new_privs()
+        .map_err(|errno| PrivilegeError::System(errno.to_string()))?;
+    keep(&NEEDED)
+}
+
+/// Gives up what only attaching needed.
+///
+/// # Errors
+/// [`PrivilegeError::System`].
+pub fn keep_for_serving() -> Result<(), PrivilegeError> {
+    keep(&KEPT)
+}
+
+fn keep(kept: &[Capability]) -> Result<(), PrivilegeError> {
     let system = |error: caps::errors::CapsError| PrivilegeError::System(error.to_string());
-    let permitted = caps::read(None, CapSet::Permitted).map_err(system)?;
-    let kept: CapsHashSet = KEPT
-        .into_iter()
-        .filter(|needed| permitted.contains(needed))
-        .collect();
+    let kept: CapsHashSet = kept.iter().copied().collect();
     caps::clear(None, CapSet::Ambient).map_err(system)?;
     caps::clear(None, CapSet::Inheritable).map_err(system)?;
     caps::set(None, CapSet::Effective, &kept).map_err(system)?;
@@ -128,8 +133,6 @@ mod tests {
     fn missing_capabilities_are_named() {
         let set = |capabilities: &[Capability]| capabilities.iter().copied().collect();
         assert_eq!(check_capabilities(&set(&NEEDED)), Ok(()));
-        let both = [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN];
-        assert_eq!(check_capabilities(&set(&both)), Ok(()));
         for (index, missing) in NEEDED.iter().enumerate() {
             let mut rest = NEEDED.to_vec();
             rest.remove(index);

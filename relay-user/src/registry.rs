@@ -23,7 +23,7 @@ use crate::{
         ApiError, ErrorCode, Feed, LegReport, NextHopReport, PairReport, PairState, StreamReport,
         StreamState,
     },
-    next_hop::{NextHop, NextHopError, Path, Resolution},
+    next_hop::{NextHop, NextHopError, Notice, Path, Resolution},
     pair::{Leg, Pair},
 };
 
@@ -89,7 +89,13 @@ pub enum Refusal {
     /// A packet cannot leave towards a remote.
     #[error(transparent)]
     NextHop(#[from] NextHopError),
+    /// Tags would have to be put on or taken off.
+    #[error("{}", VLANS_DIFFER)]
+    Vlans,
 }
+
+/// The datapath changes VLAN identifiers, not the number of tags.
+const VLANS_DIFFER: &str = "the legs are on links with different numbers of VLAN tags, which is not supported yet: the call stays with the PBX";
 
 impl Refusal {
     /// For programs.
@@ -99,7 +105,8 @@ impl Refusal {
             Self::Duplicate { .. } => ErrorCode::Duplicate,
             Self::Loop { .. } => ErrorCode::Loop,
             Self::Full { .. } => ErrorCode::MapFull,
-            Self::NextHop(
+            Self::Vlans
+            | Self::NextHop(
                 NextHopError::OtherInterface { .. }
                 | NextHopError::NoLinkLayer(_)
                 | NextHopError::RemoteIsLinkLocal(_)
@@ -182,8 +189,26 @@ enum Body {
 /// A stream of a held pair; its index is that of the leg it comes in on.
 struct StreamEntry {
     slot: u32,
-    resolution: Resolution,
+    way: Watched,
     installed: bool,
+}
+
+/// What a watch of a path has told so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// Serial of the watch (see [`Notice`]).
+    pub serial: u64,
+    /// The latest that it told.
+    pub resolution: Resolution,
+}
+
+impl From<Notice> for Watched {
+    fn from(notice: Notice) -> Self {
+        Self {
+            serial: notice.serial,
+            resolution: notice.resolution,
+        }
+    }
 }
 
 impl Registry {
@@ -264,7 +289,7 @@ impl Registry {
         pair.legs.each_ref().map(path_to)
     }
 
-    /// Takes a pair whose paths are being watched; `resolutions` belong to its legs.
+    /// Takes a pair whose paths are being watched; `watched` belong to its legs.
     ///
     /// # Errors
     /// A [`Refusal`]; nothing has changed then, and the caller ends the watches.
@@ -272,13 +297,17 @@ impl Registry {
         &mut self,
         origin: Origin,
         pair: Pair,
-        resolutions: [Resolution; 2],
+        watched: [Watched; 2],
     ) -> Result<(u64, Vec<Change>), Refusal> {
         self.check(&pair)?;
-        for resolution in &resolutions {
-            if let Resolution::Unreachable(error) = resolution {
+        for way in &watched {
+            // An operator can correct a pair. A call is what it is, and its way may come back.
+            if let (Resolution::Unreachable(error), Origin::Api) = (&way.resolution, &origin) {
                 return Err(error.clone().into());
             }
+        }
+        if vlans_differ(watched.each_ref()) && origin == Origin::Api {
+            return Err(Refusal::Vlans);
         }
         let (Some(one), Some(other)) = (self.free_slots.pop_front(), self.free_slots.pop_front())
         else {
@@ -299,10 +328,10 @@ impl Registry {
                 .insert((id, 1 - index));
         }
         // What comes in on one leg leaves on the other.
-        let [to_first, to_second] = resolutions;
-        let stream = |slot, resolution| StreamEntry {
+        let [to_first, to_second] = watched;
+        let stream = |slot, way| StreamEntry {
             slot,
-            resolution,
+            way,
             installed: false,
         };
         let streams = [stream(one, to_second), stream(other, to_first)];
@@ -348,9 +377,10 @@ impl Registry {
             return None;
         };
         let slots = [streams[index].slot, streams[1 - index].slot];
+        let differ = vlans_differ(streams.each_ref().map(|stream| &stream.way));
         let entry = &mut streams[index];
-        let next_hop = match &entry.resolution {
-            Resolution::Known(next_hop) => next_hop_of(next_hop),
+        let next_hop = match &entry.way.resolution {
+            Resolution::Known(next_hop) if !differ => next_hop_of(next_hop),
             // Installed before: it stays in the map, so that its packets are counted as what they
             // are. Never resolved: not installed.
             _ if entry.installed => stream::NextHop::default(),
@@ -366,8 +396,8 @@ impl Registry {
     }
 
     /// A path that a pair leaves by has changed.
-    pub fn resolved(&mut self, path: Path, resolution: &Resolution) -> Vec<Change> {
-        let Some(streams) = self.paths.get(&path) else {
+    pub fn resolved(&mut self, notice: &Notice) -> Vec<Change> {
+        let Some(streams) = self.paths.get(&notice.path) else {
             return Vec::new();
         };
         let mut changes = Vec::new();
@@ -379,9 +409,15 @@ impl Registry {
             else {
                 continue;
             };
-            if streams[index].resolution != *resolution {
-                streams[index].resolution = resolution.clone();
+            let differed = vlans_differ(streams.each_ref().map(|stream| &stream.way));
+            let way = &mut streams[index].way;
+            if way.serial == notice.serial && way.resolution != notice.resolution {
+                way.resolution = notice.resolution.clone();
+                let differ = vlans_differ(streams.each_ref().map(|stream| &stream.way));
                 changes.extend(self.settle(id, index));
+                if differ != differed {
+                    changes.extend(self.settle(id, 1 - index));
+                }
             }
         }
         changes
@@ -427,7 +463,11 @@ impl Registry {
         };
         let origin = Origin::Ami {
             call: call.clone(),
-            channels: channels.unwrap_or(known),
+            // Those of a pair are in the order of its legs.
+            channels: match (&pair, channels) {
+                (None, Some(channels)) => channels,
+                _ => known,
+            },
         };
         self.entries.insert(
             id,
@@ -444,6 +484,10 @@ impl Registry {
         let Some(entry) = self.entries.get_mut(&id) else {
             return Vec::new();
         };
+        // The pair that was held before stays known, for those who look.
+        if matches!(entry.body, Body::Aside { .. }) {
+            return Vec::new();
+        }
         let aside = Body::Aside {
             pair: None,
             state: PairState::Waiting,
@@ -572,7 +616,7 @@ impl Registry {
                     state: stream_state(stream, &state),
                     packets: counted.packets,
                     bytes: counted.bytes,
-                    next_hop: match &stream.resolution {
+                    next_hop: match &stream.way.resolution {
                         Resolution::Known(next_hop) => Some(next_hop_report(next_hop)),
                         _ => None,
                     },
@@ -583,6 +627,7 @@ impl Registry {
             id,
             feed,
             call,
+            channels: channels.to_vec(),
             state: pair_state,
             why,
             legs: legs
@@ -607,19 +652,25 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
         Body::Held { streams, .. } => streams,
     };
     // What comes in on the first leg waits for the way to the second, and the other way round.
-    let waiting = streams
+    let obstacle = streams
         .iter()
         .rev()
-        .find_map(|stream| match &stream.resolution {
+        .find_map(|stream| match &stream.way.resolution {
             Resolution::Known(_) => None,
             Resolution::Waiting {
                 neighbour,
                 interface,
-            } => Some(format!("waiting for neighbour {neighbour} on {interface}")),
-            Resolution::Unreachable(error) => Some(error.to_string()),
+            } => Some((
+                PairState::Waiting,
+                format!("waiting for neighbour {neighbour} on {interface}"),
+            )),
+            Resolution::Unreachable(error) => Some((PairState::Refused, error.to_string())),
         });
-    if waiting.is_some() {
-        return (PairState::Waiting, waiting);
+    if let Some((state, why)) = obstacle {
+        return (state, Some(why));
+    }
+    if vlans_differ(streams.each_ref().map(|stream| &stream.way)) {
+        return (PairState::Refused, Some(VLANS_DIFFER.to_owned()));
     }
     let stopped = streams
         .iter()
@@ -635,13 +686,21 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
 }
 
 fn stream_state(stream: &StreamEntry, state: &impl Fn(u32) -> State) -> StreamState {
-    if !stream.installed || !matches!(stream.resolution, Resolution::Known(_)) {
+    if !stream.installed || !matches!(stream.way.resolution, Resolution::Known(_)) {
         return StreamState::Waiting;
     }
     match state(stream.slot).mode {
         mode::OFFLOADED => StreamState::Offloaded,
         mode::SUSPENDED => StreamState::Suspended,
         _ => StreamState::Watching,
+    }
+}
+
+/// Whether both ways are known, and one has more tags than the other.
+fn vlans_differ(ways: [&Watched; 2]) -> bool {
+    match ways.map(|way| &way.resolution) {
+        [Resolution::Known(one), Resolution::Known(other)] => one.vlan.len() != other.vlan.len(),
+        _ => false,
     }
 }
 
@@ -777,19 +836,37 @@ mod tests {
         }
     }
 
-    fn known(last_byte: u8) -> Resolution {
-        Resolution::Known(NextHop {
+    /// Serial of every watch in these tests.
+    const SERIAL: u64 = 7;
+
+    fn way(resolution: Resolution) -> Watched {
+        Watched {
+            serial: SERIAL,
+            resolution,
+        }
+    }
+
+    fn known(last_byte: u8) -> Watched {
+        way(Resolution::Known(NextHop {
             source_mac: [2, 0, 0, 0, 0, 1],
             destination_mac: [2, 0, 0, 0, 0, last_byte],
             vlan: Vec::new(),
             mtu: 1500,
+        }))
+    }
+
+    fn waiting() -> Watched {
+        way(Resolution::Waiting {
+            neighbour: "192.0.2.12".parse().expect("address"),
+            interface: "eth0".to_owned(),
         })
     }
 
-    fn waiting() -> Resolution {
-        Resolution::Waiting {
-            neighbour: "192.0.2.12".parse().expect("address"),
-            interface: "eth0".to_owned(),
+    fn notice(path: Path, way: Watched) -> Notice {
+        Notice {
+            path,
+            serial: way.serial,
+            resolution: way.resolution,
         }
     }
 
@@ -866,20 +943,28 @@ mod tests {
         assert_eq!(report.state, PairState::Waiting);
         assert!(report.why.expect("why").contains("192.0.2.12"));
 
-        let changes = registry.resolved(to_second, &known(12));
+        let changes = registry.resolved(&notice(to_second, known(12)));
         assert!(
             matches!(changes.as_slice(), [Change::Install { key, .. }] if key.local_port == 10_000)
         );
         assert!(
-            registry.resolved(to_second, &known(12)).is_empty(),
+            registry.resolved(&notice(to_second, known(12))).is_empty(),
             "nothing new"
         );
 
-        let changes = registry.resolved(to_second, &known(99));
+        let changes = registry.resolved(&notice(to_second, known(99)));
         assert!(
             matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.destination_mac.bytes[5] == 99)
         );
-        let changes = registry.resolved(to_second, &waiting());
+        let stale = Watched {
+            serial: SERIAL - 1,
+            ..waiting()
+        };
+        assert!(
+            registry.resolved(&notice(to_second, stale)).is_empty(),
+            "told by an earlier watch"
+        );
+        let changes = registry.resolved(&notice(to_second, waiting()));
         assert!(
             matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.known == 0),
             "the datapath must stop using the lost neighbour: {changes:?}"
@@ -930,9 +1015,9 @@ mod tests {
     fn a_refused_next_hop_changes_nothing() {
         let mut registry = registry(2);
         let no_route = NextHopError::LinkDown("eth0".to_owned());
-        let resolutions = [known(1), Resolution::Unreachable(no_route.clone())];
+        let ways = [known(1), way(Resolution::Unreachable(no_route.clone()))];
         assert_eq!(
-            registry.add(Origin::Api, numbered(0), resolutions),
+            registry.add(Origin::Api, numbered(0), ways),
             Err(Refusal::NextHop(no_route))
         );
         assert_eq!(registry.ids().count(), 0);
@@ -1034,7 +1119,7 @@ mod tests {
                     Event::Resolved(second, hop) => {
                         let path = Registry::paths_of(&numbered(0))[usize::from(second)];
                         let resolution = if hop == 0 { waiting() } else { known(hop) };
-                        registry.resolved(path, &resolution)
+                        registry.resolved(&notice(path, resolution))
                     }
                 };
                 for path in watched {

@@ -7,6 +7,7 @@
 pub mod ami;
 pub mod asterisk;
 pub mod capture;
+pub mod demo;
 pub mod draft;
 pub mod fixture;
 pub mod generator;

@@ -162,6 +162,27 @@ impl Pbx {
         self.command::<serde_json::Value>("disconnect").map(drop)
     }
 
+    /// From now on AMI tells what happens, but answers no question about calls, as a busy Asterisk does for a while.
+    ///
+    /// # Errors
+    /// The PBX is gone.
+    pub fn stall_ami(&self) -> Result<()> {
+        self.command::<serde_json::Value>("stall").map(drop)
+    }
+
+    /// AMI answers again, the questions of before too.
+    ///
+    /// # Errors
+    /// The PBX is gone.
+    pub fn unstall_ami(&self) -> Result<()> {
+        self.command::<serde_json::Value>("unstall").map(drop)
+    }
+
+    /// The process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Packets of each call that is up, by its number: caller's leg, callee's leg.
     ///
     /// # Errors

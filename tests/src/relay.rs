@@ -3,13 +3,13 @@
 use std::{
     collections::BTreeMap,
     env,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs::File,
     os::{
         fd::AsFd as _,
         unix::{fs::FileExt as _, net::UnixDatagram},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Output, Stdio},
     time::{Duration, Instant},
 };
@@ -49,7 +49,9 @@ pub struct Relay {
     host: Host,
     program: PathBuf,
     process: Process,
-    directory: PathBuf,
+    socket: PathBuf,
+    /// `--socket PATH`, or nothing where it is in its default place.
+    socket_args: Vec<OsString>,
     log: File,
 }
 
@@ -76,8 +78,44 @@ impl Relay {
         interface: &str,
         args: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
-        let program = binary("relay-user", "RELAY_USER_BIN")?;
         let directory = host.directory("relay")?;
+        let socket = directory.join("socket");
+        let socket_args = vec!["--socket".into(), socket.clone().into()];
+        Self::start(
+            host,
+            starter,
+            interface,
+            args,
+            &directory,
+            socket,
+            socket_args,
+        )
+    }
+
+    /// The same with the control socket where it is by default. One to a machine.
+    ///
+    /// # Errors
+    /// As [`Relay::attach`].
+    pub fn attach_plainly<S: AsRef<OsStr>>(
+        host: &Host,
+        interface: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
+        let directory = host.directory("relay")?;
+        let socket = Path::new("/run/relay-user").join(format!("{interface}.sock"));
+        Self::start::<&str, S>(host, [], interface, args, &directory, socket, Vec::new())
+    }
+
+    fn start<W: AsRef<OsStr>, S: AsRef<OsStr>>(
+        host: &Host,
+        starter: impl IntoIterator<Item = W>,
+        interface: &str,
+        args: impl IntoIterator<Item = S>,
+        directory: &Path,
+        socket: PathBuf,
+        socket_args: Vec<OsString>,
+    ) -> Result<Self> {
+        let program = binary("relay-user", "RELAY_USER_BIN")?;
         let (notify, log) = (directory.join("notify"), directory.join("log"));
         let ready = host
             .run(|| UnixDatagram::bind(&notify))
@@ -99,8 +137,7 @@ impl Relay {
             .args(&words[1..])
             .args(["attach", interface])
             .args(args)
-            .arg("--socket")
-            .arg(directory.join("socket"))
+            .args(&socket_args)
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -110,7 +147,8 @@ impl Relay {
             host: host.clone(),
             program,
             process,
-            directory,
+            socket,
+            socket_args,
             log,
         };
         relay.await_ready(&ready)?;
@@ -148,7 +186,7 @@ impl Relay {
 
     /// The daemon's control socket, which is visible inside the machine only ([`Host::run`]).
     pub fn socket(&self) -> PathBuf {
-        self.directory.join("socket")
+        self.socket.clone()
     }
 
     /// What the daemon has written to standard output and standard error until now.
@@ -186,8 +224,7 @@ impl Relay {
         let mut command = Command::new(&self.program);
         command
             .args(args)
-            .arg("--socket")
-            .arg(self.socket())
+            .args(&self.socket_args)
             .stdin(Stdio::null());
         self.host.run_to_end(command)
     }

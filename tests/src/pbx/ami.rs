@@ -177,7 +177,10 @@ impl Session {
                     let pong = Message::response("Success", action.id()).with("Ping", "Pong");
                     self.send(&[pong.with("Timestamp", time)]);
                 }
-                _ => self.send(&answer(&name, &action, &exchange.calls())),
+                _ => {
+                    exchange.await_unstalled();
+                    self.send(&answer(&name, &action, &exchange.calls()));
+                }
             }
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Condvar, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -46,6 +46,9 @@ const AMI_PORT: u16 = 5038;
 pub(super) struct Exchange {
     lines: Mutex<Lines>,
     sessions: Mutex<Vec<Arc<Session>>>,
+    /// AMI answers no question.
+    stalled: Mutex<bool>,
+    unstalled: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -53,7 +56,6 @@ struct Lines {
     calls: BTreeMap<u64, Running>,
     next_call: u64,
     next_channel: u32,
-    next_port: u16,
 }
 
 #[derive(Debug)]
@@ -88,6 +90,18 @@ impl Exchange {
             .collect()
     }
 
+    fn stall(&self, stalled: bool) {
+        *self.stalled.lock().expect("no holder of this lock panics") = stalled;
+        self.unstalled.notify_all();
+    }
+
+    /// Returns when AMI may answer.
+    pub(super) fn await_unstalled(&self) {
+        let stalled = self.stalled.lock().expect("no holder of this lock panics");
+        let waited = self.unstalled.wait_while(stalled, |stalled| *stalled);
+        drop(waited.expect("no holder of this lock panics"));
+    }
+
     fn publish(&self, messages: &[Message]) {
         // Not under the lock: a stuck client must not keep others from logging in.
         let sessions = self.sessions().clone();
@@ -98,7 +112,7 @@ impl Exchange {
 
     fn start(self: &Arc<Self>, address: IpAddr, remotes: [SocketAddr; 2]) -> Result<Value> {
         let mut lines = self.lines();
-        let sockets = [lines.socket(address)?, lines.socket(address)?];
+        let sockets = [socket(address)?, socket(address)?];
         let locals = [sockets[0].local_addr()?, sockets[1].local_addr()?];
         let id = lines.next_call;
         lines.next_call += 1;
@@ -224,6 +238,14 @@ impl Exchange {
                 json!({})
             }),
             ["counters"] => Ok(self.counters()),
+            ["stall"] => Ok({
+                self.stall(true);
+                json!({})
+            }),
+            ["unstall"] => Ok({
+                self.stall(false);
+                json!({})
+            }),
             ["disconnect"] => {
                 self.sessions().iter().for_each(|session| session.close());
                 Ok(json!({}))
@@ -233,23 +255,16 @@ impl Exchange {
     }
 }
 
-impl Lines {
-    /// A socket on the next even port that is free.
-    fn socket(&mut self, address: IpAddr) -> Result<UdpSocket> {
-        loop {
-            let port = FIRST_PORT
-                .checked_add(self.next_port)
-                .context("no RTP port left")?;
-            self.next_port += 2;
-            match UdpSocket::bind((address, port)) {
-                Ok(socket) => return Ok(socket),
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-                Err(error) => {
-                    return Err(error).with_context(|| format!("bind {address} port {port}"));
-                }
-            }
+/// A socket on the lowest even port that is free: a call takes over the ports of one that has just ended, which is
+/// the hardest for the relay.
+fn socket(address: IpAddr) -> Result<UdpSocket> {
+    for port in (FIRST_PORT..=u16::MAX).step_by(2) {
+        match UdpSocket::bind((address, port)) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            bound => return bound.with_context(|| format!("bind {address} port {port}")),
         }
     }
+    bail!("no RTP port left")
 }
 
 /// Runs the PBX until its standard input ends.
