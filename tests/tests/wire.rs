@@ -848,6 +848,18 @@ fn announcements(mac: [u8; 6]) -> [Vec<u8>; 2] {
     [arp, advertisement]
 }
 
+/// Whether a frame tells a neighbour this MAC address: ARP, or a neighbour solicitation or advertisement (types 135
+/// and 136).
+fn tells_address(frame: &[u8], mac: [u8; 6], v4: bool) -> bool {
+    let from = frame.get(6..12) == Some(&mac);
+    let kind = frame.get(12..14);
+    from && if v4 {
+        kind == Some(&[0x08, 0x06])
+    } else {
+        kind == Some(&[0x86, 0xdd]) && matches!(frame.get(54), Some(135 | 136))
+    }
+}
+
 /// Media frames that arrived at the gateway, of the pair of this family.
 fn media<'a>(
     frames: &'a [Frame],
@@ -879,24 +891,22 @@ fn a_changed_gateway_is_in_the_map_within_its_bound() {
         outdated.push((mac, now));
         mac = [0x02, 0, 0, 0, 9, round];
         interface.set_mac(mac).expect("MAC address");
-        let announcements = announcements(mac);
-        for announcement in &announcements {
-            injector.send(announcement).expect("inject");
+        for announcement in announcements(mac) {
+            injector.send(&announcement).expect("inject");
         }
-        for (family, announcement) in announcements.iter().enumerate() {
-            let v4 = family == 0;
+        for (delays, v4) in delays.iter_mut().zip([true, false]) {
             let first = |frames: &[Frame]| media(frames, v4).find(|(_, to)| *to == mac);
             capture
                 .wait(PATIENCE, |frames| first(frames).is_some())
                 .expect("packets to the new address");
             let frames = capture.so_far().frames;
-            let announced = frames
+            // The announcement, or the router's own question for the PBX, which tells as much.
+            let told = frames
                 .iter()
-                .find(|frame| frame.bytes == *announcement)
-                .expect("the announcement")
-                .at;
+                .find(|frame| tells_address(&frame.bytes, mac, v4));
+            let told = told.expect("an announcement").at;
             let (at, _) = first(&frames).expect("just seen");
-            delays[family].push(at.saturating_sub(announced));
+            delays.push(at.saturating_sub(told));
         }
     }
     for (sockets, mut delays) in gateway.sockets.iter().zip(delays) {
@@ -984,7 +994,7 @@ fn another_gateway_takes_over_without_loss() {
 #[test]
 fn a_silent_gateway_gives_its_calls_to_the_pbx_until_it_answers() {
     let gateway = Gateway::new();
-    let (sockets, id) = (&gateway.sockets[0], gateway.ids[0]);
+    let ([sockets, other], id) = (&gateway.sockets, gateway.ids[0]);
     let before = gateway.relay.reasons().expect("status")["next_hop_unknown"];
     assert_eq!(before, 0);
     let arp_ignore = "net/ipv4/conf/all/arp_ignore";
@@ -1001,6 +1011,9 @@ fn a_silent_gateway_gives_its_calls_to_the_pbx_until_it_answers() {
     assert_eq!(pair["streams"][0]["next_hop"], serde_json::Value::Null);
     let pbx = &sockets.pbx[0];
     pbx.wait_received(50, PATIENCE).expect("packets at the PBX");
+    // The pair of the other family is relayed all the while.
+    let heard = other.phones[1].arrivals().len();
+    other.relayed(0, heard + 50).expect("relayed");
     gateway.net.router.sysctl(arp_ignore, "0").expect("sysctl");
     gateway
         .relay
@@ -1015,10 +1028,12 @@ fn a_silent_gateway_gives_its_calls_to_the_pbx_until_it_answers() {
     let [(true, _), (false, passed), (true, _)] = fate[..] else {
         panic!("not relayed, passed, relayed: {fate:?}");
     };
+    // A busy kernel may forget the other family's neighbour too (its table is one for all machines).
+    let others = other.fate(0).expect("no loss");
+    let others = others.iter().filter(|(relayed, _)| !relayed);
+    let passed = passed + others.map(|(_, length)| length).sum::<usize>();
     let counted = gateway.relay.reasons().expect("status")["next_hop_unknown"];
     assert_eq!(counted, passed as u64);
-    // The pair of the other family never noticed.
-    assert_eq!(gateway.sockets[1].fate(0).expect("no loss").len(), 1);
 }
 
 #[test]
