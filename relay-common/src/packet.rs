@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    checksum::{self, PartialChecksum, UdpChange},
+    checksum::{self, PartialChecksum, Sum, UdpChange},
     reason::Reason,
     stream::{State, Stream, StreamKey},
     wire::{Be16, Udp},
@@ -43,6 +43,11 @@ pub trait Packet {
         self.header::<Udp>(change.udp)?.checksum = Be16::new(new);
         Ok(())
     }
+
+    /// Hears of a change behind the Ethernet header that no checksum in the packet makes up for.
+    /// It matters where someone keeps a sum over the whole packet.
+    #[inline(always)]
+    fn sum_changed(&mut self, _change: Sum) {}
 }
 
 /// The maps.

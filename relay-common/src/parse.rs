@@ -64,8 +64,8 @@ pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason
                 Ipv4::LEN,
                 usize::from(header.total_length.get()),
                 header.hop_limit,
-                Address::ipv4(zerocopy::transmute!(header.source)),
-                Address::ipv4(zerocopy::transmute!(header.destination)),
+                Address::from_ipv4_halves(header.source),
+                Address::from_ipv4_halves(header.destination),
             )
         }
         ethertype::IPV6 => {
@@ -82,13 +82,18 @@ pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason
                 | protocol::DESTINATION => return Err(Reason::IpOptions),
                 _ => return Err(Reason::NotUdp),
             }
+            let destination = Address::from_halves(header.destination);
+            // As a key it would find an IPv4 stream. The stack drops such packets.
+            if destination.is_mapped() {
+                return Err(Reason::NoStream);
+            }
             (
                 Family::V6,
                 Ipv6::LEN,
                 Ipv6::LEN + usize::from(header.payload_length.get()),
                 header.hop_limit,
-                Address::ipv6(zerocopy::transmute!(header.source)),
-                Address::ipv6(zerocopy::transmute!(header.destination)),
+                Address::from_halves(header.source),
+                destination,
             )
         }
         _ => return Err(Reason::NotIp),

@@ -126,6 +126,19 @@ mod tests {
     }
 
     #[test]
+    fn the_description_lists_every_reason() {
+        extern crate std;
+        use std::format;
+
+        let description = include_str!("../../docs/datapath.md");
+        for reason in Reason::ALL {
+            let (name, meaning) = (reason.name(), reason.meaning());
+            let row = format!("| {} | `{name}` | {meaning} |\n", *reason as u32);
+            assert!(description.contains(&row), "docs/datapath.md misses {row}");
+        }
+    }
+
+    #[test]
     fn only_relayed_leaves() {
         for reason in Reason::ALL {
             let sent = reason.verdict() == Verdict::Send;

@@ -76,11 +76,12 @@ fn validate<P: Packet + ?Sized>(
     if parsed.hop_limit <= 1 {
         return Err(Reason::HopLimit);
     }
-    if parsed.ip_length > usize::from(stream.next_hop.mtu) {
-        return Err(Reason::TooBig);
-    }
+    // Before its MTU, which is 0 then.
     if stream.next_hop.known == 0 {
         return Err(Reason::NextHopUnknown);
+    }
+    if parsed.ip_length > usize::from(stream.next_hop.mtu) {
+        return Err(Reason::TooBig);
     }
     let depth = usize::from(stream.next_hop.vlan_depth);
     if depth != 0 && depth != parsed.vlan_depth {

@@ -5,7 +5,7 @@ use crate::{
     packet::Packet,
     parse::{Family, Parsed},
     reason::Reason,
-    stream::{DSCP_KEEP, Stream},
+    stream::{DSCP_KEEP, Stream, VlanTag},
     wire::{Be16, Ethernet, Ipv4, Ipv6, Rtp, Udp, Vlan},
 };
 
@@ -28,20 +28,22 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
     stream: &Stream,
     plan: &Rewrite,
 ) -> Result<(), Reason> {
+    // The second byte of RTP is the low byte of its word.
+    let datagram = Sum::new(stream.port_change)
+        .change(u16::from(plan.marker_type), u16::from(plan.new_marker_type));
     if parsed.udp_checksum != 0 {
-        // The second byte of RTP is the low byte of its word.
-        let payload_type =
-            Sum::ZERO.change(u16::from(plan.marker_type), u16::from(plan.new_marker_type));
         packet.change_udp_checksum(&UdpChange {
             udp: parsed.udp,
             length: parsed.udp_length,
             pseudo_header: Sum::new(stream.pseudo_header).word(parsed.udp_length),
             addresses: Sum::new(stream.address_change),
-            datagram: Sum::new(stream.port_change).plus(payload_type),
+            datagram,
         })?;
     } else if parsed.family == Family::V6 {
         // No checksum is a fault there (RFC 8200 section 8.1); the stack drops and counts it.
         return Err(Reason::UdpChecksum);
+    } else {
+        packet.sum_changed(datagram);
     }
 
     match parsed.family {
@@ -62,10 +64,16 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
             let header = packet.header::<Ipv6>(parsed.ip)?;
             let word = header.version_class.get();
             let class = traffic_class(stream, (word >> 4) as u8);
-            header.version_class = Be16::new(word & 0xf00f | u16::from(class) << 4);
-            header.hop_limit = header.hop_limit.wrapping_sub(1);
+            let new_word = word & 0xf00f | u16::from(class) << 4;
+            let hop_limit = header.hop_limit.wrapping_sub(1);
+            let change = Sum::new(stream.address_change)
+                .change(word, new_word)
+                .change(u16::from(header.hop_limit), u16::from(hop_limit));
+            header.version_class = Be16::new(new_word);
+            header.hop_limit = hop_limit;
             header.source = stream.new_source.halves();
             header.destination = stream.new_destination.halves();
+            packet.sum_changed(change);
         }
     }
 
@@ -76,10 +84,10 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
 
     let next_hop = &stream.next_hop;
     if next_hop.vlan_depth >= 1 {
-        retag(packet, Ethernet::LEN, next_hop.vlans[0].id)?;
+        retag(packet, Ethernet::LEN, next_hop.vlans[0])?;
     }
     if next_hop.vlan_depth >= 2 {
-        retag(packet, Ethernet::LEN + Vlan::LEN, next_hop.vlans[1].id)?;
+        retag(packet, Ethernet::LEN + Vlan::LEN, next_hop.vlans[1])?;
     }
     let header = packet.header::<Ethernet>(0)?;
     header.destination = next_hop.destination_mac.words();
@@ -98,11 +106,19 @@ const fn traffic_class(stream: &Stream, old: u8) -> u8 {
     }
 }
 
-/// Another VLAN, the same priority.
+/// Another VLAN, the same priority. `at` is the tag's control field: its TPID stands before it.
 #[inline(always)]
-fn retag<P: Packet + ?Sized>(packet: &mut P, at: usize, id: u16) -> Result<(), Reason> {
+fn retag<P: Packet + ?Sized>(packet: &mut P, at: usize, tag: VlanTag) -> Result<(), Reason> {
     const ID: u16 = 0x0fff;
-    let tag = packet.header::<Vlan>(at)?;
-    tag.control = Be16::new(tag.control.get() & !ID | id & ID);
+    let [tpid, control] = packet.header::<[Be16; 2]>(at - size_of::<Be16>())?;
+    let new = control.get() & !ID | tag.id & ID;
+    let mut change = Sum::ZERO.change(control.get(), new);
+    // The first TPID stands in the Ethernet header.
+    if at > Ethernet::LEN {
+        change = change.change(tpid.get(), tag.tpid);
+    }
+    *tpid = Be16::new(tag.tpid);
+    *control = Be16::new(new);
+    packet.sum_changed(change);
     Ok(())
 }

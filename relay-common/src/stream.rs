@@ -40,6 +40,9 @@ abi! {
     }
 }
 
+/// Third word of an IPv4 address, in memory order.
+const MAPPED: u32 = 0xffff_u32.to_be();
+
 impl Address {
     /// An IPv4 address in network byte order.
     #[inline(always)]
@@ -56,6 +59,28 @@ impl Address {
     #[must_use]
     pub const fn ipv6(octets: [u8; 16]) -> Self {
         Self { bytes: octets }
+    }
+
+    /// From the words of an IPv4 header.
+    ///
+    /// Put together in words here and below: from single bytes, the program would load, spill and
+    /// store each of them.
+    #[inline(always)]
+    pub(crate) fn from_ipv4_halves(halves: [Be16; 2]) -> Self {
+        Self::from_words([0, 0, MAPPED, zerocopy::transmute!(halves)])
+    }
+
+    /// From the words of an IPv6 header.
+    #[inline(always)]
+    pub(crate) fn from_halves(halves: [Be16; 8]) -> Self {
+        Self::from_words(zerocopy::transmute!(halves))
+    }
+
+    #[inline(always)]
+    fn from_words(words: [u32; 4]) -> Self {
+        Self {
+            bytes: zerocopy::transmute!(words),
+        }
     }
 
     /// In words of memory order.
@@ -84,6 +109,14 @@ impl Address {
     pub fn is(&self, other: &Self) -> bool {
         let [one, other] = [self.words(), other.words()];
         one[3] == other[3] && one[2] == other[2] && one[1] == other[1] && one[0] == other[0]
+    }
+
+    /// Whether this is an IPv4 address.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        let [one, two, three, _] = self.words();
+        one == 0 && two == 0 && three == MAPPED
     }
 
     /// The words that a checksum covers: an IPv4 pseudo-header holds 4 bytes, and the constant

@@ -6,12 +6,12 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_F_MMAPABLE, TC_ACT_UNSPEC, xdp_action},
     btf_maps::{Array, HashMap, PerCpuArray},
-    helpers::bpf_redirect,
+    helpers::{bpf_csum_update, bpf_redirect},
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 use relay_common::{
-    checksum::{PartialChecksum, UdpChange},
+    checksum::{PartialChecksum, Sum, UdpChange},
     packet::{Header, Packet, Tables},
     reason::{Reason, Verdict},
     relay::relay,
@@ -134,6 +134,17 @@ impl Packet for Skb<'_> {
             .l4_csum_replace(at, 0, addresses, PSEUDO_HEADER | MANGLED_0)
             .and_then(|()| self.0.l4_csum_replace(at, 0, datagram, MANGLED_0))
             .map_err(|_| Reason::UdpChecksum)
+    }
+
+    /// The NIC's sum over the packet (`CHECKSUM_COMPLETE`), where there is one. For
+    /// bpf_l4_csum_replace() a new pseudo-header changes it too: right on IPv4, whose header makes
+    /// up for the addresses, and on IPv6 undone here. (BPF_F_IPV6 would do, from Linux 6.16.)
+    #[inline(always)]
+    fn sum_changed(&mut self, change: Sum) {
+        let change = u32::from(change.fold().to_be());
+        // SAFETY: the context is the kernel's, valid while the program runs. An error says that
+        // there is no such sum.
+        unsafe { bpf_csum_update(self.0.skb.skb, change) };
     }
 }
 

@@ -8,17 +8,19 @@ use std::{
     path::PathBuf,
     process::ExitCode,
     slice,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 use serde::Serialize;
+use tokio::time::sleep;
 
 use crate::{
     config::{self, Dscp, Mode, Settings},
     control::{
         client::{Client, ClientError},
-        model::{Detached, Found},
+        model::{Detached, Found, PairReport, PairState},
         socket,
     },
     daemon,
@@ -227,8 +229,8 @@ struct Add {
     /// Second leg, written likewise
     #[arg(value_name = "LEG")]
     second: Leg,
-    /// Payload types to relay, repeated or separated by commas; N:M is N on the first leg, M on the
-    /// second. Packets of any other type go through the PBX
+    /// Payload types to relay, separated by commas or spaces, or repeated; N:M is N on the first leg,
+    /// M on the second. Packets of any other type go through the PBX
     #[arg(
         long = "payload-type",
         value_name = "N|N:M",
@@ -236,6 +238,10 @@ struct Add {
         default_value = "0"
     )]
     payload_types: Vec<PayloadTypes>,
+    // Those after the first of `--payload-type 0 101`: were they values of the option, it would
+    // swallow the legs of `--payload-type 0 LEG LEG`.
+    #[arg(hide = true, requires = "payload_types", value_delimiter = ',')]
+    more_payload_types: Vec<PayloadTypes>,
     #[command(flatten)]
     target: Target,
     #[command(flatten)]
@@ -350,10 +356,12 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Verb::Add(Add {
             first,
             second,
-            payload_types,
+            mut payload_types,
+            more_payload_types,
             target,
             form,
         }) => {
+            payload_types.extend(more_payload_types);
             let pair =
                 Pair::new([first, second], payload_types).map_err(|error| unfit("add", error))?;
             ask(target, form, Request::Add(pair))
@@ -446,7 +454,7 @@ fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> 
     let style = Style::of_stdout();
     wait_for(async {
         match request {
-            Request::Add(pair) => form.text(&client.add(&pair).await?, output::added),
+            Request::Add(pair) => form.text(&add(&client, &pair).await?, output::added),
             Request::List => form.text(&client.list().await?, |list| {
                 output::pairs(&list.pairs, style)
             }),
@@ -464,6 +472,20 @@ fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> 
             }),
         }
     })
+}
+
+/// Adds a pair, and gives a neighbour that was never asked before the moment it takes to answer, so
+/// that the report says what will last.
+async fn add(client: &Client, pair: &Pair) -> anyhow::Result<PairReport> {
+    const PATIENCE: Duration = Duration::from_millis(500);
+    const STEP: Duration = Duration::from_millis(20);
+    let mut report = client.add(pair).await?;
+    let patience = Instant::now() + PATIENCE;
+    while report.state == PairState::Waiting && Instant::now() < patience {
+        sleep(STEP).await;
+        report = client.show(report.id).await?;
+    }
+    Ok(report)
 }
 
 fn detach(arguments: Detach) -> anyhow::Result<String> {
@@ -591,7 +613,7 @@ mod tests {
     }
 
     #[test]
-    fn payload_types_are_repeated_or_separated_by_commas() {
+    fn payload_types_are_repeated_or_separated_by_commas_or_spaces() {
         let written = |pair: Pair| {
             pair.payload_types
                 .iter()
@@ -607,6 +629,17 @@ mod tests {
             written(pair(&["--payload-type", "8", "--payload-type=101:96"])),
             ["8", "101:96"]
         );
+        assert_eq!(
+            written(pair(&["--payload-type", "8", "101:96", "--json"])),
+            ["8", "101:96"]
+        );
+        let before = parsed(&["add", "--payload-type", "8", FIRST, SECOND]).expect("legs last");
+        assert!(
+            matches!(before, Task::Ask { request: Request::Add(pair), .. }
+            if pair.payload_types == [PayloadTypes::same(8)])
+        );
+        let error = parsed(&["add", FIRST, SECOND, "8"]).expect_err("no option");
+        assert!(error.contains("--payload-type"), "{error}");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::{
         },
     },
     datapath::{Datapath, DatapathError},
-    next_hop::{NextHops, Path, Resolution, Stopped},
+    next_hop::{NextHops, Notice, Stopped},
     pair::Pair,
     registry::{Change, Origin, Refusal, Registry},
 };
@@ -100,15 +100,17 @@ impl Controller {
     /// # Errors
     /// [`ControllerError`].
     pub async fn command(&mut self, command: Command) -> Result<Handled, ControllerError> {
+        // Its client was told that it failed.
+        if command.is_abandoned() {
+            return Ok(Handled::Done);
+        }
         match command {
             Command::Add { pair, reply } => {
-                if !reply.is_closed() {
-                    let answer = match self.add(Origin::Api, pair).await? {
-                        Ok(id) => Ok(self.report(id)?),
-                        Err(refusal) => Err(refusal.into()),
-                    };
-                    send(reply, answer);
-                }
+                let answer = match self.add(Origin::Api, pair).await? {
+                    Ok(id) => self.pair_report(id).ok_or_else(|| ApiError::unknown_pair(id)),
+                    Err(refusal) => Err(refusal.into()),
+                };
+                send(reply, answer);
             }
             Command::Remove { id, reply } => {
                 let answer = match self.pair_report(id) {
@@ -139,14 +141,16 @@ impl Controller {
     }
 
     /// Takes an operator's word: an API pair is forgotten; a call of Asterisk's stays known, and
-    /// may be offered again when its bridge changes.
+    /// may be offered again when its bridge changes or AMI reconnects.
     async fn take_away(&mut self, id: u64, why: &str) -> Result<(), ControllerError> {
         let changes = match self.registry.call(id).cloned() {
-            Some(call) => {
-                let why = format!("{why}, until its bridge changes");
+            Some(call) if self.registry.held(&call).is_some() => {
+                let why = format!("{why}, until its bridge changes or AMI reconnects");
                 self.registry
                     .set_aside(&call, None, PairState::Refused, why)
             }
+            // Asterisk has it already, and for its own reason.
+            Some(_) => Vec::new(),
             None => self.registry.remove(id),
         };
         self.apply(changes).await
@@ -260,13 +264,9 @@ impl Controller {
     ///
     /// # Errors
     /// [`ControllerError`].
-    pub async fn resolved(
-        &mut self,
-        path: Path,
-        resolution: &Resolution,
-    ) -> Result<(), ControllerError> {
-        tracing::debug!(%path, ?resolution, "next hop changed");
-        let changes = self.registry.resolved(path, resolution);
+    pub async fn resolved(&mut self, notice: &Notice) -> Result<(), ControllerError> {
+        tracing::debug!(path = %notice.path, resolution = ?notice.resolution, "next hop changed");
+        let changes = self.registry.resolved(notice);
         self.apply(changes).await
     }
 
@@ -279,11 +279,11 @@ impl Controller {
             return Ok(Err(self.refused(refusal)));
         }
         let [first, second] = Registry::paths_of(&pair);
-        let resolutions = [
-            self.next_hops.watch(first).await?,
-            self.next_hops.watch(second).await?,
+        let watched = [
+            self.next_hops.watch(first).await?.into(),
+            self.next_hops.watch(second).await?.into(),
         ];
-        match self.registry.add(origin, pair, resolutions) {
+        match self.registry.add(origin, pair, watched) {
             Ok((id, changes)) => {
                 self.apply(changes).await?;
                 Ok(Ok(id))
@@ -322,7 +322,13 @@ impl Controller {
                     }
                     installed
                 }
-                Change::Update { key, stream } => self.datapath.install(&key, &stream),
+                Change::Update { key, stream } => {
+                    let updated = self.datapath.install(&key, &stream);
+                    if updated.is_err() {
+                        self.datapath.set_mode(stream.slot, mode::SUSPENDED);
+                    }
+                    updated
+                }
                 Change::Remove { key, slot } => self.datapath.remove(&key, slot),
                 Change::Unwatch(path) => {
                     self.next_hops.unwatch(path).await?;
@@ -344,11 +350,6 @@ impl Controller {
 
     fn pair_report(&self, id: u64) -> Option<PairReport> {
         self.registry.report(id, self.state())
-    }
-
-    fn report(&self, id: u64) -> Result<PairReport, ControllerError> {
-        // Just added; nothing runs in between.
-        Ok(self.pair_report(id).ok_or(Stopped)?)
     }
 
     fn reports(&self) -> Vec<PairReport> {

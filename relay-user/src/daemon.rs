@@ -31,43 +31,77 @@ const COMMANDS: usize = 64;
 /// AMI events that wait for the controller; beyond, Asterisk waits.
 const FEED: usize = 1024;
 
-/// Attaches the relay to an interface and serves until SIGTERM, SIGINT or `relay-user detach`.
+/// Attaches the relay to an interface and serves until SIGTERM, SIGINT, SIGHUP or
+/// `relay-user detach`.
 ///
 /// # Errors
 /// Whatever keeps the relay from starting or from going on, with its remedy. Nothing is left behind
 /// in the kernel.
 pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
-    runtime::Builder::new_current_thread()
+    privileges::check()?;
+    let interface = next_hop::interface(&settings.interface)?;
+    check_interface(&interface)?;
+    datapath::ensure_bpffs()?;
+    // Capabilities belong to a thread: before the event loop starts any.
+    privileges::keep_for_attaching()?;
+    let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("cannot start the event loop")?
-        .block_on(attach(settings))
+        .context("cannot start the event loop")?;
+    let outcome = runtime.block_on(attach(settings, &interface));
+    // A name lookup that hangs must not keep the process.
+    runtime.shutdown_background();
+    outcome
 }
 
-async fn attach(settings: AttachSettings) -> anyhow::Result<()> {
+/// Refuses an interface that cannot be attached to, before anything is touched.
+fn check_interface(interface: &Interface) -> anyhow::Result<()> {
+    let name = &interface.name;
+    if let Some(other) = interface.xdp.first() {
+        // Detaching our own program by hand, as that error advises, would take calls from under a
+        // daemon.
+        datapath::check_unserved(name)?;
+        return Err(DatapathError::OtherProgram {
+            interface: name.clone(),
+            program: datapath::describe_program(other.id),
+        }
+        .into());
+    }
+    if interface.mac.is_none() {
+        bail!(
+            "{name} has no Ethernet addresses (loopback, tunnel or point-to-point): attach to the Ethernet interface that the calls' RTP comes in on"
+        );
+    }
+    Ok(())
+}
+
+async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Result<()> {
     // Before anything else, so that a signal during start-up ends the daemon cleanly too.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let signalled = async {
         tokio::select! {
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "SIGINT",
+            _ = hangup.recv() => "SIGHUP",
         }
     };
     tokio::pin!(signalled);
 
-    privileges::check()?;
-    let interface = next_hop::interface(&settings.interface)?;
     let socket = ControlSocket::claim(&settings.socket)?;
     let session = match &settings.ami {
         Some(ami) => Some(tokio::select! {
             session = ami::connect(ami) => session?,
-            signal = &mut signalled => bail!("{signal} while connecting to AMI"),
+            signal = &mut signalled => {
+                tracing::info!(signal, "ended while connecting to AMI");
+                return Ok(());
+            }
         }),
         None => None,
     };
-    let (datapath, mode_reason) = attach_datapath(&settings, &interface)?;
-    privileges::drop_others()?;
+    let (datapath, mode_reason) = attach_datapath(&settings, interface)?;
+    privileges::keep_for_serving()?;
     let (next_hops, resolver, changes) = next_hop::open(interface.index)?;
     tracing::info!(
         interface = interface.name,
@@ -84,10 +118,14 @@ async fn attach(settings: AttachSettings) -> anyhow::Result<()> {
         stop.clone().cancelled_owned(),
     ));
     let resolver = tokio::spawn(resolver.run());
-    let (events_in, events) = mpsc::channel(FEED);
-    let feed = session
-        .zip(settings.ami.clone())
-        .map(|(session, ami)| tokio::spawn(ami::run(session, ami, events_in, stop.clone())));
+    let (feed, events) = match session.zip(settings.ami.clone()) {
+        Some((session, ami)) => {
+            let (events_in, events) = mpsc::channel(FEED);
+            let feed = tokio::spawn(ami::run(session, ami, events_in, stop.clone()));
+            (Some(feed), Some(events))
+        }
+        None => (None, None),
+    };
 
     let controller = Controller::new(settings, interface.index, mode_reason, datapath, next_hops);
     notify(&[NotifyState::Ready]);
@@ -111,10 +149,13 @@ async fn attach(settings: AttachSettings) -> anyhow::Result<()> {
 }
 
 /// The main loop. Dropping the controller at its end detaches the datapath.
+///
+/// A task that ends on its own ends the loop too: a relay that nobody controls must not go on. That
+/// task's own error follows when it is awaited.
 async fn serve(
     mut controller: Controller,
     mut commands: mpsc::Receiver<Command>,
-    mut events: mpsc::Receiver<FeedEvent>,
+    mut events: Option<mpsc::Receiver<FeedEvent>>,
     mut changes: Changes,
     signalled: impl Future<Output = &'static str>,
 ) -> anyhow::Result<Option<(Reply<Detached>, Detached)>> {
@@ -127,14 +168,16 @@ async fn serve(
                 tracing::info!(signal, pairs = controller.pairs(), "taking everything back and detaching");
                 return Ok(None);
             }
-            Some(event) = events.recv() => controller.feed(event).await?,
-            change = changes.recv() => match change {
-                Some((path, resolution)) => controller.resolved(path, &resolution).await?,
-                // Its own error follows when its task is awaited.
-                None => return Ok(None),
+            event = next(&mut events) => match event {
+                Some(event) => controller.feed(event).await?,
+                None => bail!("the AMI feed ended"),
             },
-            Some(command) = commands.recv() => {
-                if let Handled::Detach(reply) = controller.command(command).await? {
+            change = changes.recv() => match change {
+                Some(notice) => controller.resolved(&notice).await?,
+                None => bail!("the next hop resolver ended"),
+            },
+            command = commands.recv() => match command {
+                Some(command) => if let Handled::Detach(reply) = controller.command(command).await? {
                     tracing::info!(pairs = controller.pairs(), "detaching, as a client asked");
                     let detached = Detached {
                         interface: controller.interface().to_owned(),
@@ -142,9 +185,18 @@ async fn serve(
                         pairs: controller.pairs(),
                     };
                     return Ok(Some((reply, detached)));
-                }
-            }
+                },
+                None => bail!("the control server ended"),
+            },
         }
+    }
+}
+
+/// The feed's next event; never, without a feed.
+async fn next(events: &mut Option<mpsc::Receiver<FeedEvent>>) -> Option<FeedEvent> {
+    match events {
+        Some(events) => events.recv().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -153,21 +205,24 @@ fn attach_datapath(
     settings: &AttachSettings,
     interface: &Interface,
 ) -> anyhow::Result<(Datapath, String)> {
-    if let Some(other) = interface.xdp.first() {
-        return Err(DatapathError::OtherProgram {
-            interface: interface.name.clone(),
-            program: datapath::describe_program(other.id),
-        }
-        .into());
-    }
     let attach =
         |mode| Datapath::attach(&interface.name, interface.index, mode, settings.max_streams);
+    // veth_xdp_flush() in drivers/net/veth.c: frames sent by XDP_TX are delivered only when the
+    // peer runs an XDP program too, and lost without one.
+    let veth = interface.kind.as_deref() == Some("veth");
     match settings.mode {
-        Mode::Native => Ok((attach(AttachMode::Native)?, "asked for".to_owned())),
+        Mode::Native => {
+            let datapath = attach(AttachMode::Native)?;
+            Ok(if veth {
+                let reason = "asked for; loses what it relays unless the veth's peer runs an XDP program too";
+                tracing::warn!(interface = interface.name, "native XDP on veth {reason}");
+                (datapath, reason.to_owned())
+            } else {
+                (datapath, "asked for".to_owned())
+            })
+        }
         Mode::Generic => Ok((attach(AttachMode::Generic)?, "asked for".to_owned())),
-        // veth_xdp_flush() in drivers/net/veth.c: frames sent by XDP_TX are delivered only when the
-        // peer runs an XDP program too, and lost without one.
-        Mode::Auto if interface.kind.as_deref() == Some("veth") => Ok((
+        Mode::Auto if veth => Ok((
             attach(AttachMode::Generic)?,
             "native XDP on veth loses packets unless the peer runs an XDP program too".to_owned(),
         )),

@@ -12,7 +12,7 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{HashMap, Map, MapData, MapError, MapInfo, PerCpuArray},
-    programs::{ProgramError, ProgramInfo, Xdp, XdpMode},
+    programs::{Program, ProgramError, ProgramInfo, SchedClassifier, Xdp, XdpMode},
 };
 use memmap2::{MmapOptions, MmapRaw};
 use nix::{
@@ -235,7 +235,7 @@ pub fn load(mode: AttachMode, max_streams: u32) -> Result<Ebpf, DatapathError> {
                 let remedy = match io_error.raw_os_error() {
                     Some(nix::libc::ENOMEM) => "lower `--max-streams`",
                     Some(nix::libc::EPERM) => {
-                        "CAP_BPF is needed, and on kernels before 5.11 `ulimit -l unlimited`"
+                        "CAP_BPF is needed"
                     }
                     _ => "Linux 5.15 or newer is needed",
                 };
@@ -255,18 +255,40 @@ pub fn load(mode: AttachMode, max_streams: u32) -> Result<Ebpf, DatapathError> {
 /// [`DatapathError::Verifier`] with the kernel's log, [`DatapathError::Refused`] for want of a
 /// capability.
 pub fn load_xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
-    let program: &mut Xdp = ebpf
-        .program_mut(names::XDP)
-        .ok_or_else(|| DatapathError::Object(format!("no program {}", names::XDP)))?
+    let program: &mut Xdp = program(ebpf, names::XDP)?;
+    program.load().map_err(load_error)?;
+    Ok(program)
+}
+
+/// The TC program of a loaded object, itself loaded.
+///
+/// # Errors
+/// As [`load_xdp`].
+pub fn load_tc(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
+    let program: &mut SchedClassifier = program(ebpf, names::TC)?;
+    program.load().map_err(load_error)?;
+    Ok(program)
+}
+
+/// A program of the object, typed.
+fn program<'a, T>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut T, DatapathError>
+where
+    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    ebpf.program_mut(name)
+        .ok_or_else(|| DatapathError::Object(format!("no program {name}")))?
         .try_into()
-        .map_err(|error: ProgramError| DatapathError::Object(error.to_string()))?;
-    program.load().map_err(|error| match error {
+        .map_err(|error: ProgramError| DatapathError::Object(error.to_string()))
+}
+
+fn load_error(error: ProgramError) -> DatapathError {
+    match error {
         ProgramError::LoadError { io_error, .. }
             if io_error.raw_os_error() == Some(nix::libc::EPERM) =>
         {
             DatapathError::Refused {
                 what: "the program",
-                remedy: "CAP_BPF and CAP_NET_ADMIN are needed",
+                remedy: "CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are needed",
                 source: io_error,
             }
         }
@@ -274,8 +296,7 @@ pub fn load_xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
             DatapathError::Verifier(verifier_log.to_string())
         }
         error => DatapathError::Object(error.to_string()),
-    })?;
-    Ok(program)
+    }
 }
 
 impl Datapath {
@@ -289,7 +310,6 @@ impl Datapath {
         mode: AttachMode,
         max_streams: u32,
     ) -> Result<Self, DatapathError> {
-        ensure_bpffs()?;
         let mut ebpf = load(mode, max_streams)?;
         let mut pins = Pins::claim(interface, &ebpf)?;
         let program = load_xdp(&mut ebpf)?;
@@ -468,7 +488,11 @@ pub fn describe_program(id: u32) -> String {
     }
 }
 
-fn ensure_bpffs() -> Result<(), DatapathError> {
+/// Mounts the BPF file system where it is missing, which needs CAP_SYS_ADMIN.
+///
+/// # Errors
+/// [`DatapathError::Bpffs`].
+pub fn ensure_bpffs() -> Result<(), DatapathError> {
     let is_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
     if is_bpffs(Path::new(BPFFS)) {
         return Ok(());
@@ -630,6 +654,17 @@ fn check_layout(path: &Path, interface: &str, ebpf: &Ebpf) -> Result<(), Datapat
             interface: interface.to_owned(),
         })
     }
+}
+
+/// Refuses an interface that a running daemon serves, of whatever ABI version.
+///
+/// # Errors
+/// [`DatapathError::Running`], [`DatapathError::Pins`].
+pub fn check_unserved(interface: &str) -> Result<(), DatapathError> {
+    for version in fs::read_dir(pin_root()).into_iter().flatten().flatten() {
+        lock(&version.path().join(interface), interface)?;
+    }
+    Ok(())
 }
 
 /// Removes what daemons that no longer run left pinned for an interface, of every ABI version.

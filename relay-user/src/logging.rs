@@ -29,7 +29,10 @@ pub fn start(format: LogFormat, verbosity: u8) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(io::stderr)
-        .with_ansi(colour);
+        .with_ansi(colour)
+        // A log that nobody reads must not end a daemon that relays calls: the report of a failed
+        // write goes to standard error too, and panics there.
+        .log_internal_errors(false);
     let started = match format {
         LogFormat::Text => tracing::subscriber::set_global_default(log.finish()),
         LogFormat::Json => tracing::subscriber::set_global_default(log.json().finish()),

@@ -3,19 +3,27 @@
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::utsname::uname;
 
-/// The oldest kernel that the datapath is made for: BPF links for XDP (5.9), bounded loops (5.3),
-/// mmapable arrays (5.5), CAP_BPF (5.8); tested from 6.1 on.
+/// The oldest long-term kernel that has what the datapath is made of: bounded loops (5.3), mmapable
+/// arrays (5.5), CAP_BPF (5.8), BPF links for XDP (5.9), BPF memory outside the memlock limit (5.11).
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
-/// What BPF maps, XDP programs and netlink need.
-const NEEDED: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
+/// What maps and netlink need as long as the daemon runs.
+const KEPT: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
+
+/// What attaching needs. CAP_PERFMON is for the verifier: without it a program may not subtract packet
+/// pointers (`allow_ptr_leaks` in kernel/bpf/verifier.c, from `perfmon_capable()`).
+const NEEDED: [Capability; 3] = [
+    Capability::CAP_BPF,
+    Capability::CAP_PERFMON,
+    Capability::CAP_NET_ADMIN,
+];
 
 /// Why the daemon cannot run here. The text names the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PrivilegeError {
     /// Not root, nor given the capabilities.
     #[error(
-        "attaching needs {missing}: run as root, or grant it (systemd: AmbientCapabilities=CAP_BPF CAP_NET_ADMIN)"
+        "attaching needs {missing}: run as root with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN (systemd: see CapabilityBoundingSet=)"
     )]
     Capabilities {
         /// Those that are missing.
@@ -58,14 +66,9 @@ fn check_kernel(release: &str) -> Result<(), PrivilegeError> {
 }
 
 fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
-    // CAP_SYS_ADMIN holds CAP_BPF's rights too (include/linux/capability.h, bpf_capable()).
-    let has = |needed: Capability| {
-        effective.contains(&needed)
-            || needed == Capability::CAP_BPF && effective.contains(&Capability::CAP_SYS_ADMIN)
-    };
     let missing: Vec<_> = NEEDED
         .into_iter()
-        .filter(|needed| !has(*needed))
+        .filter(|needed| !effective.contains(needed))
         .map(|needed| needed.to_string())
         .collect();
     if missing.is_empty() {
@@ -77,17 +80,28 @@ fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
     }
 }
 
-/// Gives up every capability that is not needed from now on, for good.
+/// Gives up, for good, every capability that attaching does not need. To be called before another
+/// thread runs: capabilities belong to a thread.
 ///
 /// # Errors
 /// [`PrivilegeError::System`].
-pub fn drop_others() -> Result<(), PrivilegeError> {
+pub fn keep_for_attaching() -> Result<(), PrivilegeError> {
+    // Root would get everything back with the next program it executes.
+    nix::sys::prctl::set_no_new_privs().map_err(|errno| PrivilegeError::System(errno.to_string()))?;
+    keep(&NEEDED)
+}
+
+/// Gives up what only attaching needed.
+///
+/// # Errors
+/// [`PrivilegeError::System`].
+pub fn keep_for_serving() -> Result<(), PrivilegeError> {
+    keep(&KEPT)
+}
+
+fn keep(kept: &[Capability]) -> Result<(), PrivilegeError> {
     let system = |error: caps::errors::CapsError| PrivilegeError::System(error.to_string());
-    let permitted = caps::read(None, CapSet::Permitted).map_err(system)?;
-    let kept: CapsHashSet = NEEDED
-        .into_iter()
-        .filter(|needed| permitted.contains(needed))
-        .collect();
+    let kept: CapsHashSet = kept.iter().copied().collect();
     caps::clear(None, CapSet::Ambient).map_err(system)?;
     caps::clear(None, CapSet::Inheritable).map_err(system)?;
     caps::set(None, CapSet::Effective, &kept).map_err(system)?;
@@ -118,11 +132,16 @@ mod tests {
     fn missing_capabilities_are_named() {
         let set = |capabilities: &[Capability]| capabilities.iter().copied().collect();
         assert_eq!(check_capabilities(&set(&NEEDED)), Ok(()));
-        let both = [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN];
-        assert_eq!(check_capabilities(&set(&both)), Ok(()));
-        let error = check_capabilities(&set(&[Capability::CAP_BPF])).expect_err("net_admin");
-        assert!(error.to_string().contains("CAP_NET_ADMIN"));
-        let error = check_capabilities(&set(&[])).expect_err("both").to_string();
-        assert!(error.contains("CAP_BPF and CAP_NET_ADMIN"), "{error}");
+        for (index, missing) in NEEDED.iter().enumerate() {
+            let mut rest = NEEDED.to_vec();
+            rest.remove(index);
+            let error = check_capabilities(&set(&rest)).expect_err("one is missing");
+            let error = error.to_string();
+            let named = format!("attaching needs {missing}: ");
+            assert!(error.starts_with(&named), "{error}");
+        }
+        let error = check_capabilities(&set(&[])).expect_err("all").to_string();
+        let named = "needs CAP_BPF and CAP_PERFMON and CAP_NET_ADMIN";
+        assert!(error.contains(named), "{error}");
     }
 }

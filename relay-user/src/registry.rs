@@ -23,7 +23,7 @@ use crate::{
         ApiError, ErrorCode, Feed, LegReport, NextHopReport, PairReport, PairState, StreamReport,
         StreamState,
     },
-    next_hop::{NextHop, NextHopError, Path, Resolution},
+    next_hop::{NextHop, NextHopError, Notice, Path, Resolution},
     pair::{Leg, Pair},
 };
 
@@ -182,8 +182,26 @@ enum Body {
 /// A stream of a held pair; its index is that of the leg it comes in on.
 struct StreamEntry {
     slot: u32,
-    resolution: Resolution,
+    way: Watched,
     installed: bool,
+}
+
+/// What a watch of a path has told so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// Serial of the watch (see [`Notice`]).
+    pub serial: u64,
+    /// The latest that it told.
+    pub resolution: Resolution,
+}
+
+impl From<Notice> for Watched {
+    fn from(notice: Notice) -> Self {
+        Self {
+            serial: notice.serial,
+            resolution: notice.resolution,
+        }
+    }
 }
 
 impl Registry {
@@ -264,7 +282,7 @@ impl Registry {
         pair.legs.each_ref().map(path_to)
     }
 
-    /// Takes a pair whose paths are being watched; `resolutions` belong to its legs.
+    /// Takes a pair whose paths are being watched; `watched` belong to its legs.
     ///
     /// # Errors
     /// A [`Refusal`]; nothing has changed then, and the caller ends the watches.
@@ -272,11 +290,12 @@ impl Registry {
         &mut self,
         origin: Origin,
         pair: Pair,
-        resolutions: [Resolution; 2],
+        watched: [Watched; 2],
     ) -> Result<(u64, Vec<Change>), Refusal> {
         self.check(&pair)?;
-        for resolution in &resolutions {
-            if let Resolution::Unreachable(error) = resolution {
+        for way in &watched {
+            // An operator can correct a pair. A call is what it is, and its way may come back.
+            if let (Resolution::Unreachable(error), Origin::Api) = (&way.resolution, &origin) {
                 return Err(error.clone().into());
             }
         }
@@ -299,10 +318,10 @@ impl Registry {
                 .insert((id, 1 - index));
         }
         // What comes in on one leg leaves on the other.
-        let [to_first, to_second] = resolutions;
-        let stream = |slot, resolution| StreamEntry {
+        let [to_first, to_second] = watched;
+        let stream = |slot, way| StreamEntry {
             slot,
-            resolution,
+            way,
             installed: false,
         };
         let streams = [stream(one, to_second), stream(other, to_first)];
@@ -349,7 +368,7 @@ impl Registry {
         };
         let slots = [streams[index].slot, streams[1 - index].slot];
         let entry = &mut streams[index];
-        let next_hop = match &entry.resolution {
+        let next_hop = match &entry.way.resolution {
             Resolution::Known(next_hop) => next_hop_of(next_hop),
             // Installed before: it stays in the map, so that its packets are counted as what they
             // are. Never resolved: not installed.
@@ -366,8 +385,8 @@ impl Registry {
     }
 
     /// A path that a pair leaves by has changed.
-    pub fn resolved(&mut self, path: Path, resolution: &Resolution) -> Vec<Change> {
-        let Some(streams) = self.paths.get(&path) else {
+    pub fn resolved(&mut self, notice: &Notice) -> Vec<Change> {
+        let Some(streams) = self.paths.get(&notice.path) else {
             return Vec::new();
         };
         let mut changes = Vec::new();
@@ -379,8 +398,9 @@ impl Registry {
             else {
                 continue;
             };
-            if streams[index].resolution != *resolution {
-                streams[index].resolution = resolution.clone();
+            let way = &mut streams[index].way;
+            if way.serial == notice.serial && way.resolution != notice.resolution {
+                way.resolution = notice.resolution.clone();
                 changes.extend(self.settle(id, index));
             }
         }
@@ -427,7 +447,11 @@ impl Registry {
         };
         let origin = Origin::Ami {
             call: call.clone(),
-            channels: channels.unwrap_or(known),
+            // Those of a pair are in the order of its legs.
+            channels: match (&pair, channels) {
+                (None, Some(channels)) => channels,
+                _ => known,
+            },
         };
         self.entries.insert(
             id,
@@ -444,6 +468,10 @@ impl Registry {
         let Some(entry) = self.entries.get_mut(&id) else {
             return Vec::new();
         };
+        // The pair that was held before stays known, for those who look.
+        if matches!(entry.body, Body::Aside { .. }) {
+            return Vec::new();
+        }
         let aside = Body::Aside {
             pair: None,
             state: PairState::Waiting,
@@ -572,7 +600,7 @@ impl Registry {
                     state: stream_state(stream, &state),
                     packets: counted.packets,
                     bytes: counted.bytes,
-                    next_hop: match &stream.resolution {
+                    next_hop: match &stream.way.resolution {
                         Resolution::Known(next_hop) => Some(next_hop_report(next_hop)),
                         _ => None,
                     },
@@ -583,6 +611,7 @@ impl Registry {
             id,
             feed,
             call,
+            channels: channels.to_vec(),
             state: pair_state,
             why,
             legs: legs
@@ -607,19 +636,22 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
         Body::Held { streams, .. } => streams,
     };
     // What comes in on the first leg waits for the way to the second, and the other way round.
-    let waiting = streams
+    let obstacle = streams
         .iter()
         .rev()
-        .find_map(|stream| match &stream.resolution {
+        .find_map(|stream| match &stream.way.resolution {
             Resolution::Known(_) => None,
             Resolution::Waiting {
                 neighbour,
                 interface,
-            } => Some(format!("waiting for neighbour {neighbour} on {interface}")),
-            Resolution::Unreachable(error) => Some(error.to_string()),
+            } => Some((
+                PairState::Waiting,
+                format!("waiting for neighbour {neighbour} on {interface}"),
+            )),
+            Resolution::Unreachable(error) => Some((PairState::Refused, error.to_string())),
         });
-    if waiting.is_some() {
-        return (PairState::Waiting, waiting);
+    if let Some((state, why)) = obstacle {
+        return (state, Some(why));
     }
     let stopped = streams
         .iter()
@@ -635,7 +667,7 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
 }
 
 fn stream_state(stream: &StreamEntry, state: &impl Fn(u32) -> State) -> StreamState {
-    if !stream.installed || !matches!(stream.resolution, Resolution::Known(_)) {
+    if !stream.installed || !matches!(stream.way.resolution, Resolution::Known(_)) {
         return StreamState::Waiting;
     }
     match state(stream.slot).mode {
@@ -731,5 +763,373 @@ fn next_hop_report(next_hop: &NextHop) -> NextHopReport {
         destination_mac: mac(next_hop.destination_mac),
         vlan: next_hop.vlan.iter().map(|tag| tag.id).collect(),
         mtu: u32::from(next_hop.mtu),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pair::PayloadTypes;
+
+    fn registry(max_streams: u32) -> Registry {
+        Registry::new(Dscp::Set(46), max_streams)
+    }
+
+    fn pair(first: &str, second: &str) -> Pair {
+        let leg = |text: &str| text.parse().expect(text);
+        let types = vec![
+            PayloadTypes::same(0),
+            PayloadTypes {
+                first: 101,
+                second: 96,
+            },
+        ];
+        Pair::new([leg(first), leg(second)], types).expect("pair")
+    }
+
+    /// A pair of ports `2n` and `2n + 1` above 10,000.
+    fn numbered(n: u16) -> Pair {
+        let (a, b) = (10_000 + 2 * n, 10_001 + 2 * n);
+        pair(
+            &format!("192.0.2.1:{a}=192.0.2.11:{a}"),
+            &format!("192.0.2.1:{b}=192.0.2.12:{b}"),
+        )
+    }
+
+    fn call(n: u16) -> CallId {
+        CallId::new(&format!("bridge-{n}")).expect("call")
+    }
+
+    fn from_ami(n: u16) -> Origin {
+        Origin::Ami {
+            call: call(n),
+            channels: vec!["PJSIP/a".to_owned(), "PJSIP/b".to_owned()],
+        }
+    }
+
+    /// Serial of every watch in these tests.
+    const SERIAL: u64 = 7;
+
+    fn way(resolution: Resolution) -> Watched {
+        Watched {
+            serial: SERIAL,
+            resolution,
+        }
+    }
+
+    fn known(last_byte: u8) -> Watched {
+        way(Resolution::Known(NextHop {
+            source_mac: [2, 0, 0, 0, 0, 1],
+            destination_mac: [2, 0, 0, 0, 0, last_byte],
+            vlan: Vec::new(),
+            mtu: 1500,
+        }))
+    }
+
+    fn waiting() -> Watched {
+        way(Resolution::Waiting {
+            neighbour: "192.0.2.12".parse().expect("address"),
+            interface: "eth0".to_owned(),
+        })
+    }
+
+    fn notice(path: Path, way: Watched) -> Notice {
+        Notice {
+            path,
+            serial: way.serial,
+            resolution: way.resolution,
+        }
+    }
+
+    fn offloaded(_: u32) -> State {
+        State {
+            mode: mode::OFFLOADED,
+            packets: 7,
+            bytes: 70,
+            ..State::default()
+        }
+    }
+
+    #[test]
+    fn each_stream_goes_out_where_the_other_leg_is() {
+        let mut registry = registry(2);
+        let pair = pair(
+            "192.0.2.1:10000=192.0.2.11:30000",
+            "192.0.2.1:10002=192.0.2.12:30002",
+        );
+        let (id, changes) = registry
+            .add(Origin::Api, pair, [known(11), known(12)])
+            .expect("room");
+        let [
+            Change::Install { key, stream },
+            Change::Install {
+                key: back,
+                stream: opposite,
+            },
+        ] = changes.as_slice()
+        else {
+            panic!("{changes:?}");
+        };
+        assert_eq!((key.local_port, back.local_port), (10_000, 10_002));
+        assert_eq!((stream.source_port, opposite.source_port), (30_000, 30_002));
+        assert_eq!(
+            (stream.new_source_port, stream.new_destination_port),
+            (10_002, 30_002)
+        );
+        assert_eq!(
+            stream.next_hop.destination_mac.bytes[5], 12,
+            "towards the second leg"
+        );
+        assert_eq!(opposite.next_hop.destination_mac.bytes[5], 11);
+        assert_eq!(
+            (stream.slot, stream.opposite_slot),
+            (opposite.opposite_slot, opposite.slot)
+        );
+        let renumbered =
+            |stream: &Stream| (stream.payload_types[1].from, stream.payload_types[1].to);
+        assert_eq!(
+            (renumbered(stream), renumbered(opposite)),
+            ((101, 96), (96, 101))
+        );
+        assert_eq!(stream.dscp, 46);
+
+        let report = registry.report(id, offloaded).expect("report");
+        assert_eq!((report.state, report.why), (PairState::Offloaded, None));
+        assert_eq!(report.streams[0].packets, 7);
+    }
+
+    #[test]
+    fn an_unresolved_stream_is_not_installed_and_says_what_it_waits_for() {
+        let mut registry = registry(2);
+        let pair = numbered(0);
+        let [_, to_second] = Registry::paths_of(&pair);
+        let (id, changes) = registry
+            .add(Origin::Api, pair, [known(11), waiting()])
+            .expect("room");
+        assert!(
+            matches!(changes.as_slice(), [Change::Install { key, .. }] if key.local_port == 10_001),
+            "only the stream towards the known leg: {changes:?}"
+        );
+        let report = registry.report(id, offloaded).expect("report");
+        assert_eq!(report.state, PairState::Waiting);
+        assert!(report.why.expect("why").contains("192.0.2.12"));
+
+        let changes = registry.resolved(&notice(to_second, known(12)));
+        assert!(
+            matches!(changes.as_slice(), [Change::Install { key, .. }] if key.local_port == 10_000)
+        );
+        assert!(
+            registry.resolved(&notice(to_second, known(12))).is_empty(),
+            "nothing new"
+        );
+
+        let changes = registry.resolved(&notice(to_second, known(99)));
+        assert!(
+            matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.destination_mac.bytes[5] == 99)
+        );
+        let stale = Watched { serial: SERIAL - 1, ..waiting() };
+        assert!(
+            registry.resolved(&notice(to_second, stale)).is_empty(),
+            "told by an earlier watch"
+        );
+        let changes = registry.resolved(&notice(to_second, waiting()));
+        assert!(
+            matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.known == 0),
+            "the datapath must stop using the lost neighbour: {changes:?}"
+        );
+    }
+
+    #[test]
+    fn taken_addresses_circles_and_a_full_map_are_refused() {
+        let mut registry = registry(4);
+        let hop = || [known(1), known(2)];
+        let (id, _) = registry
+            .add(
+                Origin::Api,
+                pair("192.0.2.1:1=198.51.100.1:1", "192.0.2.1:3=198.51.100.3:3"),
+                hop(),
+            )
+            .expect("room");
+        let same = pair("192.0.2.1:5=198.51.100.5:5", "192.0.2.1:3=198.51.100.9:9");
+        assert!(matches!(
+            registry.add(Origin::Api, same, hop()),
+            Err(Refusal::Duplicate { id: other, .. }) if other == id
+        ));
+        // Two hosts' pairs seen from one registry: each sends into the other.
+        let circle = pair("198.51.100.1:1=192.0.2.1:1", "198.51.100.3:3=192.0.2.1:3");
+        let error = registry
+            .add(Origin::Api, circle, hop())
+            .expect_err("circle");
+        assert!(
+            matches!(error, Refusal::Loop { id: other, .. } if other == id),
+            "{error}"
+        );
+        // A chain is no circle.
+        let chain = pair("198.51.100.1:1=192.0.2.1:1", "198.51.100.9:9=192.0.2.99:9");
+        registry.add(Origin::Api, chain, hop()).expect("no circle");
+
+        let error = registry
+            .add(Origin::Api, numbered(0), hop())
+            .expect_err("full");
+        assert_eq!(error, Refusal::Full { max_streams: 4 });
+        assert_eq!(error.code(), ErrorCode::MapFull);
+        registry.remove(id);
+        registry
+            .add(Origin::Api, numbered(0), hop())
+            .expect("room again");
+    }
+
+    #[test]
+    fn a_refused_next_hop_changes_nothing() {
+        let mut registry = registry(2);
+        let no_route = NextHopError::LinkDown("eth0".to_owned());
+        let ways = [known(1), way(Resolution::Unreachable(no_route.clone()))];
+        assert_eq!(
+            registry.add(Origin::Api, numbered(0), ways),
+            Err(Refusal::NextHop(no_route))
+        );
+        assert_eq!(registry.ids().count(), 0);
+        registry
+            .add(Origin::Api, numbered(0), [known(1), known(2)])
+            .expect("slots are still free");
+    }
+
+    #[test]
+    fn a_call_set_aside_keeps_its_number_and_frees_its_streams() {
+        let mut registry = registry(2);
+        let hop = || [known(1), known(2)];
+        let (id, _) = registry.add(from_ami(1), numbered(0), hop()).expect("room");
+        let changes = registry.set_aside(
+            &call(1),
+            None,
+            PairState::Waiting,
+            "leg A on hold".to_owned(),
+        );
+        let removed = changes
+            .iter()
+            .filter(|change| matches!(change, Change::Remove { .. }));
+        assert_eq!(removed.count(), 2);
+        let unwatched = changes
+            .iter()
+            .filter(|change| matches!(change, Change::Unwatch(_)));
+        assert_eq!(unwatched.count(), 2, "every watch is ended");
+        let report = registry.report(id, offloaded).expect("still known");
+        assert_eq!(report.why.as_deref(), Some("leg A on hold"));
+        assert_eq!(report.legs[1].channel.as_deref(), Some("PJSIP/b"));
+        assert!(report.streams.is_empty());
+
+        let again = registry
+            .add(from_ami(1), numbered(0), hop())
+            .expect("offered again");
+        assert_eq!(again.0, id);
+        assert_eq!(registry.gone(&call(1)).len(), 4);
+        assert_eq!(registry.census(offloaded), Census::default());
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Add(u16),
+        Offer(u16),
+        Aside(u16),
+        Gone(u16),
+        Remove(u64),
+        Resolved(bool, u8),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let n = 0..6_u16;
+        prop::collection::vec(
+            prop_oneof![
+                n.clone().prop_map(Event::Add),
+                n.clone().prop_map(Event::Offer),
+                n.clone().prop_map(Event::Aside),
+                n.prop_map(Event::Gone),
+                (0..20_u64).prop_map(Event::Remove),
+                (any::<bool>(), 0..3_u8).prop_map(|(second, hop)| Event::Resolved(second, hop)),
+            ],
+            0..60,
+        )
+    }
+
+    proptest! {
+        /// Whatever happens, the map holds what the registry says, no slot serves two streams, and
+        /// every watch is ended exactly once.
+        #[test]
+        fn the_map_follows(events in events()) {
+            let mut registry = registry(8);
+            let mut map: HashMap<StreamKey, u32> = HashMap::new();
+            let mut watches: HashMap<Path, i64> = HashMap::new();
+            for event in events {
+                let hop = || [known(1), waiting()];
+                let mut watched = Vec::new();
+                let changes = match event {
+                    Event::Add(n) | Event::Offer(n) => {
+                        let origin =
+                            if matches!(event, Event::Add(_)) { Origin::Api } else { from_ami(n) };
+                        let pair = numbered(n);
+                        // As the controller does: an earlier offer of the call goes first.
+                        if let Origin::Ami { call, .. } = &origin {
+                            let changes = registry.set_aside(call, None, PairState::Waiting, String::new());
+                            apply(changes, &mut map, &mut watches)?;
+                        }
+                        let paths = Registry::paths_of(&pair);
+                        match registry.add(origin, pair, hop()) {
+                            Ok((_, changes)) => {
+                                watched.extend(paths);
+                                changes
+                            }
+                            Err(_) => Vec::new(),
+                        }
+                    }
+                    Event::Aside(n) => registry.set_aside(&call(n), None, PairState::Refused, String::new()),
+                    Event::Gone(n) => registry.gone(&call(n)),
+                    Event::Remove(id) => registry.remove(id),
+                    Event::Resolved(second, hop) => {
+                        let path = Registry::paths_of(&numbered(0))[usize::from(second)];
+                        let resolution = if hop == 0 { waiting() } else { known(hop) };
+                        registry.resolved(&notice(path, resolution))
+                    }
+                };
+                for path in watched {
+                    *watches.entry(path).or_default() += 1;
+                }
+                apply(changes, &mut map, &mut watches)?;
+                let mut slots: Vec<_> = map.values().collect();
+                slots.sort_unstable();
+                slots.dedup();
+                prop_assert_eq!(slots.len(), map.len());
+                prop_assert_eq!(registry.census(offloaded).streams, map.len() as u64);
+            }
+            for id in registry.ids().collect::<Vec<_>>() {
+                apply(registry.remove(id), &mut map, &mut watches)?;
+            }
+            prop_assert!(map.is_empty());
+            prop_assert!(watches.values().all(|&count| count == 0), "{:?}", watches);
+            prop_assert_eq!(registry.free_slots.len(), 8);
+        }
+    }
+
+    fn apply(
+        changes: Vec<Change>,
+        map: &mut HashMap<StreamKey, u32>,
+        watches: &mut HashMap<Path, i64>,
+    ) -> Result<(), TestCaseError> {
+        for change in changes {
+            match change {
+                Change::Install { key, stream } => {
+                    prop_assert_eq!(map.insert(key, stream.slot), None);
+                }
+                Change::Update { key, stream } => {
+                    prop_assert_eq!(map.get(&key), Some(&stream.slot));
+                }
+                Change::Remove { key, slot } => {
+                    prop_assert_eq!(map.remove(&key), Some(slot));
+                }
+                Change::Unwatch(path) => *watches.entry(path).or_default() -= 1,
+            }
+        }
+        Ok(())
     }
 }

@@ -405,19 +405,19 @@ fn policy_rules_and_next_hop_objects_count() {
         watcher.known(path).await;
         world
             .host
-            .ip("rule add from 192.0.2.1 ipproto udp table 7")
+            .ip("rule add from 192.0.2.1 ipproto 17 table 7")
             .await;
         watcher.until_mac(path, "02:00:00:00:00:fd").await;
         world
             .host
-            .ip("rule del from 192.0.2.1 ipproto udp table 7")
+            .ip("rule del from 192.0.2.1 ipproto 17 table 7")
             .await;
         watcher.until_mac(path, GATEWAY).await;
         let path6 = self::path("2001:db8:1::9");
         watcher.known(path6).await;
         world
             .host
-            .ip("-6 rule add from 2001:db8::1 ipproto udp prohibit")
+            .ip("-6 rule add from 2001:db8::1 ipproto 17 prohibit")
             .await;
         watcher
             .until(path6, |now| {

@@ -121,7 +121,7 @@ impl Lab {
                 .map_err(|panic| anyhow!("starting Asterisk panicked: {panic:?}"));
             Ok::<_, anyhow::Error>((pbx??, phones?))
         })?;
-        let secret_file = relay::secret_file(&net.pbx, "asterisk-secret", SECRET)?;
+        let secret_file = net.pbx.private_file("secret", SECRET)?;
         let manager = Mutex::new(pbx.manager()?);
         let originator = Mutex::new(phones.manager()?);
         Ok(Self {

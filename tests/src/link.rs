@@ -2,10 +2,10 @@
 
 use std::{
     fs,
-    io::{self, Error},
+    io::Error,
     mem,
     net::UdpSocket,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsRawFd as _, OwnedFd},
     ptr, thread,
     time::{Duration, Instant},
 };
@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::libc;
 
-use crate::namespace::Host;
+use crate::{
+    namespace::Host,
+    program::{self, Kind},
+};
 
 /// How long a link may take to come up.
 const LINK_UP: Duration = Duration::from_secs(5);
@@ -81,7 +84,7 @@ fn up(name: &str) -> Result<u32> {
         Offload::ReceiveChecksum,
         Offload::Gro,
     ] {
-        offload.disable(name)?;
+        offload.set(name, false)?;
     }
     let state = format!("/sys/class/net/{name}/operstate");
     let deadline = Instant::now() + LINK_UP;
@@ -107,7 +110,7 @@ enum Offload {
 }
 
 impl Offload {
-    fn disable(self, interface: &str) -> Result<()> {
+    fn set(self, interface: &str, on: bool) -> Result<()> {
         /// `struct ethtool_value`.
         #[repr(C)]
         struct Value {
@@ -117,7 +120,7 @@ impl Offload {
         let socket = UdpSocket::bind("127.0.0.1:0").context("socket for ethtool")?;
         let mut value = Value {
             command: self as u32,
-            data: 0,
+            data: on.into(),
         };
         // SAFETY: all-zero is a valid ifreq.
         let mut request: libc::ifreq = unsafe { mem::zeroed() };
@@ -131,7 +134,7 @@ impl Offload {
         // SAFETY: SIOCETHTOOL reads the name and the ethtool_value behind ifru_data; both live across the call.
         if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) } != 0 {
             return Err(Error::last_os_error())
-                .with_context(|| format!("cannot disable {self:?} on {interface}"));
+                .with_context(|| format!("cannot set {self:?} to {on} on {interface}"));
         }
         Ok(())
     }
@@ -164,6 +167,16 @@ impl Interface {
         Ok(mac)
     }
 
+    /// Leaves the UDP checksum of packets sent from now on to the device, which for a veth means to nobody: they
+    /// arrive unfinished, marked so (`CHECKSUM_PARTIAL`), as those of guests and containers do.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn leave_checksums_to_device(&self) -> Result<()> {
+        self.host
+            .run(|| Offload::TransmitChecksum.set(&self.name, true))
+    }
+
     /// Attaches an XDP program that passes everything, until the returned guard is dropped.
     ///
     /// veth delivers the native `XDP_TX` of one end only when the other end has an XDP program too.
@@ -186,15 +199,7 @@ pub struct PassProgram {
 impl PassProgram {
     /// Runs inside the machine: an interface index means something only there.
     fn attach(index: u32) -> Result<Self> {
-        /// The leading fields of `union bpf_attr` for `BPF_PROG_LOAD`; the kernel takes the rest as zero.
-        #[repr(C)]
-        struct Load {
-            program_type: u32,
-            instruction_count: u32,
-            instructions: u64,
-            license: u64,
-        }
-        /// As above, for `BPF_LINK_CREATE`.
+        /// The leading fields of `union bpf_attr` for `BPF_LINK_CREATE`; the kernel takes the rest as zero.
         #[repr(C)]
         struct LinkCreate {
             program: i32,
@@ -202,49 +207,21 @@ impl PassProgram {
             attach_type: u32,
             flags: u32,
         }
-        const BPF_PROG_LOAD: libc::c_long = 5;
         const BPF_LINK_CREATE: libc::c_long = 28;
-        const BPF_PROG_TYPE_XDP: u32 = 6;
         const BPF_XDP: u32 = 37;
         const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
-        // `r0 = 2` (XDP_PASS); `exit`: opcode, registers, offset (16 bits), immediate (32 bits).
-        let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 2, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
-        let load = Load {
-            program_type: BPF_PROG_TYPE_XDP,
-            instruction_count: 2,
-            instructions: instructions.as_ptr().addr() as u64,
-            license: c"GPL".as_ptr().addr() as u64,
-        };
-        let program = bpf(BPF_PROG_LOAD, &load).context("load")?;
-        let create = LinkCreate {
+        const XDP_PASS: i32 = 2;
+        let program = program::load(Kind::Xdp, &[program::set(0, XDP_PASS), program::EXIT])?;
+        let mut create = LinkCreate {
             program: program.as_raw_fd(),
             target: index,
             attach_type: BPF_XDP,
             flags: XDP_FLAGS_DRV_MODE,
         };
         Ok(Self {
-            _link: bpf(BPF_LINK_CREATE, &create).context("attach")?,
+            _link: program::bpf_descriptor(BPF_LINK_CREATE, &mut create).context("attach")?,
         })
     }
-}
-
-/// A `bpf` command that returns a descriptor.
-fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
-    // SAFETY: the kernel reads `size_of::<T>()` bytes of `attributes`, whose pointers describe live buffers.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            ptr::from_ref(attributes),
-            mem::size_of::<T>(),
-        )
-    };
-    let descriptor = i32::try_from(result).map_err(Error::other)?;
-    if descriptor < 0 {
-        return Err(Error::last_os_error());
-    }
-    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 fn mac_text(mac: [u8; 6]) -> String {

@@ -6,10 +6,10 @@ use std::{
     env,
     ffi::CString,
     fs::{self, File},
-    io::{self, Read as _},
+    io::{self, Read as _, Write as _},
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
-        unix::{ffi::OsStrExt as _, process::CommandExt as _},
+        unix::{ffi::OsStrExt as _, fs::OpenOptionsExt as _, process::CommandExt as _},
     },
     panic,
     path::PathBuf,
@@ -135,6 +135,26 @@ impl Host {
         ));
         self.run(|| fs::create_dir(&path))
             .with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Writes a file that only its owner can get at, as a secret must be, in a new directory of [`Host::directory`].
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn private_file(&self, name: &str, content: &str) -> Result<PathBuf> {
+        let path = self.directory("private")?.join(name);
+        let write = || {
+            let mut options = File::options();
+            let mut file = options
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&path)?;
+            file.write_all(content.as_bytes())
+        };
+        self.run(write)
+            .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
 

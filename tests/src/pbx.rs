@@ -24,7 +24,7 @@ pub use exchange::{Options, run};
 
 use crate::{
     namespace::{Host, Process},
-    relay::{binary, secret_file},
+    relay::binary,
 };
 
 /// The only AMI user, with the least privileges that the relay needs.
@@ -69,7 +69,7 @@ impl Pbx {
         struct Ready {
             ami: SocketAddr,
         }
-        let secret_file = secret_file(host, "pbx", SECRET)?;
+        let secret_file = host.private_file("secret", SECRET)?;
         let mut command = Command::new(binary("pbx", "RELAY_PBX_BIN")?);
         command
             .arg("--address")

@@ -1,6 +1,7 @@
 //! The real `relay-user` as a child process in a simulated machine.
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::{OsStr, OsString},
     fs::File,
@@ -46,21 +47,6 @@ pub fn binary(name: &str, variable: &str) -> Result<PathBuf> {
     })
 }
 
-/// Writes an AMI secret as the relay wants it, readable by its owner only, into a new directory of the machine.
-///
-/// # Errors
-/// The file cannot be written.
-pub(crate) fn secret_file(host: &Host, directory: &str, secret: &str) -> Result<PathBuf> {
-    let path = host.directory(directory)?.join("secret");
-    host.run(|| {
-        let mut options = File::options();
-        options.write(true).create_new(true).mode(0o600);
-        options.open(&path)?.write_all(secret.as_bytes())
-    })
-    .with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(path)
-}
-
 /// A running `relay-user attach`. Dropping it kills it, as `kill -9` does.
 #[derive(Debug)]
 pub struct Relay {
@@ -83,10 +69,27 @@ impl Relay {
         interface: &str,
         args: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
+        Self::attach_through::<&str, S>(host, [], interface, args)
+    }
+
+    /// The same, started by a program with its arguments that replaces itself with the daemon (`setpriv …`, `env …`).
+    ///
+    /// # Errors
+    /// It ends, or does not become ready in time: the text holds its standard error.
+    pub fn attach_through<W: AsRef<OsStr>, S: AsRef<OsStr>>(
+        host: &Host,
+        starter: impl IntoIterator<Item = W>,
+        interface: &str,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
         let directory = host.directory("relay")?;
         let socket = directory.join("socket");
-        let socket_args = vec!["--socket".into(), socket.clone().into()];
-        Self::start(host, interface, args, &directory, socket, socket_args)
+        let mut words: Vec<OsString> = args
+            .into_iter()
+            .map(|arg| arg.as_ref().to_owned())
+            .collect();
+        words.extend(["--socket".into(), socket.clone().into()]);
+        Self::start(host, starter, interface, words, &directory, socket)
     }
 
     /// The same with the control socket where it is by default. One to a machine.
@@ -100,16 +103,16 @@ impl Relay {
     ) -> Result<Self> {
         let directory = host.directory("relay")?;
         let socket = Path::new("/run/relay-user").join(format!("{interface}.sock"));
-        Self::start(host, interface, args, &directory, socket, Vec::new())
+        Self::start::<&str, S>(host, [], interface, args, &directory, socket)
     }
 
-    fn start<S: AsRef<OsStr>>(
+    fn start<W: AsRef<OsStr>, S: AsRef<OsStr>>(
         host: &Host,
+        starter: impl IntoIterator<Item = W>,
         interface: &str,
         args: impl IntoIterator<Item = S>,
         directory: &Path,
         socket: PathBuf,
-        socket_args: Vec<OsString>,
     ) -> Result<Self> {
         let program = binary("relay-user", "RELAY_USER_BIN")?;
         let (notify, log) = (directory.join("notify"), directory.join("log"));
@@ -123,11 +126,16 @@ impl Relay {
                 .append(true)
                 .open(log)
         })?;
-        let mut command = Command::new(&program);
+        let mut words: Vec<_> = starter
+            .into_iter()
+            .map(|word| word.as_ref().to_owned())
+            .collect();
+        words.push(program.clone().into_os_string());
+        let mut command = Command::new(&words[0]);
         command
+            .args(&words[1..])
             .args(["attach", interface])
             .args(args)
-            .args(&socket_args)
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -246,6 +254,59 @@ impl Relay {
         }
         serde_json::from_str(&stdout)
             .with_context(|| format!("relay-user {args:?} printed no JSON: {stdout}"))
+    }
+
+    /// Packets by reason since the daemon attached; every reason is there.
+    ///
+    /// # Errors
+    /// `status` fails.
+    pub fn reasons(&self) -> Result<BTreeMap<String, u64>> {
+        let status = self.json(["status"])?;
+        let reasons = status["reasons"].as_array().into_iter().flatten();
+        reasons
+            .map(|row| {
+                let name = row["reason"].as_str().context("a reason without a name")?;
+                let packets = row["packets"]
+                    .as_u64()
+                    .context("a reason without packets")?;
+                Ok((name.to_owned(), packets))
+            })
+            .collect()
+    }
+
+    /// Runs `add` with these arguments, waits until the kernel relays the pair, and returns its number.
+    ///
+    /// # Errors
+    /// The pair is refused, or still waits after a while: the text holds what the daemon says of it.
+    pub fn offload<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<u64> {
+        let args: Vec<_> = args
+            .into_iter()
+            .map(|arg| arg.as_ref().to_owned())
+            .collect();
+        let added = self.json([OsStr::new("add").to_owned()].into_iter().chain(args))?;
+        let id = added["id"].as_u64().context("a pair without number")?;
+        self.wait_state(id, "offloaded")?;
+        Ok(id)
+    }
+
+    /// Waits until `show` tells this state of a pair, and returns the pair.
+    ///
+    /// # Errors
+    /// It does not in time: the text holds what it told last.
+    pub fn wait_state(&self, id: u64, state: &str) -> Result<serde_json::Value> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let pair = self.json(["show", &id.to_string()])?;
+            if pair["state"] == state {
+                return Ok(pair);
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "pair {id} is not {state} after {PATIENCE:?}: {pair:#}\ndaemon:\n{}",
+                    self.log()
+                );
+            }
+        }
     }
 
     /// Sends a signal to the daemon.

@@ -19,6 +19,21 @@ use model::{ApiError, Detached, PairReport, StatusReport};
 /// caller was told that it failed.
 pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
 
+impl Command {
+    /// Whether nobody waits for its answer any longer.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        match self {
+            Self::Add { reply, .. } | Self::Remove { reply, .. } | Self::Show { reply, .. } => {
+                reply.is_closed()
+            }
+            Self::Flush { reply } | Self::List { reply } => reply.is_closed(),
+            Self::Status { reply } => reply.is_closed(),
+            Self::Detach { reply } => reply.is_closed(),
+        }
+    }
+}
+
 /// What a client asks of the controller.
 #[derive(Debug)]
 pub enum Command {

@@ -83,6 +83,9 @@ pub struct PairReport {
     pub feed: Feed,
     /// The PBX's name of the call: the bridge's id under Asterisk, none for `api`.
     pub call: Option<String>,
+    /// The PBX's names of the legs, as far as known; empty for `api`. In the order of `legs`, if
+    /// those are known.
+    pub channels: Vec<String>,
     /// What became of it.
     pub state: PairState,
     /// Why it is not offloaded, in words; none when it is.
@@ -91,7 +94,8 @@ pub struct PairReport {
     pub legs: Vec<LegReport>,
     /// What is relayed.
     pub payload_types: Vec<PayloadTypes>,
-    /// Both streams, in the order of the legs they come in on; empty when `legs` is.
+    /// Both streams, in the order of the legs they come in on; empty while the pair is refused or
+    /// taken back.
     pub streams: Vec<StreamReport>,
 }
 
@@ -164,7 +168,7 @@ pub struct StatusReport {
     pub mode_reason: String,
     /// DSCP of relayed packets: `ef`, `keep` or a number, as a string.
     pub dscp: Dscp,
-    /// Folder of the pinned maps and programs.
+    /// Folder of the pinned maps.
     pub pins: PathBuf,
     /// Seconds since the daemon attached.
     pub uptime_seconds: u64,

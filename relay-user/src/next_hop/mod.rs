@@ -75,6 +75,18 @@ pub enum Resolution {
     Unreachable(NextHopError),
 }
 
+/// What is known about a path, and by which watch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// The path.
+    pub path: Path,
+    /// Grows with each first watch of a path. A change that was on its way when the path's last
+    /// watch ended arrives after the answer to a new one, and is older: its serial tells.
+    pub serial: u64,
+    /// What is known.
+    pub resolution: Resolution,
+}
+
 /// Why the relay cannot send on a path. The text names the thing and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NextHopError {

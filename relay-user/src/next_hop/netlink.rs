@@ -33,6 +33,9 @@ pub enum NetlinkError {
     /// Notifications cannot be read any more.
     #[error("cannot read the kernel's change notifications: {0}")]
     Notifications(#[source] io::Error),
+    /// The attached interface was removed, and the datapath with it.
+    #[error("the interface {0} is gone: attach again when it is back")]
+    InterfaceGone(String),
     /// The list of interfaces cannot be read.
     #[error("cannot list the interfaces: {}", .0.desc())]
     Interfaces(Errno),

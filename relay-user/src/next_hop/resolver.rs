@@ -24,7 +24,7 @@ const NOTICES: usize = 1024;
 
 /// Every change of a watched path after the answer to its first watch. A receiver that is slow gets
 /// the latest state of each path, and may miss states in between.
-pub type Changes = mpsc::Receiver<(Path, Resolution)>;
+pub type Changes = mpsc::Receiver<Notice>;
 
 /// Asks the resolver. Cheap to clone; the resolver ends when the last clone is dropped.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ pub struct NextHops {
 enum Command {
     Watch {
         path: Path,
-        answer: oneshot::Sender<Resolution>,
+        answer: oneshot::Sender<Notice>,
     },
     Unwatch {
         path: Path,
@@ -54,11 +54,11 @@ impl NextHops {
     ///
     /// # Errors
     /// When the resolver has ended.
-    pub async fn watch(&self, path: Path) -> Result<Resolution, Stopped> {
-        let (answer, resolution) = oneshot::channel();
+    pub async fn watch(&self, path: Path) -> Result<Notice, Stopped> {
+        let (answer, notice) = oneshot::channel();
         let command = Command::Watch { path, answer };
         self.commands.send(command).await.map_err(|_| Stopped)?;
-        resolution.await.map_err(|_| Stopped)
+        notice.await.map_err(|_| Stopped)
     }
 
     /// Ends one watch. Changes of the path that are in the channel already still arrive.
@@ -77,7 +77,7 @@ pub struct Resolver {
     notifications: Notifications,
     table: Table,
     commands: mpsc::Receiver<Command>,
-    notices: mpsc::Sender<(Path, Resolution)>,
+    notices: mpsc::Sender<Notice>,
 }
 
 /// Prepares a resolver for streams that leave through the interface of this index, in the network
@@ -114,7 +114,8 @@ impl Resolver {
     /// Runs until all [`NextHops`] or the receiver of changes are dropped.
     ///
     /// # Errors
-    /// When the kernel's sockets fail. Next hops are then no longer kept current.
+    /// When the attached interface is removed, or the kernel's sockets fail. Next hops are then no
+    /// longer kept current.
     pub async fn run(mut self) -> Result<(), NetlinkError> {
         let mut hints = Vec::new();
         let mut commands = Vec::new();
@@ -128,14 +129,18 @@ impl Resolver {
                     }
                 }
                 permit = self.notices.reserve(), if self.table.has_notices() => match permit {
-                    Ok(permit) => if let Some(notice) = self.table.next_notice() {
-                        permit.send(notice);
+                    Ok(permit) => if let Some((path, resolution)) = self.table.next_notice() {
+                        let serial = self.table.serial(path);
+                        permit.send(Notice { path, serial, resolution });
                     },
                     Err(_) => return Ok(()),
                 },
                 () = tokio::time::sleep_until(deadline) => {}
             }
             self.step(&mut hints, &mut commands)?;
+            if let Some(name) = self.table.attached_gone() {
+                return Err(NetlinkError::InterfaceGone(name.to_owned()));
+            }
             // A long pass finds some branch ready each time, and would keep the others out.
             tokio::task::yield_now().await;
         }
@@ -185,8 +190,9 @@ impl Resolver {
             self.table.neighbour_answer(*key, entry, now);
         }
         for (path, answer) in asked {
+            let serial = self.table.serial(path);
             if let Some(resolution) = self.table.answer(path)
-                && answer.send(resolution).is_err()
+                && answer.send(Notice { path, serial, resolution }).is_err()
             {
                 self.table.unwatch(path);
             }
@@ -195,10 +201,11 @@ impl Resolver {
             let Ok(permit) = self.notices.try_reserve() else {
                 break;
             };
-            let Some(notice) = self.table.next_notice() else {
+            let Some((path, resolution)) = self.table.next_notice() else {
                 break;
             };
-            permit.send(notice);
+            let serial = self.table.serial(path);
+            permit.send(Notice { path, serial, resolution });
         }
         Ok(())
     }

@@ -53,6 +53,8 @@ const MAX_NESTING: usize = 8;
 
 #[derive(Debug)]
 struct Watched {
+    /// Told apart from an earlier watch of the same path, whose changes may still be on their way.
+    serial: u64,
     watchers: usize,
     /// In `fresh`, `stale` or `pass`.
     queued: bool,
@@ -94,6 +96,7 @@ pub(super) struct Table {
     attached_name: String,
     links: HashMap<u32, Interface>,
     paths: HashMap<Path, Watched>,
+    next_serial: u64,
     /// (remote, local) of every path, in order, to find those that a prefix covers.
     remotes: BTreeSet<(IpAddr, IpAddr)>,
     /// Number of paths of each local address.
@@ -127,6 +130,7 @@ impl Table {
             attached_name: format!("#{attached}"),
             links: HashMap::new(),
             paths: HashMap::new(),
+            next_serial: 1,
             remotes: BTreeSet::new(),
             locals: BTreeMap::new(),
             neighbours: HashMap::new(),
@@ -154,6 +158,7 @@ impl Table {
         self.paths.insert(
             path,
             Watched {
+                serial: self.next_serial,
                 watchers: 1,
                 queued: true,
                 route: None,
@@ -163,9 +168,20 @@ impl Table {
                 changed: false,
             },
         );
+        self.next_serial += 1;
         self.remotes.insert((path.remote, path.local));
         *self.locals.entry(path.local).or_default() += 1;
         self.fresh.push_back(path);
+    }
+
+    /// Which watch of a path this is; 0 when nobody watches it.
+    pub(super) fn serial(&self, path: Path) -> u64 {
+        self.paths.get(&path).map_or(0, |watched| watched.serial)
+    }
+
+    /// The name that the attached interface had, once it exists no more.
+    pub(super) fn attached_gone(&self) -> Option<&str> {
+        (!self.links.contains_key(&self.attached)).then_some(&self.attached_name)
     }
 
     /// Removes a watcher, and the path with its last.

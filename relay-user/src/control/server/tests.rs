@@ -118,6 +118,7 @@ fn report(id: u64, pair: &Pair) -> PairReport {
         id,
         feed: Feed::Api,
         call: None,
+        channels: Vec::new(),
         state: PairState::Waiting,
         why: Some("no neighbour".into()),
         legs: pair

@@ -1,0 +1,401 @@
+//! Suite `program`: the datapath's programs alone, on one packet over and over.
+//!
+//! `BPF_PROG_TEST_RUN` hands each run what the one before it left. The packets are therefore of streams that turn a
+//! packet into itself, and each starts with the highest TTL that there is: enough for [`REPEAT`] runs, after which the
+//! frame shows that every one of them relayed it.
+
+use std::{
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+use relay_common::{
+    reason::Reason,
+    stream::{Endpoint, VlanTag, mode},
+};
+use relay_tests::{
+    draft::{Draft, VLAN},
+    fixture::{self, Family, Hook, SLOTS},
+    kernel::Kernel,
+    program::{self, EXIT, Instruction, Kind, Run, set},
+    tables::Entry,
+};
+
+use crate::interpreter::{self, Trace};
+
+/// Arguments of the suite.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Rounds; each measures every program on every packet, so that what disturbs the machine disturbs all alike
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(3..))]
+    rounds: u32,
+    /// Calls of BPF_PROG_TEST_RUN for each packet and round
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    calls: u32,
+    /// The only CPU to run on
+    #[arg(long, default_value_t = 0)]
+    cpu: usize,
+}
+
+/// Runs in one call. A packet of TTL 255 can be relayed that often.
+const REPEAT: u32 = 240;
+
+/// `XDP_TX` (`enum xdp_action` in include/uapi/linux/bpf.h).
+const XDP_TX: i32 = 3;
+
+/// What is measured: a program on a packet.
+struct Case {
+    name: String,
+    subject: Subject,
+    frame: Vec<u8>,
+    /// The frame after all runs.
+    after: Vec<u8>,
+    samples: Vec<f64>,
+}
+
+enum Subject {
+    /// One that does as little as can be.
+    Floor(OwnedFd),
+    /// Ours, which must find this reason.
+    Relay {
+        kernel: Kernel,
+        hook: Hook,
+        entry: Entry,
+        reason: Reason,
+    },
+}
+
+impl Subject {
+    fn descriptor(&self) -> Result<BorrowedFd<'_>> {
+        match self {
+            Self::Floor(program) => Ok(program.as_fd()),
+            Self::Relay { kernel, hook, .. } => kernel.descriptor(*hook),
+        }
+    }
+}
+
+/// Measures and prints.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(options.cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &cpus)
+        .with_context(|| format!("cannot run on CPU {} only", options.cpu))?;
+    let mut cases = cases()?;
+    for round in 0..=options.rounds {
+        for case in &mut cases {
+            let time = case.measure(options.calls)?;
+            // The first warms caches up.
+            if round > 0 {
+                case.samples.push(time);
+            }
+        }
+    }
+    print_times(&mut cases)?;
+    print_programs(&cases)
+}
+
+fn cases() -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
+    let voice = fixture::cycle(Family::V4).1.bytes();
+    for (name, instructions) in [
+        ("return XDP_TX", vec![set(0, XDP_TX), EXIT]),
+        ("swap MACs, XDP_TX", swap_macs()),
+    ] {
+        cases.push(Case {
+            name: name.to_owned(),
+            subject: Subject::Floor(program::load(Kind::Xdp, &instructions)?),
+            frame: voice.clone(),
+            // An even number of swaps.
+            after: voice.clone(),
+            samples: vec![],
+        });
+    }
+    for hook in [Hook::NativeXdp, Hook::Tc] {
+        for (name, entry, packet, reason) in packets() {
+            let mut kernel = Kernel::load(hook, SLOTS)?;
+            kernel.set(&[entry])?;
+            let mut after = packet.clone();
+            if reason == Reason::Relayed {
+                after.hop_limit -= REPEAT as u8;
+            }
+            let hook_name = if hook == Hook::Tc { "TC" } else { "XDP" };
+            cases.push(Case {
+                name: format!("{hook_name}, {name}"),
+                frame: packet.bytes(),
+                after: after.bytes(),
+                subject: Subject::Relay {
+                    kernel,
+                    hook,
+                    entry,
+                    reason,
+                },
+                samples: vec![],
+            });
+        }
+    }
+    Ok(cases)
+}
+
+/// Streams, a packet for each, and what becomes of it.
+fn packets() -> Vec<(&'static str, Entry, Draft, Reason)> {
+    let (stream, packet) = fixture::cycle(Family::V4);
+    let entry = fixture::offloaded(stream);
+    let (stream_v6, packet_v6) = fixture::cycle(Family::V6);
+    let mut stream_vlan = stream;
+    stream_vlan.next_hop.vlan_depth = 1;
+    stream_vlan.next_hop.vlans[0] = VlanTag {
+        tpid: VLAN,
+        id: 100,
+    };
+    let tags = vec![(VLAN, 0xa000 | 100)];
+    let mut elsewhere = stream;
+    elsewhere.local.port += 2;
+    let mut stranger = stream;
+    stranger.source = Endpoint {
+        port: stream.source.port + 1,
+        ..stream.source
+    };
+    let in_mode = |mode| Entry { stream, mode };
+    vec![
+        ("relayed, IPv4", entry, packet.clone(), Reason::Relayed),
+        (
+            "relayed, IPv6",
+            fixture::offloaded(stream_v6),
+            packet_v6,
+            Reason::Relayed,
+        ),
+        (
+            "relayed, IPv4 in a VLAN",
+            fixture::offloaded(stream_vlan),
+            Draft {
+                tags,
+                ..packet.clone()
+            },
+            Reason::Relayed,
+        ),
+        (
+            "no stream",
+            fixture::offloaded(elsewhere),
+            packet.clone(),
+            Reason::NoStream,
+        ),
+        (
+            "not UDP",
+            entry,
+            Draft {
+                protocol: 6,
+                ..packet.clone()
+            },
+            Reason::NotUdp,
+        ),
+        (
+            "wrong source",
+            fixture::offloaded(stranger),
+            packet.clone(),
+            Reason::UnexpectedSource,
+        ),
+        (
+            "watching",
+            in_mode(mode::WATCHING),
+            packet.clone(),
+            Reason::Watching,
+        ),
+        (
+            "suspended",
+            in_mode(mode::SUSPENDED),
+            packet,
+            Reason::Suspended,
+        ),
+    ]
+}
+
+/// Swaps the MAC addresses, if the frame has a header, and sends the packet back.
+fn swap_macs() -> Vec<Instruction> {
+    const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
+        let [a, b] = offset.to_le_bytes();
+        let [c, d, e, f] = immediate.to_le_bytes();
+        [code, to | from << 4, a, b, c, d, e, f]
+    }
+    const LOAD_32: u8 = 0x61;
+    const LOAD_16: u8 = 0x69;
+    const STORE_32: u8 = 0x63;
+    const STORE_16: u8 = 0x6b;
+    vec![
+        // r2 = data, r3 = data_end
+        instruction(LOAD_32, 2, 1, 0, 0),
+        instruction(LOAD_32, 3, 1, 4, 0),
+        // r4 = r2 + 14; if r4 > r3, skip 8
+        instruction(0xbf, 4, 2, 0, 0),
+        instruction(0x07, 4, 0, 0, 14),
+        instruction(0x2d, 4, 3, 8, 0),
+        instruction(LOAD_32, 5, 2, 0, 0),
+        instruction(LOAD_16, 6, 2, 4, 0),
+        instruction(LOAD_32, 7, 2, 6, 0),
+        instruction(LOAD_16, 8, 2, 10, 0),
+        instruction(STORE_32, 2, 7, 0, 0),
+        instruction(STORE_16, 2, 8, 4, 0),
+        instruction(STORE_32, 2, 5, 6, 0),
+        instruction(STORE_16, 2, 6, 10, 0),
+        set(0, XDP_TX),
+        EXIT,
+    ]
+}
+
+impl Case {
+    /// Mean time of a run, ns.
+    fn measure(&mut self, calls: u32) -> Result<f64> {
+        let counted = self.counted()?;
+        let program = self.subject.descriptor()?;
+        let mut after = vec![0; self.frame.len()];
+        let mut time = Duration::ZERO;
+        for _ in 0..calls {
+            let Run {
+                time: one, length, ..
+            } = program::test_run(program, &self.frame, &mut after, REPEAT, 0)
+                .context("BPF_PROG_TEST_RUN")?;
+            time += one;
+            let right = length == after.len() && after == self.after;
+            ensure!(
+                right,
+                "{}: {after:02x?} and not {:02x?}",
+                self.name,
+                self.after
+            );
+        }
+        let counted = self.counted()? - counted;
+        let expected = match self.subject {
+            Subject::Floor(_) => 0,
+            Subject::Relay { .. } => u64::from(calls) * u64::from(REPEAT),
+        };
+        ensure!(
+            counted == expected,
+            "{}: {counted} of {expected} packets counted",
+            self.name
+        );
+        Ok(time.as_nanos() as f64 / f64::from(calls))
+    }
+
+    /// Packets that were found to have the case's reason so far.
+    fn counted(&self) -> Result<u64> {
+        Ok(match &self.subject {
+            Subject::Floor(_) => 0,
+            Subject::Relay { kernel, reason, .. } => kernel.counters()?[*reason as usize].packets,
+        })
+    }
+
+    /// Counts instructions, and sees that they do to the frame what the kernel's do.
+    fn trace(&self) -> Result<Option<Trace>> {
+        let Subject::Relay {
+            hook,
+            entry,
+            reason,
+            ..
+        } = &self.subject
+        else {
+            return Ok(None);
+        };
+        let trace = interpreter::trace(*hook, *entry, &self.frame)?;
+        let relayed = *reason == Reason::Relayed;
+        let verdict = match (hook, relayed) {
+            (Hook::NativeXdp | Hook::GenericXdp, true) => 3,
+            (Hook::NativeXdp | Hook::GenericXdp, false) => 2,
+            (Hook::Tc, true) => 7,
+            (Hook::Tc, false) => u32::MAX,
+        };
+        ensure!(
+            trace.verdict == verdict,
+            "{}: traced to {}",
+            self.name,
+            trace.verdict
+        );
+        if *hook != Hook::Tc {
+            let mut after = vec![0; self.frame.len()];
+            program::test_run(self.subject.descriptor()?, &self.frame, &mut after, 1, 0)?;
+            ensure!(
+                trace.frame == after,
+                "{}: traced to {:02x?}",
+                self.name,
+                trace.frame
+            );
+        }
+        Ok(Some(trace))
+    }
+}
+
+fn print_times(cases: &mut [Case]) -> Result<()> {
+    let mut table = table(&[
+        "program and packet",
+        "ns",
+        "lowest",
+        "highest",
+        "instructions",
+        "calls",
+    ]);
+    for case in cases {
+        case.samples.sort_by(f64::total_cmp);
+        let (Some(lowest), Some(highest)) = (case.samples.first(), case.samples.last()) else {
+            continue;
+        };
+        let median = case.samples[case.samples.len() / 2];
+        let (instructions, calls) = match case.trace()? {
+            Some(trace) => (trace.instructions.to_string(), trace.calls.to_string()),
+            None => (String::new(), String::new()),
+        };
+        table.add_row([
+            case.name.clone(),
+            format!("{median:.1}"),
+            format!("{lowest:.1}"),
+            format!("{highest:.1}"),
+            instructions,
+            calls,
+        ]);
+    }
+    println!(
+        "Time of a run (median of the rounds), and BPF instructions executed with the calls of"
+    );
+    println!("kernel functions among them, whose own work is not counted:\n\n{table}\n");
+    Ok(())
+}
+
+fn print_programs(cases: &[Case]) -> Result<()> {
+    let mut table = table(&[
+        "program",
+        "instructions",
+        "JITed bytes",
+        "instructions verified",
+    ]);
+    for hook in [Hook::NativeXdp, Hook::Tc] {
+        let kernel = cases.iter().find_map(|case| match &case.subject {
+            Subject::Relay {
+                kernel, hook: its, ..
+            } if *its == hook => Some(kernel),
+            _ => None,
+        });
+        let info = kernel.context("no case has this hook")?.info(hook)?;
+        let shown =
+            |number: Option<u32>| number.map_or_else(|| "?".to_owned(), |it| it.to_string());
+        table.add_row([
+            info.name_as_str().unwrap_or("?").to_owned(),
+            shown(info.size_translated().map(|bytes| bytes / 8)),
+            shown(Some(info.size_jitted())),
+            shown(info.verified_instruction_count()),
+        ]);
+    }
+    println!("The programs:\n\n{table}");
+    Ok(())
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN).set_header(header.to_vec());
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}

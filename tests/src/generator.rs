@@ -1,0 +1,329 @@
+//! Random tables and packets: mostly packets of a stream of the table, or nearly so, for those reach the most code.
+//! The same seed gives the same again.
+
+use std::net::{IpAddr, SocketAddr};
+
+use relay_common::{
+    stream::{
+        Address, DSCP_KEEP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, StreamSpec, VlanTag,
+        mode,
+    },
+    wire::Mac,
+};
+
+use crate::{
+    draft::{Checksum, Draft, QINQ, UDP, VLAN, socket_address},
+    tables::Entry,
+};
+
+/// A source of random numbers (SplitMix64).
+#[derive(Clone, Debug)]
+pub struct Generator {
+    state: u64,
+}
+
+impl Generator {
+    /// Starts at a seed.
+    #[must_use]
+    pub const fn new(seed: u64) -> Self {
+        Self { state: seed }
+    }
+
+    /// The next number.
+    pub const fn next(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut number = self.state;
+        number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        number = (number ^ number >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        number ^ number >> 31
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    fn byte(&mut self) -> u8 {
+        self.next() as u8
+    }
+
+    fn word(&mut self) -> u16 {
+        // Carries are where checksums go wrong.
+        match self.below(8) {
+            0 => 0,
+            1 => 0xffff,
+            _ => self.next() as u16,
+        }
+    }
+
+    fn one_in(&mut self, times: usize) -> bool {
+        self.below(times) == 0
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    fn fill(&mut self, length: usize) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(length + 8);
+        while bytes.len() < length {
+            bytes.extend(self.next().to_ne_bytes());
+        }
+        bytes.truncate(length);
+        bytes
+    }
+
+    fn mac(&mut self) -> [u8; 6] {
+        let [bytes @ .., _, _] = self.next().to_ne_bytes();
+        bytes
+    }
+
+    fn address(&mut self, v4: bool) -> Address {
+        let words: [u16; 8] = std::array::from_fn(|_| self.word());
+        let mut bytes = [0; 16];
+        for (pair, word) in bytes.chunks_mut(2).zip(words) {
+            pair.copy_from_slice(&word.to_be_bytes());
+        }
+        if v4 {
+            let [.., a, b, c, d] = bytes;
+            Address::ipv4([a, b, c, d])
+        } else {
+            bytes[0] = 0x20;
+            Address::ipv6(bytes)
+        }
+    }
+
+    fn endpoint(&mut self, v4: bool) -> Endpoint {
+        let address = self.address(v4);
+        let port = self.word().max(1);
+        Endpoint { address, port }
+    }
+
+    /// Up to six streams, mostly offloaded, each with a slot of its own among `slots`.
+    pub fn table(&mut self, slots: u32) -> Vec<Entry> {
+        (0..=self.below(6) as u32)
+            .map(|number| {
+                let mut stream = self.stream();
+                stream.slot = (self.below(slots as usize / 8) as u32) * 8 + number;
+                if self.one_in(40) {
+                    stream.slot = slots + number;
+                }
+                let mode = match self.below(12) {
+                    0 => mode::WATCHING,
+                    1 => mode::SUSPENDED,
+                    _ => mode::OFFLOADED,
+                };
+                Entry { stream, mode }
+            })
+            .collect()
+    }
+
+    /// A stream that can relay packets of some size. Its slot is 0.
+    pub fn stream(&mut self) -> StreamSpec {
+        let v4 = self.one_in(2);
+        let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
+        let first = self.byte() % 64;
+        for number in 0..=self.below(PAYLOAD_TYPES) as u8 {
+            // At any place in the table, and different from each other.
+            let place = self.below(PAYLOAD_TYPES);
+            let to = self.byte() % 128;
+            let from = first + number;
+            payload_types[place] = PayloadType { from, to };
+        }
+        let vlan_depth = self.pick(&[0, 0, 0, 1, 2]);
+        let mut vlans = [VlanTag::default(); 2];
+        for vlan in &mut vlans[..usize::from(vlan_depth)] {
+            let tpid = self.pick(&[VLAN, QINQ]);
+            let id = self.word() & 0xfff;
+            *vlan = VlanTag { tpid, id };
+        }
+        let known = u8::from(!self.one_in(20));
+        StreamSpec {
+            source: self.endpoint(v4),
+            local: self.endpoint(v4),
+            new_source: self.endpoint(v4),
+            new_destination: self.endpoint(v4),
+            payload_types,
+            next_hop: NextHop {
+                destination_mac: Mac { bytes: self.mac() },
+                source_mac: Mac { bytes: self.mac() },
+                vlans,
+                vlan_depth,
+                known,
+                mtu: self.pick(&[1500, 1500, 1500, 9000, 300]),
+            },
+            dscp: self.pick(&[DSCP_KEEP, 46, 46, 0, 63]),
+            slot: 0,
+            opposite_slot: 1,
+        }
+    }
+
+    /// A packet that the stream relays if it is offloaded, its next hop is known, and the checksum is not
+    /// [`Draft::ambiguous`].
+    pub fn packet_of(&mut self, stream: &StreamSpec) -> Draft {
+        let depth = match stream.next_hop.vlan_depth {
+            0 => self.below(3),
+            depth => usize::from(depth),
+        };
+        let mut tags = Vec::new();
+        for _ in 0..depth {
+            tags.push((self.pick(&[VLAN, QINQ]), self.word()));
+        }
+        let destination = socket_address(stream.local);
+        let mut draft = Draft {
+            destination_mac: stream.next_hop.source_mac.bytes,
+            source_mac: self.mac(),
+            tags,
+            source: socket_address(stream.source),
+            destination,
+            traffic_class: self.byte(),
+            hop_limit: self.byte().max(2),
+            identification: self.word(),
+            fragment: self.pick(&[0, 0x4000]),
+            options: vec![],
+            protocol: UDP,
+            checksum: self.pick(&[Checksum::Finished, Checksum::Finished, Checksum::Unfinished]),
+            payload: self.rtp(stream),
+            trailer: vec![],
+        };
+        if destination.is_ipv4() && self.one_in(6) {
+            draft.checksum = Checksum::Absent;
+        }
+        if self.one_in(6) {
+            let length = self.below(50);
+            draft.trailer = self.fill(length);
+        }
+        // The last bytes are voice, then: no extension stands there.
+        let plain = draft.payload[0] & 0x10 == 0 && draft.payload.len() >= 14;
+        if plain && draft.payload.len().is_multiple_of(2) && self.one_in(20) {
+            draft.checksum = Checksum::Finished;
+            let field = self.word().max(1);
+            draft = match self.below(2) {
+                0 => draft.made_ambiguous(),
+                _ => draft.with_checksum(field),
+            };
+        }
+        draft
+    }
+
+    fn rtp(&mut self, stream: &StreamSpec) -> Vec<u8> {
+        let sources = if self.one_in(4) { self.below(16) } else { 0 };
+        let extension = self.one_in(4).then(|| self.below(8));
+        // Fits the smallest MTU of a stream.
+        let voice = match self.below(4) {
+            0 => self.below(8),
+            1 => self.below(80),
+            _ => 100,
+        };
+        let known: Vec<_> = stream
+            .payload_types
+            .iter()
+            .filter(|entry| **entry != PayloadType::UNUSED)
+            .collect();
+        let payload_type = known[self.below(known.len())].from;
+        let head = 12 + sources * 4;
+        let length = head + extension.map_or(0, |words| 4 + words * 4) + voice;
+        let mut packet = self.fill(length);
+        packet[0] = 0x80 | packet[0] & 0x20 | sources as u8;
+        packet[1] = packet[1] & 0x80 | payload_type;
+        if let Some(words) = extension {
+            packet[0] |= 0x10;
+            packet[head + 2..head + 4].copy_from_slice(&(words as u16).to_be_bytes());
+        }
+        packet
+    }
+
+    /// A frame that meets the table: a packet of one of its streams, the same with a few fields changed or bytes
+    /// damaged, or noise.
+    pub fn frame(&mut self, table: &[Entry]) -> Vec<u8> {
+        if table.is_empty() || self.one_in(50) {
+            let length = 14 + self.below(120);
+            return self.fill(length);
+        }
+        let stream = self.pick(table).stream;
+        let mut draft = self.packet_of(&stream);
+        if self.one_in(2) {
+            return draft.bytes();
+        }
+        for _ in 0..=self.below(2) {
+            self.change(&mut draft, table);
+        }
+        let mut frame = draft.bytes();
+        if self.one_in(3) {
+            for _ in 0..=self.below(3) {
+                self.damage(&mut frame, &draft);
+            }
+        }
+        frame
+    }
+
+    /// Changes a field, lengths and checksums following.
+    fn change(&mut self, draft: &mut Draft, table: &[Entry]) {
+        match self.below(16) {
+            0 => draft.hop_limit = self.byte() % 3,
+            1 => draft.payload[1] = self.byte(),
+            2 => draft.payload[0] = self.byte(),
+            3 => draft.destination_mac[self.below(6)] ^= 1,
+            4 => draft.source.set_port(draft.source.port() ^ 1),
+            5 => draft.destination.set_port(draft.destination.port() ^ 1),
+            6 => self.disturb(&mut draft.source),
+            7 => self.disturb(&mut draft.destination),
+            8 => draft.protocol = self.pick(&[0, 1, 6, 17, 43, 44, 51, 58, 59, 60, 136]),
+            9 => draft.fragment = self.word(),
+            10 => {
+                let length = 4 * self.below(11);
+                draft.options = self.fill(length);
+            }
+            11 => draft.tags.push((self.pick(&[VLAN, QINQ]), self.word())),
+            12 => drop(draft.tags.pop()),
+            13 => draft.checksum = Checksum::Off(self.word()),
+            14 => {
+                let length = match self.below(3) {
+                    0 => self.below(30),
+                    1 => 1460 + self.below(30),
+                    _ => 0x7f0 + self.below(20),
+                };
+                draft.payload.resize(length.max(2), 0x5a);
+            }
+            _ => {
+                // A packet of two streams: what one checks must not be taken from the other.
+                let other = self.pick(table).stream;
+                if socket_address(other.source).is_ipv4() == draft.source.is_ipv4() {
+                    draft.source = socket_address(other.source);
+                }
+            }
+        }
+    }
+
+    /// Another address that differs in one bit.
+    fn disturb(&mut self, address: &mut SocketAddr) {
+        let bit = self.below(32);
+        address.set_ip(match address.ip() {
+            IpAddr::V4(ip) => IpAddr::V4((ip.to_bits() ^ 1 << bit).into()),
+            IpAddr::V6(ip) => IpAddr::V6((ip.to_bits() ^ 1 << (bit * 4)).into()),
+        });
+    }
+
+    /// Changes a byte, mostly in a header, or the length.
+    fn damage(&mut self, frame: &mut Vec<u8>, draft: &Draft) {
+        let headers = (draft.rtp() + 16).min(frame.len());
+        match self.below(8) {
+            0 => frame.truncate(14.max(self.below(frame.len() + 1))),
+            1 => {
+                let more = self.below(40);
+                frame.extend(self.fill(more));
+            }
+            2 => {
+                let at = self.below(frame.len());
+                frame[at] = self.byte();
+            }
+            3..6 => {
+                let at = self.below(headers);
+                frame[at] ^= 1 << self.below(8);
+            }
+            _ => {
+                let at = 12 + self.below(headers - 12);
+                frame[at] = self.pick(&[0, 1, 0x45, 0x60, 0x7f, 0x80, 0x81, 0xff]);
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! The datapath loaded into the kernel but attached to nothing: packets are shown to it by `BPF_PROG_TEST_RUN`.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, Map, PerCpuArray, PerCpuValues},
+    programs::{Program, ProgramInfo},
+    util::nr_cpus,
+};
+use relay_common::{
+    reason::{Reason, Verdict},
+    stream::{Counter, State, Stream, StreamKey},
+};
+use relay_user::datapath::{self, AttachMode, names};
+
+use crate::{
+    fixture::Hook,
+    program::{self, Run},
+    tables::Entry,
+};
+
+/// `XDP_PASS` and `XDP_TX` (`enum xdp_action`), `TC_ACT_UNSPEC` and `TC_ACT_REDIRECT` (linux/pkt_cls.h).
+const XDP_PASS: u32 = 2;
+const XDP_TX: u32 = 3;
+const TC_ACT_UNSPEC: u32 = u32::MAX;
+const TC_ACT_REDIRECT: u32 = 7;
+
+const KEY: usize = size_of::<StreamKey>();
+const VALUE: usize = size_of::<Stream>();
+const STATE: usize = size_of::<State>();
+const COUNTER: usize = size_of::<Counter>();
+
+/// Both programs of the object, and its maps.
+pub struct Kernel {
+    ebpf: Ebpf,
+    slots: u32,
+}
+
+impl Kernel {
+    /// Loads the object for a hook, with room for `slots` streams.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn load(hook: Hook, slots: u32) -> Result<Self> {
+        let mode = match hook {
+            Hook::NativeXdp => AttachMode::Native,
+            Hook::GenericXdp | Hook::Tc => AttachMode::Generic,
+        };
+        let mut ebpf = datapath::load(mode, slots)?;
+        datapath::load_xdp(&mut ebpf)?;
+        datapath::load_tc(&mut ebpf)?;
+        Ok(Self { ebpf, slots })
+    }
+
+    /// Replaces all streams and states, and sets the counters to zero.
+    ///
+    /// # Errors
+    /// There are more than fit.
+    pub fn set(&mut self, entries: &[Entry]) -> Result<()> {
+        let mut streams: HashMap<_, [u8; KEY], [u8; VALUE]> =
+            HashMap::try_from(self.map_mut(names::STREAMS)?)?;
+        let old: Vec<_> = streams.keys().collect::<Result<_, _>>()?;
+        for key in old {
+            streams.remove(&key)?;
+        }
+        for entry in entries {
+            let key: [u8; KEY] = zerocopy::transmute!(entry.stream.key());
+            let value: [u8; VALUE] = zerocopy::transmute!(entry.stream.compile());
+            streams.insert(key, value, 0)?;
+        }
+        let slots = self.slots;
+        let mut states: Array<_, [u8; STATE]> = Array::try_from(self.map_mut(names::STATE)?)?;
+        for slot in 0..slots {
+            let entry = entries.iter().find(|entry| entry.stream.slot == slot);
+            let state = State {
+                mode: entry.map_or(0, |entry| entry.mode),
+                ..State::default()
+            };
+            let state: [u8; STATE] = zerocopy::transmute!(state);
+            states.set(slot, state, 0)?;
+        }
+        let mut counters: PerCpuArray<_, [u8; COUNTER]> =
+            PerCpuArray::try_from(self.map_mut(names::COUNTERS)?)?;
+        let cpus = nr_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))?;
+        for &reason in Reason::ALL {
+            let zero = PerCpuValues::try_from(vec![[0; COUNTER]; cpus])?;
+            counters.set(reason as u32, zero, 0)?;
+        }
+        Ok(())
+    }
+
+    /// What happened to the stream of a slot; none where there is no such slot.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn state(&self, slot: u32) -> Result<Option<State>> {
+        if slot >= self.slots {
+            return Ok(None);
+        }
+        let states: Array<_, [u8; STATE]> = Array::try_from(self.map(names::STATE)?)?;
+        Ok(Some(zerocopy::transmute!(states.get(&slot, 0)?)))
+    }
+
+    /// What was counted, all CPUs together, by number of the reason.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn counters(&self) -> Result<[Counter; Reason::COUNT]> {
+        let counters: PerCpuArray<_, [u8; COUNTER]> =
+            PerCpuArray::try_from(self.map(names::COUNTERS)?)?;
+        let mut totals = [Counter::default(); Reason::COUNT];
+        for (number, total) in totals.iter_mut().enumerate() {
+            for value in counters.get(&(number as u32), 0)?.iter() {
+                let Counter { packets, bytes } = zerocopy::transmute!(*value);
+                total.packets += packets;
+                total.bytes += bytes;
+            }
+        }
+        Ok(totals)
+    }
+
+    /// Pins the maps by their names.
+    ///
+    /// # Errors
+    /// `directory` is not in a bpffs.
+    pub fn pin(&self, directory: &Path) -> Result<()> {
+        for name in [names::STREAMS, names::STATE, names::COUNTERS] {
+            let (Map::HashMap(map) | Map::Array(map) | Map::PerCpuArray(map)) = self.map(name)?
+            else {
+                bail!("map {name} is of another type");
+            };
+            map.pin(directory.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// What the kernel tells of a hook's program.
+    ///
+    /// # Errors
+    /// It tells nothing.
+    pub fn info(&self, hook: Hook) -> Result<ProgramInfo> {
+        Ok(match self.program(hook)? {
+            Program::Xdp(program) => program.info()?,
+            Program::SchedClassifier(program) => program.info()?,
+            _ => bail!("neither XDP nor TC"),
+        })
+    }
+
+    /// The descriptor of a hook's program.
+    ///
+    /// # Errors
+    /// The object has no such program.
+    pub fn descriptor(&self, hook: Hook) -> Result<BorrowedFd<'_>> {
+        Ok(match self.program(hook)? {
+            Program::Xdp(program) => program.fd()?.as_fd(),
+            Program::SchedClassifier(program) => program.fd()?.as_fd(),
+            _ => bail!("neither XDP nor TC"),
+        })
+    }
+
+    fn program(&self, hook: Hook) -> Result<&Program> {
+        let name = match hook {
+            Hook::NativeXdp | Hook::GenericXdp => names::XDP,
+            Hook::Tc => names::TC,
+        };
+        self.ebpf
+            .program(name)
+            .with_context(|| format!("no program {name}"))
+    }
+
+    fn map(&self, name: &str) -> Result<&Map> {
+        self.ebpf
+            .map(name)
+            .with_context(|| format!("no map {name}"))
+    }
+
+    fn map_mut(&mut self, name: &str) -> Result<&mut Map> {
+        self.ebpf
+            .map_mut(name)
+            .with_context(|| format!("no map {name}"))
+    }
+}
+
+/// Shows a frame to a program, once. None where the kernel takes the frame for none and does not run the program.
+///
+/// # Errors
+/// The kernel does not run it for another reason, or the program returns what it never should.
+pub fn show(
+    program: BorrowedFd<'_>,
+    hook: Hook,
+    frame: &[u8],
+    flags: u32,
+) -> Result<Option<(Verdict, Vec<u8>)>> {
+    let mut after = vec![0; frame.len() + 64];
+    let Run {
+        verdict, length, ..
+    } = match program::test_run(program, frame, &mut after, 1, flags) {
+        Ok(run) => run,
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Ok(None),
+        Err(error) => return Err(error).context("BPF_PROG_TEST_RUN"),
+    };
+    after.truncate(length);
+    let verdict = match (hook, verdict) {
+        (Hook::NativeXdp | Hook::GenericXdp, XDP_TX) | (Hook::Tc, TC_ACT_REDIRECT) => Verdict::Send,
+        (Hook::NativeXdp | Hook::GenericXdp, XDP_PASS) | (Hook::Tc, TC_ACT_UNSPEC) => Verdict::Pass,
+        (_, other) => bail!("{hook:?} returned {other}"),
+    };
+    Ok(Some((verdict, after)))
+}

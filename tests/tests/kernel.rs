@@ -1,0 +1,331 @@
+//! The per-packet decision in the kernel, by `BPF_PROG_TEST_RUN`: the fixtures, and random packets whose bytes, verdict,
+//! counters and state must be the host's. Needs root.
+
+use std::{
+    env,
+    fmt::Write as _,
+    fs,
+    process::Command,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use relay_common::{
+    checksum::{PartialChecksum, UdpChange, udp_field},
+    packet::{Frame, Header, Packet},
+    reason::{Reason, Verdict},
+    relay::relay,
+    stream::Counter,
+    wire::{Be16, Udp},
+};
+use relay_tests::{
+    fixture::{self, Family, Hook, SLOTS, offloaded, received, stream},
+    generator::Generator,
+    kernel::{Kernel, show},
+    namespace::Host,
+    program::CHECKSUM_COMPLETE,
+    tables::{Entry, MemoryTables},
+};
+
+/// Loads the datapath for a hook.
+fn kernel(hook: Hook) -> Kernel {
+    Kernel::load(hook, SLOTS).expect("the kernel takes the datapath (tests need root)")
+}
+
+/// The sum that one packet leaves in the counters.
+fn one(reason: Reason, bytes: usize) -> [Counter; Reason::COUNT] {
+    let mut counters = [Counter::default(); Reason::COUNT];
+    counters[reason as usize] = Counter {
+        packets: 1,
+        bytes: bytes as u64,
+    };
+    counters
+}
+
+fn fixtures_through(hook: Hook) {
+    let mut kernel = kernel(hook);
+    let mut shown = 0;
+    for fixture in fixture::all() {
+        let Some((reason, expected)) = fixture.expected(hook) else {
+            continue;
+        };
+        let what = &fixture.description;
+        kernel.set(&fixture.streams).expect("tables");
+        let program = kernel.descriptor(hook).expect("a program");
+        let Some((verdict, after)) = show(program, hook, &fixture.frame, 0).expect("a run") else {
+            // No kernel hands a program less than this (net/bpf/test_run.c).
+            assert!(fixture.frame.len() < 14 + 40, "{what}: refused");
+            continue;
+        };
+        shown += 1;
+        assert_eq!(
+            (verdict, &after[..]),
+            (reason.verdict(), expected),
+            "{what}"
+        );
+        let counters = kernel.counters().expect("counters");
+        assert_eq!(counters, one(reason, fixture.frame.len()), "{what}");
+        let mut relayed = (0, 0);
+        for entry in &fixture.streams {
+            if let Some(state) = kernel.state(entry.stream.slot).expect("state") {
+                assert_eq!(state.mode, entry.mode, "{what}");
+                relayed = (relayed.0 + state.packets, relayed.1 + state.bytes);
+            }
+        }
+        let expected = match reason {
+            Reason::Relayed => (1, fixture.frame.len() as u64),
+            _ => (0, 0),
+        };
+        assert_eq!(relayed, expected, "{what}");
+    }
+    assert!(shown > 300, "only {shown} fixtures were shown");
+}
+
+#[test]
+fn fixtures_through_native_xdp() {
+    fixtures_through(Hook::NativeXdp);
+}
+
+#[test]
+fn fixtures_through_generic_xdp() {
+    fixtures_through(Hook::GenericXdp);
+}
+
+#[test]
+fn fixtures_through_tc() {
+    fixtures_through(Hook::Tc);
+}
+
+/// A host frame whose checksum is taken for finished, as TC's is in `BPF_PROG_TEST_RUN`.
+struct FinishedFrame<'a>(Frame<'a>);
+
+impl Packet for FinishedFrame<'_> {
+    fn length(&self) -> usize {
+        self.0.length()
+    }
+
+    fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason> {
+        self.0.header(at)
+    }
+
+    fn partial_checksum(&self) -> PartialChecksum {
+        self.0.partial_checksum()
+    }
+
+    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
+        let header = self.header::<Udp>(change.udp)?;
+        let new = change
+            .addresses
+            .plus(change.datagram)
+            .applied_to(header.checksum.get());
+        header.checksum = Be16::new(udp_field(new));
+        Ok(())
+    }
+}
+
+/// The decision on the host.
+fn decide(hook: Hook, frame: &[u8], tables: &MemoryTables) -> (Verdict, Vec<u8>) {
+    let mut after = frame.to_vec();
+    let mut packet = Frame::new(&mut after, hook.partial_checksum());
+    let reason = match hook {
+        Hook::NativeXdp | Hook::GenericXdp => relay(&mut packet, tables),
+        Hook::Tc => relay(&mut FinishedFrame(packet), tables),
+    };
+    (reason.verdict(), after)
+}
+
+/// Shows the same frames to the host and to the kernel. Returns how many the kernel ran the program on, and what they
+/// added to the counters.
+fn compare(
+    kernel: &mut Kernel,
+    hook: Hook,
+    table: &[Entry],
+    frames: &[Vec<u8>],
+) -> Result<[Counter; Reason::COUNT], String> {
+    kernel.set(table).expect("tables");
+    let tables = MemoryTables::new(table, SLOTS);
+    let program = kernel.descriptor(hook).expect("a program");
+    for frame in frames {
+        let Some(kernels) = show(program, hook, frame, 0).expect("a run") else {
+            continue;
+        };
+        let hosts = decide(hook, frame, &tables);
+        if hosts != kernels {
+            return Err(format!(
+                "of frame {frame:02x?}\nthe host makes   {hosts:02x?},\nthe kernel makes {kernels:02x?}"
+            ));
+        }
+    }
+    let counters = kernel.counters().expect("counters");
+    if counters != tables.counters() {
+        let mut text = String::new();
+        for (reason, (kernels, hosts)) in Reason::ALL
+            .iter()
+            .zip(counters.iter().zip(tables.counters()))
+        {
+            let _ = writeln!(
+                text,
+                "{}: host {hosts:?}, kernel {kernels:?}",
+                reason.name()
+            );
+        }
+        return Err(text);
+    }
+    for entry in table {
+        let slot = entry.stream.slot;
+        let states = (tables.state_of(slot), kernel.state(slot).expect("state"));
+        if states.0 != states.1 {
+            return Err(format!(
+                "state {slot}: host {:?}, kernel {:?}",
+                states.0, states.1
+            ));
+        }
+    }
+    Ok(counters)
+}
+
+/// Where the random packets start: `RELAY_SEED` repeats a run.
+fn first_seed() -> u64 {
+    match env::var("RELAY_SEED") {
+        Ok(seed) => seed.parse().expect("RELAY_SEED is a number"),
+        Err(_) => SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |now| now.as_nanos() as u64),
+    }
+}
+
+/// Random packets × random tables, until the kernel has seen this many.
+const PACKETS: u64 = 100_000;
+
+/// Packets that meet the same table.
+const BATCH: usize = 128;
+
+fn random_packets_through(hook: Hook) {
+    let mut kernel = kernel(hook);
+    let mut totals = [0; Reason::COUNT];
+    let mut seed = first_seed();
+    while totals.iter().sum::<u64>() < PACKETS {
+        seed = seed.wrapping_add(1);
+        let mut generator = Generator::new(seed);
+        let table = generator.table(SLOTS);
+        let frames: Vec<_> = (0..BATCH).map(|_| generator.frame(&table)).collect();
+        match compare(&mut kernel, hook, &table, &frames) {
+            Ok(counters) => {
+                for (total, counter) in totals.iter_mut().zip(counters) {
+                    *total += counter.packets;
+                }
+            }
+            Err(difference) => {
+                // Alone, the first packet that makes a difference is seen as such.
+                let alone = frames.chunks(1).find_map(|frame| {
+                    let difference = compare(&mut kernel, hook, &table, frame).err()?;
+                    Some(format!("{frame:02x?}: {difference}"))
+                });
+                panic!(
+                    "host and {hook:?} differ; RELAY_SEED={} repeats it\n{table:?}\n{}",
+                    seed.wrapping_sub(1),
+                    alone.unwrap_or(difference)
+                );
+            }
+        }
+    }
+    // A generator that reaches nothing proves nothing.
+    for (reason, total) in Reason::ALL.iter().zip(totals) {
+        let enough = match reason {
+            Reason::Relayed => PACKETS / 5,
+            // TC asks the kernel about checksums: only IPv6 without one is left.
+            Reason::UdpChecksum if hook == Hook::Tc => 0,
+            _ => 20,
+        };
+        assert!(
+            total >= enough,
+            "{hook:?}: {} only {total} times",
+            reason.name()
+        );
+    }
+}
+
+#[test]
+fn random_packets_through_native_xdp() {
+    random_packets_through(Hook::NativeXdp);
+}
+
+#[test]
+fn random_packets_through_generic_xdp() {
+    random_packets_through(Hook::GenericXdp);
+}
+
+#[test]
+fn random_packets_through_tc() {
+    random_packets_through(Hook::Tc);
+}
+
+/// A NIC may hand up a sum over the whole packet; the kernel checks that it still is one after the program. Linux 6.17.
+#[test]
+fn tc_keeps_a_sum_over_the_whole_packet() {
+    let mut kernel = kernel(Hook::Tc);
+    // The kernel takes what follows Ethernet's header for the network header, tags as well.
+    for fixture in fixture::all() {
+        let Some((Reason::Relayed, expected)) = fixture.expected(Hook::Tc) else {
+            continue;
+        };
+        let what = &fixture.description;
+        kernel.set(&fixture.streams).expect("tables");
+        let program = kernel.descriptor(Hook::Tc).expect("a program");
+        let Some((verdict, after)) = show(program, Hook::Tc, &fixture.frame, CHECKSUM_COMPLETE)
+            .unwrap_or_else(|error| panic!("{what}: {error:#}"))
+        else {
+            eprintln!("skipped: this kernel's BPF_PROG_TEST_RUN has no CHECKSUM_COMPLETE");
+            return;
+        };
+        assert_eq!((verdict, &after[..]), (Verdict::Send, expected), "{what}");
+    }
+}
+
+/// Debian's bpftool shows the maps with the names of their fields.
+#[test]
+fn bpftool_shows_names() {
+    let host = Host::new("pbx").expect("a machine");
+    let mut kernel = kernel(Hook::NativeXdp);
+    let stream = stream(Family::V4);
+    let frame = received(Family::V4).bytes();
+    kernel.set(&[offloaded(stream)]).expect("tables");
+    let program = kernel.descriptor(Hook::NativeXdp).expect("a program");
+    show(program, Hook::NativeXdp, &frame, 0).expect("a run");
+    let directory = "/sys/fs/bpf/relay-test";
+    host.run(|| {
+        fs::create_dir(directory).expect("bpffs");
+        kernel.pin(directory.as_ref()).expect("pins");
+    });
+    let dump = |map: &str| {
+        let mut bpftool = Command::new("bpftool");
+        bpftool.args(["map", "dump", "pinned", &format!("{directory}/{map}")]);
+        let output = host.output(bpftool).expect("bpftool");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let holds = |map, fields: &[(&str, u64)]| {
+        let dump = dump(map);
+        for (name, value) in fields {
+            let field = format!("\"{name}\": {value}");
+            let found = dump
+                .lines()
+                .any(|line| line.trim().trim_end_matches(',') == field);
+            assert!(found, "no {field} in {map}:\n{dump}");
+        }
+    };
+    holds(
+        "STREAMS",
+        &[
+            ("local_port", 10_000),
+            ("source_port", 30_000),
+            ("new_source_port", 10_002),
+            ("new_destination_port", 65_535),
+            ("mtu", 1500),
+            ("known", 1),
+            ("slot", 4),
+            ("dscp", 46),
+        ],
+    );
+    let counted = [("packets", 1), ("bytes", frame.len() as u64)];
+    holds("STATE", &[("mode", 1), counted[0], counted[1]]);
+    holds("COUNTERS", &counted);
+}
