@@ -6,7 +6,7 @@ use crate::{packet::Packet, reason::Reason, wire::Be16};
 
 /// A one's complement sum that is not folded yet.
 ///
-/// Holds 2¹⁶ words before it can overflow; the longest sum here is one datagram, half of that.
+/// Holds 2¹⁶ words before it can overflow; the longest sum here is 512 of them, folded afterwards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sum(u32);
 

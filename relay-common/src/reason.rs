@@ -79,6 +79,8 @@ reasons! {
     UdpChecksum = 20 "udp_checksum",
     /// the stream's state is missing: a fault of the controller
     NoState = 21 "no_state",
+    /// RTP with padding, which Asterisk takes off
+    RtpPadding = 22 "rtp_padding",
 }
 
 /// What the hook does with a packet.

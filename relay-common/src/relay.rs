@@ -68,6 +68,11 @@ fn validate<P: Packet + ?Sized>(
     if rtp.version_count >> 6 != 2 {
         return Err(Reason::NotRtp);
     }
+    const PADDING: u8 = 0x20;
+    // ast_rtp_interpret() in res_rtp_asterisk.c shortens the packet and leaves the bit set.
+    if rtp.version_count & PADDING != 0 {
+        return Err(Reason::RtpPadding);
+    }
     if length < rtp_header_length(packet, at, length, rtp.version_count)? {
         return Err(Reason::RtpLength);
     }

@@ -42,10 +42,10 @@ struct Maps;
 impl Tables for Maps {
     #[inline(always)]
     fn stream(&self, key: &StreamKey) -> Option<&Stream> {
-        // SAFETY: an element that the controller removes or replaces meanwhile may be reused
-        // before this program ends. The stream is then one that was valid a moment ago or is valid
-        // now, or, at worst, a mix of the two that validation makes harmless or a receiver's
-        // checksum rejects; the kernel's own BPF programs live with the same.
+        // SAFETY: shared memory of the kernel, valid while the program runs. The kernel reuses an
+        // element at once when the controller removes or replaces it, so two changes within the
+        // microsecond of one run may show half of one stream and half of another. A receiver's
+        // checksum rejects what that yields, unless the sender uses none.
         unsafe { STREAMS.get(key) }
     }
 

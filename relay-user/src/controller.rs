@@ -107,7 +107,9 @@ impl Controller {
         match command {
             Command::Add { pair, reply } => {
                 let answer = match self.add(Origin::Api, pair).await? {
-                    Ok(id) => self.pair_report(id).ok_or_else(|| ApiError::unknown_pair(id)),
+                    Ok(id) => self
+                        .pair_report(id)
+                        .ok_or_else(|| ApiError::unknown_pair(id)),
                     Err(refusal) => Err(refusal.into()),
                 };
                 send(reply, answer);

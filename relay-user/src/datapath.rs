@@ -209,14 +209,14 @@ pub enum DatapathError {
 pub struct Datapath {
     mode: AttachMode,
     max_streams: u32,
-    // Before the rest: unpinned first, then detached and freed.
-    pins: Pins,
     streams: HashMap<MapData, [u8; KEY], [u8; VALUE]>,
     state: StateMap,
     counters: PerCpuArray<MapData, [u8; COUNTER]>,
     // Holds the program and its link. The link is not pinned: should this process die, the kernel
     // detaches the program at once and every packet is Asterisk's again.
     _ebpf: Ebpf,
+    // Last: its lock says that a daemon runs, so it goes when the program is detached.
+    pins: Pins,
 }
 
 /// Loads the object with its maps sized for `max_streams`, for any hook.
@@ -234,9 +234,7 @@ pub fn load(mode: AttachMode, max_streams: u32) -> Result<Ebpf, DatapathError> {
             EbpfError::MapError(MapError::CreateError { io_error, .. }) => {
                 let remedy = match io_error.raw_os_error() {
                     Some(nix::libc::ENOMEM) => "lower `--max-streams`",
-                    Some(nix::libc::EPERM) => {
-                        "CAP_BPF is needed"
-                    }
+                    Some(nix::libc::EPERM) => "CAP_BPF is needed",
                     _ => "Linux 5.15 or newer is needed",
                 };
                 DatapathError::Refused {
@@ -328,11 +326,11 @@ impl Datapath {
         Ok(Self {
             mode,
             max_streams,
-            pins,
             streams: take(&mut ebpf, names::STREAMS)?,
             state,
             counters: take(&mut ebpf, names::COUNTERS)?,
             _ebpf: ebpf,
+            pins,
         })
     }
 
@@ -512,6 +510,12 @@ fn pin_root() -> PathBuf {
     Path::new(BPFFS).join("relay")
 }
 
+/// The name of an interface's pins: bpffs refuses dots (bpf_lookup() in kernel/bpf/inode.c), which
+/// VLAN devices have in their names; no interface may have a colon in its.
+fn pin_name(interface: &str) -> String {
+    interface.replace('.', ":")
+}
+
 /// Pinned maps of one interface, removed on drop.
 ///
 /// The directory is locked as long as they are in use: whoever can lock it knows that no daemon
@@ -525,7 +529,8 @@ impl Pins {
     /// Takes over the interface's directory. What a killed daemon left there is removed, unless it
     /// has another layout: that may be the work of another version, and an operator decides.
     fn claim(interface: &str, ebpf: &Ebpf) -> Result<Self, DatapathError> {
-        let directory = pin_root().join(format!("v{ABI_VERSION}")).join(interface);
+        let version = pin_root().join(format!("v{ABI_VERSION}"));
+        let directory = version.join(pin_name(interface));
         let error = |path: &Path| {
             let path = path.to_owned();
             move |source| DatapathError::Pins { path, source }
@@ -618,8 +623,8 @@ fn remove_pins(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Refuses a pinned map that this version did not create: reusing it would read one layout as
-/// another, and removing it might take away a running daemon's.
+/// Refuses a pinned map that this version did not create: what another program or version left here
+/// may still be wanted, and an operator decides.
 fn check_layout(path: &Path, interface: &str, ebpf: &Ebpf) -> Result<(), DatapathError> {
     let layout = |info: &MapInfo| {
         let kind = info
@@ -662,7 +667,7 @@ fn check_layout(path: &Path, interface: &str, ebpf: &Ebpf) -> Result<(), Datapat
 /// [`DatapathError::Running`], [`DatapathError::Pins`].
 pub fn check_unserved(interface: &str) -> Result<(), DatapathError> {
     for version in fs::read_dir(pin_root()).into_iter().flatten().flatten() {
-        lock(&version.path().join(interface), interface)?;
+        lock(&version.path().join(pin_name(interface)), interface)?;
     }
     Ok(())
 }
@@ -679,7 +684,7 @@ pub fn remove_leftovers(interface: &str) -> Result<Vec<PathBuf>, DatapathError> 
     };
     let mut removed = Vec::new();
     for version in versions.flatten() {
-        let path = version.path().join(interface);
+        let path = version.path().join(pin_name(interface));
         if let Some(_lock) = lock(&path, interface)? {
             remove_pins(&path).map_err(|source| DatapathError::Pins {
                 path: path.clone(),

@@ -87,7 +87,8 @@ fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
 /// [`PrivilegeError::System`].
 pub fn keep_for_attaching() -> Result<(), PrivilegeError> {
     // Root would get everything back with the next program it executes.
-    nix::sys::prctl::set_no_new_privs().map_err(|errno| PrivilegeError::System(errno.to_string()))?;
+    nix::sys::prctl::set_no_new_privs()
+        .map_err(|errno| PrivilegeError::System(errno.to_string()))?;
     keep(&NEEDED)
 }
 

@@ -89,7 +89,13 @@ pub enum Refusal {
     /// A packet cannot leave towards a remote.
     #[error(transparent)]
     NextHop(#[from] NextHopError),
+    /// Tags would have to be put on or taken off.
+    #[error("{}", VLANS_DIFFER)]
+    Vlans,
 }
+
+/// The datapath changes VLAN identifiers, not the number of tags.
+const VLANS_DIFFER: &str = "the legs are on links with different numbers of VLAN tags, which is not supported yet: the call stays with the PBX";
 
 impl Refusal {
     /// For programs.
@@ -99,7 +105,8 @@ impl Refusal {
             Self::Duplicate { .. } => ErrorCode::Duplicate,
             Self::Loop { .. } => ErrorCode::Loop,
             Self::Full { .. } => ErrorCode::MapFull,
-            Self::NextHop(
+            Self::Vlans
+            | Self::NextHop(
                 NextHopError::OtherInterface { .. }
                 | NextHopError::NoLinkLayer(_)
                 | NextHopError::RemoteIsLinkLocal(_)
@@ -299,6 +306,9 @@ impl Registry {
                 return Err(error.clone().into());
             }
         }
+        if vlans_differ(watched.each_ref()) && origin == Origin::Api {
+            return Err(Refusal::Vlans);
+        }
         let (Some(one), Some(other)) = (self.free_slots.pop_front(), self.free_slots.pop_front())
         else {
             return Err(Refusal::Full {
@@ -367,9 +377,10 @@ impl Registry {
             return None;
         };
         let slots = [streams[index].slot, streams[1 - index].slot];
+        let differ = vlans_differ(streams.each_ref().map(|stream| &stream.way));
         let entry = &mut streams[index];
         let next_hop = match &entry.way.resolution {
-            Resolution::Known(next_hop) => next_hop_of(next_hop),
+            Resolution::Known(next_hop) if !differ => next_hop_of(next_hop),
             // Installed before: it stays in the map, so that its packets are counted as what they
             // are. Never resolved: not installed.
             _ if entry.installed => stream::NextHop::default(),
@@ -398,10 +409,15 @@ impl Registry {
             else {
                 continue;
             };
+            let differed = vlans_differ(streams.each_ref().map(|stream| &stream.way));
             let way = &mut streams[index].way;
             if way.serial == notice.serial && way.resolution != notice.resolution {
                 way.resolution = notice.resolution.clone();
+                let differ = vlans_differ(streams.each_ref().map(|stream| &stream.way));
                 changes.extend(self.settle(id, index));
+                if differ != differed {
+                    changes.extend(self.settle(id, 1 - index));
+                }
             }
         }
         changes
@@ -653,6 +669,9 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
     if let Some((state, why)) = obstacle {
         return (state, Some(why));
     }
+    if vlans_differ(streams.each_ref().map(|stream| &stream.way)) {
+        return (PairState::Refused, Some(VLANS_DIFFER.to_owned()));
+    }
     let stopped = streams
         .iter()
         .map(|stream| stream_state(stream, state))
@@ -674,6 +693,14 @@ fn stream_state(stream: &StreamEntry, state: &impl Fn(u32) -> State) -> StreamSt
         mode::OFFLOADED => StreamState::Offloaded,
         mode::SUSPENDED => StreamState::Suspended,
         _ => StreamState::Watching,
+    }
+}
+
+/// Whether both ways are known, and one has more tags than the other.
+fn vlans_differ(ways: [&Watched; 2]) -> bool {
+    match ways.map(|way| &way.resolution) {
+        [Resolution::Known(one), Resolution::Known(other)] => one.vlan.len() != other.vlan.len(),
+        _ => false,
     }
 }
 
@@ -929,7 +956,10 @@ mod tests {
         assert!(
             matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.destination_mac.bytes[5] == 99)
         );
-        let stale = Watched { serial: SERIAL - 1, ..waiting() };
+        let stale = Watched {
+            serial: SERIAL - 1,
+            ..waiting()
+        };
         assert!(
             registry.resolved(&notice(to_second, stale)).is_empty(),
             "told by an earlier watch"

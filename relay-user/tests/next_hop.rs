@@ -16,7 +16,7 @@ use nix::{
     unistd::gettid,
 };
 use relay_user::next_hop::{
-    Changes, Interfaces, NextHop, NextHopError, NextHops, Path, Resolution, interface, open,
+    Changes, Interfaces, NextHop, NextHopError, NextHops, Notice, Path, Resolution, interface, open,
 };
 use tokio::sync::oneshot;
 
@@ -157,7 +157,8 @@ impl Watcher {
     }
 
     async fn watch(&self, path: Path) -> Resolution {
-        self.next_hops.watch(path).await.expect("the resolver runs")
+        let notice = self.next_hops.watch(path).await.expect("the resolver runs");
+        notice.resolution
     }
 
     /// Waits for a change of this path that satisfies, and skips others.
@@ -165,7 +166,11 @@ impl Watcher {
         let mut last = None;
         let wait = async {
             loop {
-                let (changed, resolution) = self.changes.recv().await.expect("the resolver runs");
+                let Notice {
+                    path: changed,
+                    resolution,
+                    ..
+                } = self.changes.recv().await.expect("the resolver runs");
                 if changed == path {
                     if accept(&resolution) {
                         return resolution;
@@ -491,7 +496,9 @@ fn a_link_that_goes_down_is_reported_once_for_each_path() {
         world.host.ip("link set eth0 down").await;
         let mut told = Vec::new();
         for _ in paths {
-            let (path, resolution) = watcher.changes.recv().await.expect("the resolver runs");
+            let Notice {
+                path, resolution, ..
+            } = watcher.changes.recv().await.expect("the resolver runs");
             assert_eq!(resolution, down);
             told.push(path);
         }
@@ -502,7 +509,7 @@ fn a_link_that_goes_down_is_reported_once_for_each_path() {
                  route add default via 192.0.2.254")
             .await;
         // The next that is told is about the way back up: nothing is told twice.
-        let (_, resolution) = watcher.changes.recv().await.expect("the resolver runs");
+        let Notice { resolution, .. } = watcher.changes.recv().await.expect("the resolver runs");
         assert_ne!(resolution, down);
         watcher.known(paths[0]).await;
         // No carrier.
@@ -679,7 +686,7 @@ fn each_watch_needs_its_unwatch() {
                 .expect("the resolver runs");
         }
         world.host.ip("link set eth0 mtu 1400").await;
-        let (path, _) = watcher.changes.recv().await.expect("the resolver runs");
+        let Notice { path, .. } = watcher.changes.recv().await.expect("the resolver runs");
         assert_eq!(path, twice);
         let Watcher {
             next_hops,
@@ -769,7 +776,8 @@ fn a_hundred_thousand_paths_follow_their_gateway() {
             let told = async {
                 let mut first = None;
                 for _ in 0..=PATHS {
-                    let (_, resolution) = watcher.changes.recv().await.expect("the resolver runs");
+                    let Notice { resolution, .. } =
+                        watcher.changes.recv().await.expect("the resolver runs");
                     first.get_or_insert_with(|| before.elapsed());
                     let Resolution::Known(next_hop) = resolution else {
                         panic!("{resolution:?}")

@@ -19,13 +19,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use nix::mount::{MsFlags, mount};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::signal::Signal,
+};
 
 use crate::{
     ami::{Client, Message},
     capture::{Direction, Flow, Quality, Recording},
     namespace::{Host, Process},
-    relay,
     rtp::Rtp,
     topology::{Direct, PBX_V4},
 };
@@ -101,8 +103,24 @@ pub struct Stream {
     pub duplicates: u64,
     /// Packets that came after a later one of their SSRC.
     pub reordered: u64,
+    /// Sequence numbers between the first and the last arrival of an SSRC that never came.
+    pub missing: u64,
+    /// Of those that came, also again, packets marked EF: Asterisk in the lab marks none.
+    pub expedited: u64,
     /// Longest time between two arrivals, whatever their SSRC.
     pub largest_gap: Duration,
+}
+
+impl Stream {
+    /// The call's bridge.
+    pub fn bridge(&self) -> &str {
+        &self.from.bridge
+    }
+
+    /// Different packets that came for each that was sent: 0.5 where Asterisk joins two packets into one.
+    pub fn share(&self) -> f64 {
+        self.received as f64 / self.sent.max(1) as f64
+    }
 }
 
 impl Lab {
@@ -122,8 +140,8 @@ impl Lab {
             Ok::<_, anyhow::Error>((pbx??, phones?))
         })?;
         let secret_file = net.pbx.private_file("secret", SECRET)?;
-        let manager = Mutex::new(pbx.manager()?);
-        let originator = Mutex::new(phones.manager()?);
+        let manager = Mutex::new(pbx.deaf_manager()?);
+        let originator = Mutex::new(phones.deaf_manager()?);
         Ok(Self {
             net,
             pbx,
@@ -179,6 +197,40 @@ impl Lab {
     /// The process id of the Asterisk under test.
     pub fn id(&self) -> u32 {
         self.pbx.process.id()
+    }
+
+    /// Kills the Asterisk under test, as a crash does, and waits for its end.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn crash(&mut self) -> Result<()> {
+        self.pbx.process.signal(Signal::SIGKILL);
+        self.pbx.process.wait(BOOT)?;
+        Ok(())
+    }
+
+    /// Starts the Asterisk under test again after [`Lab::crash`].
+    ///
+    /// # Errors
+    /// It does not boot: the text holds its log.
+    pub fn restart(&mut self) -> Result<()> {
+        self.pbx.process = launch(&self.pbx.host, &self.pbx.root)?;
+        self.pbx.await_boot()?;
+        *self
+            .manager
+            .get_mut()
+            .expect("no holder of this lock panics") = self.pbx.deaf_manager()?;
+        Ok(())
+    }
+
+    /// A file that the Asterisk under test has written, by its own path for it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn file(&self, path: &str) -> Result<Vec<u8>> {
+        let path = self.pbx.root.join(path.trim_start_matches('/'));
+        let read = self.pbx.host.run(|| fs::read(&path));
+        read.with_context(|| format!("read {}", path.display()))
     }
 
     /// What the Asterisk under test has logged until now.
@@ -245,22 +297,16 @@ impl Lab {
     /// # Errors
     /// Asterisk is gone.
     pub fn legs(&self) -> Result<Vec<Leg>> {
-        const VARIABLES: &str = "CHANNEL(rtp,src),CHANNEL(rtp,dest),CHANNEL(rtcp,rxcount)";
-        let items = self.ask("Status", &[("Variables", VARIABLES)])?;
-        let leg = |item: &Message| {
-            Some(Leg {
-                channel: item.get("Channel")?.to_owned(),
-                bridge: item.get("BridgeID").unwrap_or_default().to_owned(),
-                local: item.variable("CHANNEL(rtp,src)")?.parse().ok()?,
-                remote: item.variable("CHANNEL(rtp,dest)")?.parse().ok()?,
-                received: item.variable("CHANNEL(rtcp,rxcount)")?.parse().unwrap_or(0),
-            })
-        };
-        Ok(items
-            .iter()
-            .filter(|item| item.is_event("Status"))
-            .filter_map(leg)
-            .collect())
+        legs(&mut self.manager.lock().expect("no holder of this lock panics"))
+    }
+
+    /// The same for the Asterisk that plays the phones: what each phone sends to and has received itself.
+    ///
+    /// # Errors
+    /// Asterisk is gone.
+    pub fn phone_legs(&self) -> Result<Vec<Leg>> {
+        let mut phones = self.originator.lock();
+        legs(phones.as_mut().expect("no holder of this lock panics"))
     }
 
     /// The calls between two phones: bridges with exactly two legs.
@@ -378,9 +424,40 @@ impl Lab {
     }
 }
 
+/// All channels that know their own and their peer's RTP address.
+fn legs(manager: &mut Client) -> Result<Vec<Leg>> {
+    let channels = manager.action("Status", &[])?;
+    let mut legs = Vec::new();
+    for item in channels.iter().filter(|item| item.is_event("Status")) {
+        let channel = item.get("Channel").context("Status without Channel")?;
+        // Not as `Variables` of the Status, which freezes Asterisk 22 now and then: it waits for the call's SIP
+        // thread with the channel locked (action_status in main/manager.c), and that thread for the channel.
+        let mut value = |name: &str| {
+            let name = format!("CHANNEL({name})");
+            // The channel may be gone by now.
+            let answer = manager.action("Getvar", &[("Channel", channel), ("Variable", &name)]);
+            answer.ok()?.first()?.get("Value").map(str::to_owned)
+        };
+        let mut address = |name| value(name)?.parse().ok();
+        if let (Some(local), Some(remote)) = (address("rtp,src"), address("rtp,dest")) {
+            legs.push(Leg {
+                channel: channel.to_owned(),
+                bridge: item.get("BridgeID").unwrap_or_default().to_owned(),
+                local,
+                remote,
+                received: value("rtcp,rxcount").map_or(0, |text| text.parse().unwrap_or(0)),
+            });
+        }
+    }
+    Ok(legs)
+}
+
 /// The streams of `pairs` in a recording of the phones' interface, two for each pair.
 pub fn streams(recording: &Recording, pairs: &[[Leg; 2]]) -> Vec<Stream> {
-    type Packets = Vec<(Rtp, u64, Duration)>;
+    /// DSCP of expedited forwarding (RFC 3246).
+    const EF: u8 = 46;
+    /// Header, digest, arrival, DSCP.
+    type Packets = Vec<(Rtp, u64, Duration, u8)>;
     let mut flows = HashMap::<(Direction, SocketAddr, SocketAddr), Packets>::new();
     for (frame, datagram) in recording.datagrams() {
         if let Some((rtp, payload)) = Rtp::parse(datagram.payload) {
@@ -389,7 +466,7 @@ pub fn streams(recording: &Recording, pairs: &[[Leg; 2]]) -> Vec<Stream> {
             let flow = flows
                 .entry((frame.direction, datagram.source, datagram.destination))
                 .or_default();
-            flow.push((rtp, hasher.finish(), frame.at));
+            flow.push((rtp, hasher.finish(), frame.at, datagram.dscp));
         }
     }
     let none = Packets::new();
@@ -400,16 +477,16 @@ pub fn streams(recording: &Recording, pairs: &[[Leg; 2]]) -> Vec<Stream> {
         let arrived = flows
             .get(&(Direction::In, to.local, to.remote))
             .unwrap_or(&none);
-        let digests: HashSet<_> = sent.iter().map(|(_, digest, _)| digest).collect();
+        let digests: HashSet<_> = sent.iter().map(|(_, digest, ..)| digest).collect();
         let mut by_source = BTreeMap::<u32, Flow>::new();
-        for (rtp, _, at) in arrived {
+        for (rtp, _, at, _) in arrived {
             by_source
                 .entry(rtp.ssrc)
                 .or_default()
                 .push(rtp.sequence, *at);
         }
         let qualities: Vec<Quality> = by_source.values().map(Flow::quality).collect();
-        let distinct: HashSet<_> = arrived.iter().map(|(_, digest, _)| digest).collect();
+        let distinct: HashSet<_> = arrived.iter().map(|(_, digest, ..)| digest).collect();
         Stream {
             from: from.clone(),
             to: to.clone(),
@@ -418,6 +495,8 @@ pub fn streams(recording: &Recording, pairs: &[[Leg; 2]]) -> Vec<Stream> {
             unchanged: distinct.intersection(&digests).count() as u64,
             duplicates: qualities.iter().map(|quality| quality.duplicates).sum(),
             reordered: qualities.iter().map(|quality| quality.reordered).sum(),
+            missing: qualities.iter().map(|quality| quality.missing).sum(),
+            expedited: arrived.iter().filter(|(.., dscp)| *dscp == EF).count() as u64,
             largest_gap: arrived
                 .windows(2)
                 .map(|two| two[1].2.saturating_sub(two[0].2))
@@ -474,18 +553,7 @@ impl Instance {
         let root = host.directory("asterisk")?;
         host.run(|| prepare(&root, installed, files))
             .with_context(|| format!("prepare the Asterisk of `{}`", host.name()))?;
-        let output = host.run(|| File::create(root.join("lab/output")))?;
-        let mut command = Command::new("chroot");
-        command
-            .arg(&root)
-            .args(["asterisk", "-f", "-C", "/lab/etc/asterisk.conf"]);
-        command
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output);
-        // As root, because a change of user would clear the signal that ends it with this process
-        // (prctl(2), PR_SET_PDEATHSIG).
-        let process = host.spawn(command)?;
+        let process = launch(host, &root)?;
         let mut instance = Self {
             host: host.clone(),
             root,
@@ -538,6 +606,13 @@ impl Instance {
         )
     }
 
+    /// A connection that gets no events: Asterisk closes one whose events nobody reads.
+    fn deaf_manager(&self) -> Result<Client> {
+        let mut manager = self.manager()?;
+        manager.action("Events", &[("EventMask", "off")])?;
+        Ok(manager)
+    }
+
     /// The end of what it printed and logged.
     fn log(&self) -> String {
         let end = |name: &str| {
@@ -547,6 +622,27 @@ impl Instance {
         };
         end("output") + &end("log/messages")
     }
+}
+
+/// Starts the Asterisk whose files [`prepare`] laid out.
+fn launch(host: &Host, root: &Path) -> Result<Process> {
+    let output = host.run(|| {
+        File::options()
+            .create(true)
+            .append(true)
+            .open(root.join("lab/output"))
+    })?;
+    let mut command = Command::new("chroot");
+    command
+        .arg(root)
+        .args(["asterisk", "-f", "-C", "/lab/etc/asterisk.conf"]);
+    command
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output);
+    // As root, because a change of user would clear the signal that ends it with this process
+    // (prctl(2), PR_SET_PDEATHSIG).
+    host.spawn(command)
 }
 
 /// Lays out the files of an instance. Runs inside the machine, whose mounts nobody else sees.

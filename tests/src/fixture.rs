@@ -388,12 +388,6 @@ fn rewritten(fixtures: &mut Vec<Fixture>, family: Family) {
     let payloads = [
         ("RTP without a payload", rtp(0, 0)),
         ("odd length", rtp(0, 33)),
-        ("RTP with padding", {
-            let mut packet = rtp(0, 16);
-            packet[0] |= 0x20;
-            packet[27] = 4;
-            packet
-        }),
         ("1 contributing source", rtp_with(1, None)),
         ("15 contributing sources", rtp_with(15, None)),
         ("an extension of 2 words", rtp_with(0, Some(2))),
@@ -686,6 +680,9 @@ fn not_the_streams(fixtures: &mut Vec<Fixture>, family: Family) {
         input.payload = vec![
             0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         ];
+    });
+    add("RTP with padding", stream, Reason::RtpPadding, &|input| {
+        input.payload[0] |= 0x20;
     });
     add(
         "a datagram without a payload",

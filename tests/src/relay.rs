@@ -5,13 +5,9 @@ use std::{
     env,
     ffi::{OsStr, OsString},
     fs::File,
-    io::Write as _,
     os::{
         fd::AsFd as _,
-        unix::{
-            fs::{FileExt as _, OpenOptionsExt as _},
-            net::UnixDatagram,
-        },
+        unix::{fs::FileExt as _, net::UnixDatagram},
     },
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Output, Stdio},
@@ -84,12 +80,16 @@ impl Relay {
     ) -> Result<Self> {
         let directory = host.directory("relay")?;
         let socket = directory.join("socket");
-        let mut words: Vec<OsString> = args
-            .into_iter()
-            .map(|arg| arg.as_ref().to_owned())
-            .collect();
-        words.extend(["--socket".into(), socket.clone().into()]);
-        Self::start(host, starter, interface, words, &directory, socket)
+        let socket_args = vec!["--socket".into(), socket.clone().into()];
+        Self::start(
+            host,
+            starter,
+            interface,
+            args,
+            &directory,
+            socket,
+            socket_args,
+        )
     }
 
     /// The same with the control socket where it is by default. One to a machine.
@@ -103,7 +103,7 @@ impl Relay {
     ) -> Result<Self> {
         let directory = host.directory("relay")?;
         let socket = Path::new("/run/relay-user").join(format!("{interface}.sock"));
-        Self::start::<&str, S>(host, [], interface, args, &directory, socket)
+        Self::start::<&str, S>(host, [], interface, args, &directory, socket, Vec::new())
     }
 
     fn start<W: AsRef<OsStr>, S: AsRef<OsStr>>(
@@ -113,6 +113,7 @@ impl Relay {
         args: impl IntoIterator<Item = S>,
         directory: &Path,
         socket: PathBuf,
+        socket_args: Vec<OsString>,
     ) -> Result<Self> {
         let program = binary("relay-user", "RELAY_USER_BIN")?;
         let (notify, log) = (directory.join("notify"), directory.join("log"));
@@ -136,6 +137,7 @@ impl Relay {
             .args(&words[1..])
             .args(["attach", interface])
             .args(args)
+            .args(&socket_args)
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

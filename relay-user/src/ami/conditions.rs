@@ -23,13 +23,20 @@ const NATIVE: &str = "CHANNEL(audionativeformat)";
 const VIDEO: &str = "CHANNEL(videonativeformat)";
 const RECEIVED: &str = "CHANNEL(rtcp,rxcount)";
 
-/// What a `Status` must evaluate to judge a leg.
-pub const LEG_VARIABLES: &str = "CHANNEL(rtp,src),CHANNEL(rtp,dest),CHANNEL(rtp,direct),CHANNEL(rtp,secure),\
-    CHANNEL(rtp,hold),CHANNEL(audioreadformat),CHANNEL(audiowriteformat),CHANNEL(audionativeformat),\
-    CHANNEL(videonativeformat),CHANNEL(rtcp,rxcount)";
-/// What a `Status` must evaluate to see that an offered leg is still as it was. Everything else
-/// that can change raises an event; Asterisk pays for every function it evaluates.
-pub const POLL_VARIABLES: &str = DEST;
+/// What a `Status` must evaluate to judge a leg: only what Asterisk reads from the channel itself.
+///
+/// Never an item of `rtp` or `rtcp`: `Status` keeps the channel locked while it evaluates
+/// (action_status in main/manager.c of Asterisk 22), those two wait for the call's SIP thread
+/// (pjsip_acf_channel_read), and that thread may be waiting for the channel, as when the phone hangs
+/// up. Then all of Asterisk stands still for good. `Getvar` locks nothing.
+pub const STATUS_VARIABLES: &str = "CHANNEL(audioreadformat),CHANNEL(audiowriteformat),CHANNEL(audionativeformat),\
+    CHANNEL(videonativeformat)";
+/// What must be asked by `Getvar` to judge a leg.
+pub const LEG_ITEMS: [&str; 6] = [SRC, DEST, DIRECT, SECURE, HOLD, RECEIVED];
+/// What must be asked by `Getvar` to see that an offered leg is still where it was: the one thing
+/// that changes without an event. Another codec, direct media or encryption comes by re-INVITE or
+/// with another bridge technology; both raise events.
+pub const POLL_ITEMS: [&str; 1] = [DEST];
 
 /// Asterisk's names of the codecs with one static payload type, RFC 3551 table 4. Left out are
 /// names that stand for several numbers there (adpcm: DVI4 at four rates; slin: L16) and numbers
@@ -220,10 +227,20 @@ pub(super) fn channels(answer: &Answer) -> Vec<&str> {
         .collect()
 }
 
-/// Judges the answer to a `Status` with [`LEG_VARIABLES`] of one channel.
-pub(super) fn leg(call: &str, channel: &str, answer: &Answer) -> Result<LegFacts, Refusal> {
-    let status = status(call, channel, answer)?;
-    let item = |item| value(status, channel, item);
+/// The answers about one channel.
+#[derive(Debug, Default)]
+pub(super) struct LegAnswers {
+    /// To `Status` with [`STATUS_VARIABLES`].
+    pub(super) status: Option<Answer>,
+    /// To `Getvar`, by item.
+    pub(super) items: Vec<(&'static str, Answer)>,
+}
+
+/// Judges all answers about one channel.
+pub(super) fn leg(call: &str, channel: &str, answers: &LegAnswers) -> Result<LegFacts, Refusal> {
+    let status = status(call, channel, answers.status.as_ref())?;
+    let item = |item| value(answers, channel, item);
+    let format = |item| present(channel, item, status.variable(item));
     let name = || channel.to_owned();
 
     if flag(channel, HOLD, item(HOLD)?)? {
@@ -241,8 +258,8 @@ pub(super) fn leg(call: &str, channel: &str, answer: &Answer) -> Result<LegFacts
             });
         }
     }
-    let codec = codec(channel, item(READ)?, item(WRITE)?, item(NATIVE)?)?;
-    match item(VIDEO)? {
+    let codec = codec(channel, format(READ)?, format(WRITE)?, format(NATIVE)?)?;
+    match format(VIDEO)? {
         "(nothing)" => {}
         formats => {
             return Err(Refusal::Video {
@@ -251,10 +268,7 @@ pub(super) fn leg(call: &str, channel: &str, answer: &Answer) -> Result<LegFacts
             });
         }
     }
-    let remote = match item(DEST)? {
-        "(null)" => return Err(Refusal::NoRemote(name())),
-        text => address(channel, DEST, text)?,
-    };
+    let remote = remote(channel, item(DEST)?)?;
     let local = address(channel, SRC, item(SRC)?)?;
     if local.ip().is_unspecified() {
         return Err(Refusal::WildcardLocal {
@@ -292,22 +306,13 @@ pub(super) fn pair(first: &LegFacts, second: &LegFacts) -> Result<Pair, Refusal>
     )?)
 }
 
-/// Judges the answer to a `Status` with [`POLL_VARIABLES`] of an offered leg: is it what was
-/// offered? The formats come with every `Status`.
-pub(super) fn unchanged(
-    call: &str,
+/// Judges the answers to [`POLL_ITEMS`] of an offered leg: is it still where it was?
+pub(super) fn unmoved(
     channel: &str,
     offered: &LegFacts,
-    answer: &Answer,
+    answers: &LegAnswers,
 ) -> Result<(), Refusal> {
-    let status = status(call, channel, answer)?;
-    let remote = match value(status, channel, DEST)? {
-        "(null)" => return Err(Refusal::NoRemote(channel.to_owned())),
-        text => address(channel, DEST, text)?,
-    };
-    let [read, write, native] = ["Readformat", "Writeformat", "Nativeformats"]
-        .map(|key| status.get(key).unwrap_or_default());
-    let codec = codec(channel, read, write, native)?;
+    let remote = remote(channel, value(answers, channel, DEST)?)?;
     if remote != offered.leg.remote {
         return Err(odd(
             channel,
@@ -315,10 +320,14 @@ pub(super) fn unchanged(
             &format!("{remote} where it was {}", offered.leg.remote),
         ));
     }
-    if codec != offered.codec {
-        return Err(Refusal::DifferentCodecs(offered.codec.clone(), codec));
-    }
     Ok(())
+}
+
+fn remote(channel: &str, text: &str) -> Result<SocketAddr, Refusal> {
+    match text {
+        "(null)" => Err(Refusal::NoRemote(channel.to_owned())),
+        text => address(channel, DEST, text),
+    }
 }
 
 fn succeeded(action: &'static str, answer: &Answer) -> Result<(), Refusal> {
@@ -335,7 +344,12 @@ fn succeeded(action: &'static str, answer: &Answer) -> Result<(), Refusal> {
 }
 
 /// The one `Status` event of a channel that is a PJSIP channel of this bridge.
-fn status<'a>(call: &str, channel: &str, answer: &'a Answer) -> Result<&'a Message, Refusal> {
+fn status<'a>(
+    call: &str,
+    channel: &str,
+    answer: Option<&'a Answer>,
+) -> Result<&'a Message, Refusal> {
+    let answer = answer.ok_or_else(|| unasked("Status"))?;
     succeeded("Status", answer)?;
     let status = answer
         .items
@@ -351,11 +365,35 @@ fn status<'a>(call: &str, channel: &str, answer: &'a Answer) -> Result<&'a Messa
     Ok(status)
 }
 
-fn value<'a>(status: &'a Message, channel: &str, item: &'static str) -> Result<&'a str, Refusal> {
-    match status.variable(item) {
+/// The value that `Getvar` gave.
+fn value<'a>(
+    answers: &'a LegAnswers,
+    channel: &str,
+    item: &'static str,
+) -> Result<&'a str, Refusal> {
+    let answer = answers.items.iter().find(|(asked, _)| *asked == item);
+    let (_, answer) = answer.ok_or_else(|| unasked("Getvar"))?;
+    succeeded("Getvar", answer)?;
+    present(channel, item, answer.response.get("Value"))
+}
+
+fn present<'a>(
+    channel: &str,
+    item: &'static str,
+    value: Option<&'a str>,
+) -> Result<&'a str, Refusal> {
+    match value {
         Some("") => Err(odd(channel, item, "empty")),
         None => Err(odd(channel, item, "missing")),
         Some(value) => Ok(value),
+    }
+}
+
+/// The question could not be put into words that AMI carries.
+pub(super) fn unasked(action: &'static str) -> Refusal {
+    Refusal::NoAnswer {
+        action,
+        message: "it could not be asked".to_owned(),
     }
 }
 

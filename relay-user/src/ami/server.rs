@@ -9,6 +9,7 @@ use tokio::io::{
 };
 
 use super::{
+    conditions::LEG_ITEMS,
     session::{AmiError, Session},
     simulation::Pbx,
     tracker::{CallId, Query},
@@ -167,7 +168,15 @@ impl<S: AsyncRead + AsyncWrite> Server<S> {
                 call: call("unknown"),
                 generation: 0,
                 channel: action["Channel"].clone(),
-                full: action["Variables"].contains("rtp,src"),
+            },
+            "Getvar" => Query::Item {
+                call: call("unknown"),
+                generation: 0,
+                channel: action["Channel"].clone(),
+                item: LEG_ITEMS
+                    .into_iter()
+                    .find(|item| *item == action["Variable"])
+                    .expect("an item that the conditions need"),
             },
             _ => {
                 return self

@@ -287,14 +287,19 @@ impl<S: AsyncRead + AsyncWrite> Session<S> {
         }
 
         // There is no such channel: this asks whether asking is allowed, and nothing else.
+        // Who may run Getvar may run all that the tracker asks.
         let probe = session
-            .request(&Action::new("Status").with("Channel", "relay-user")?)
+            .request(
+                &Action::new("Getvar")
+                    .with("Channel", "relay-user")?
+                    .with("Variable", "CHANNEL(rtp,dest)")?,
+            )
             .await?;
         if probe.is_permission_denied() {
             return Err(AmiError::Privileges {
                 address: config.address.clone(),
                 user: config.user.clone(),
-                action: "Status",
+                action: "Getvar",
                 message: probe.message().to_owned(),
             });
         }
@@ -556,7 +561,7 @@ mod tests {
         let denied = "Response: Error\r\nActionID: $\r\nMessage: Permission denied\r\n\r\n";
         let error = failure(&[BANNER, CHALLENGED, ACCEPTED, denied]).await;
         assert!(
-            error.contains("does not let user relay run Status")
+            error.contains("does not let user relay run Getvar")
                 && error.contains("read=call,dialplan and write=call"),
             "{error}"
         );

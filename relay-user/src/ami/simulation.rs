@@ -55,6 +55,13 @@ impl Pbx {
         }
     }
 
+    fn bridge_of(&self, channel: &str) -> Option<&str> {
+        let mut bridges = self.bridges.iter();
+        bridges
+            .find(|(_, (_, channels, _))| channels.iter().any(|known| known == channel))
+            .map(|(id, _)| id.as_str())
+    }
+
     pub(super) fn answer(&self, query: &Query) -> Answer {
         if let Some(error) = self.error {
             return failure(error);
@@ -86,12 +93,19 @@ impl Pbx {
                     channels.len() + hidden
                 ));
             }
+            Query::Item { channel, item, .. } => {
+                if self.bridge_of(channel).is_none() {
+                    return failure("No such channel");
+                }
+                let value = self.item(channel, item);
+                let text = format!("Response: Success\r\nVariable: {item}\r\nValue: {value}\r\n");
+                return Answer {
+                    response: Message::new(text.as_bytes()),
+                    items: Vec::new(),
+                };
+            }
             Query::Channel { channel, .. } => {
-                let Some((id, _)) = self
-                    .bridges
-                    .iter()
-                    .find(|(_, (_, channels, _))| channels.contains(channel))
-                else {
+                let Some(id) = self.bridge_of(channel) else {
                     return failure("No such channel");
                 };
                 let action = query.action().expect("plain names");

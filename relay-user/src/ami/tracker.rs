@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    conditions::{self, LegFacts, Refusal},
+    conditions::{self, LegAnswers, LegFacts, Refusal},
     message::{Action, ActionError, Message},
     session::Answer,
 };
@@ -20,8 +20,11 @@ use crate::pair::Pair;
 
 /// A burst of events is over after this much silence; native_rtp starts about 10 ms after it.
 pub const DEBOUNCE: Duration = Duration::from_millis(100);
-/// How often a call is asked about that gave no reason to.
-pub const POLL: Duration = Duration::from_millis(1500);
+/// How often a call is asked about that gave no reason to: where its phones are.
+pub const POLL: Duration = Duration::from_secs(2);
+/// Every so many polls the technology is asked as well. Its changes raise events, so this guards
+/// against the unknown only, and costs Asterisk half as much as the poll.
+const BRIDGE_POLLS: u8 = 5;
 /// Bridges tracked at a time, unless the caller says otherwise: half of the default 65,536 streams.
 pub const MAX_BRIDGES: usize = 32_768;
 /// Longest bridge id or channel name taken, in bytes. Asterisk's own are at most 80
@@ -109,7 +112,7 @@ pub enum Query {
         /// Its generation when asked.
         generation: u64,
     },
-    /// One channel of a bridge.
+    /// One channel of a bridge: whose it is, and its formats.
     Channel {
         /// The bridge.
         call: CallId,
@@ -117,8 +120,17 @@ pub enum Query {
         generation: u64,
         /// The channel.
         channel: String,
-        /// Every condition, or only whether an offer still stands.
-        full: bool,
+    },
+    /// One value of a channel of a bridge.
+    Item {
+        /// The bridge.
+        call: CallId,
+        /// Its generation when asked.
+        generation: u64,
+        /// The channel.
+        channel: String,
+        /// The function to evaluate.
+        item: &'static str,
     },
 }
 
@@ -133,16 +145,12 @@ impl Query {
             Self::Bridge { call, .. } => {
                 Action::new("BridgeInfo").with("BridgeUniqueid", call.as_str())
             }
-            Self::Channel { channel, full, .. } => {
-                let variables = if *full {
-                    conditions::LEG_VARIABLES
-                } else {
-                    conditions::POLL_VARIABLES
-                };
-                Action::new("Status")
-                    .with("Channel", channel)?
-                    .with("Variables", variables)
-            }
+            Self::Channel { channel, .. } => Action::new("Status")
+                .with("Channel", channel)?
+                .with("Variables", conditions::STATUS_VARIABLES),
+            Self::Item { channel, item, .. } => Action::new("Getvar")
+                .with("Channel", channel)?
+                .with("Variable", item),
         }
     }
 }
@@ -174,7 +182,9 @@ struct Round {
     generation: u64,
     unanswered: u8,
     channels: Option<[String; 2]>,
-    answers: [Option<Answer>; 2],
+    /// Every condition is asked, not only whether an offer still stands.
+    full: bool,
+    answers: [LegAnswers; 2],
 }
 
 #[derive(Debug)]
@@ -189,6 +199,8 @@ struct Bridge {
     due: Option<Instant>,
     /// The wait before asking again about a condition that is not yet true.
     patience: Duration,
+    /// Polls until the technology is asked again.
+    polls: u8,
     round: Option<Round>,
     said: Said,
 }
@@ -365,9 +377,20 @@ impl Tracker {
                 call,
                 generation,
                 channel,
-                full,
             } => {
-                self.channel_answered(call, *generation, channel, *full, answer, now);
+                self.leg_answered(call, *generation, channel, now, |answers| {
+                    answers.status = answer;
+                });
+            }
+            Query::Item {
+                call,
+                generation,
+                channel,
+                item,
+            } => {
+                self.leg_answered(call, *generation, channel, now, |answers| {
+                    answers.items.extend(answer.map(|answer| (*item, answer)));
+                });
             }
         }
         self.tick(now);
@@ -387,6 +410,7 @@ impl Tracker {
                 channels: Vec::new(),
                 due: None,
                 patience: DEBOUNCE,
+                polls: BRIDGE_POLLS,
                 round: None,
                 said: Said::Nothing,
             };
@@ -563,8 +587,17 @@ impl Tracker {
             generation,
             unanswered: 1,
             channels: None,
-            answers: [None, None],
+            full: true,
+            answers: Default::default(),
         });
+        if let Said::Offered { channels, .. } = &bridge.said {
+            bridge.polls -= 1;
+            if bridge.polls > 0 {
+                let channels = channels.clone();
+                return self.ask_channels(call, channels, false);
+            }
+        }
+        bridge.polls = BRIDGE_POLLS;
         self.ask(Query::Bridge {
             call: call.clone(),
             generation,
@@ -648,7 +681,7 @@ impl Tracker {
             _ => None,
         };
         let Some(answer) = answer else {
-            return self.decide(call, now, Err(unasked("BridgeInfo")));
+            return self.decide(call, now, Err(conditions::unasked("BridgeInfo")));
         };
         if !answer.is_success() && answer.message().contains("not found") {
             return self.destroyed(call);
@@ -660,26 +693,47 @@ impl Tracker {
             Ok(channels) => channels,
             Err(refusal) => return self.decide(call, now, Err(refusal)),
         };
-        let Some(bridge) = self.bridges.get_mut(call) else {
-            return;
-        };
         if let Some(held) = channels.iter().find(|channel| self.held.contains(*channel)) {
             let refusal = Refusal::OnHold(held.clone());
             return self.decide(call, now, Err(refusal));
         }
         // A poll asks only whether the offer still stands; of other channels it knows nothing.
         let full = offered.is_none_or(|offered| offered != channels);
-        if let Some(round) = &mut bridge.round {
-            round.unanswered = 2;
-            round.channels = Some(channels.clone());
-        }
-        for channel in channels {
-            self.ask(Query::Channel {
+        self.ask_channels(call, channels, full);
+    }
+
+    /// The second half of a round.
+    fn ask_channels(&mut self, call: &CallId, channels: [String; 2], full: bool) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        let generation = bridge.generation;
+        let mut queries = Vec::new();
+        for channel in &channels {
+            let items: &[_] = if full {
+                queries.push(Query::Channel {
+                    call: call.clone(),
+                    generation,
+                    channel: channel.clone(),
+                });
+                &conditions::LEG_ITEMS
+            } else {
+                &conditions::POLL_ITEMS
+            };
+            queries.extend(items.iter().map(|&item| Query::Item {
                 call: call.clone(),
                 generation,
-                channel,
-                full,
-            });
+                channel: channel.clone(),
+                item,
+            }));
+        }
+        if let Some(round) = &mut bridge.round {
+            round.unanswered = u8::try_from(queries.len()).unwrap_or(u8::MAX);
+            round.channels = Some(channels);
+            round.full = full;
+        }
+        for query in queries {
+            self.ask(query);
         }
     }
 
@@ -711,14 +765,13 @@ impl Tracker {
         }
     }
 
-    fn channel_answered(
+    fn leg_answered(
         &mut self,
         call: &CallId,
         generation: u64,
         channel: &str,
-        full: bool,
-        answer: Option<Answer>,
         now: Instant,
+        keep: impl FnOnce(&mut LegAnswers),
     ) {
         let Some(round) = self
             .book(call, generation, now)
@@ -731,7 +784,7 @@ impl Tracker {
             .as_ref()
             .and_then(|channels| channels.iter().position(|known| known == channel));
         if let Some(index) = index {
-            round.answers[index] = answer;
+            keep(&mut round.answers[index]);
         }
         if round.unanswered > 0 {
             return;
@@ -741,24 +794,17 @@ impl Tracker {
         };
         let Some(Round {
             channels: Some(channels),
+            full,
             answers,
             ..
         }) = bridge.round.take()
         else {
             return;
         };
-        let [Some(first), Some(second)] = answers else {
-            return self.decide(call, now, Err(unasked("Status")));
-        };
         let verdict = match &bridge.said {
             Said::Offered { legs, .. } if !full => {
-                let stands = [
-                    (&channels[0], &legs[0], &first),
-                    (&channels[1], &legs[1], &second),
-                ]
-                .into_iter()
-                .try_for_each(|(channel, leg, answer)| {
-                    conditions::unchanged(call.as_str(), channel, leg, answer)
+                let stands = (0..2).try_for_each(|leg| {
+                    conditions::unmoved(&channels[leg], &legs[leg], &answers[leg])
                 });
                 match stands {
                     Ok(()) => Ok((channels, legs.clone())),
@@ -769,11 +815,11 @@ impl Tracker {
                     }
                 }
             }
-            _ => conditions::leg(call.as_str(), &channels[0], &first)
-                .and_then(|first_leg| {
+            _ => conditions::leg(call.as_str(), &channels[0], &answers[0])
+                .and_then(|first| {
                     Ok([
-                        first_leg,
-                        conditions::leg(call.as_str(), &channels[1], &second)?,
+                        first,
+                        conditions::leg(call.as_str(), &channels[1], &answers[1])?,
                     ])
                 })
                 .map(|legs| (channels, legs)),
@@ -866,13 +912,6 @@ impl Tracker {
 
     fn tell(&mut self, event: FeedEvent) {
         self.out.push(Output::Tell(event));
-    }
-}
-
-fn unasked(action: &'static str) -> Refusal {
-    Refusal::NoAnswer {
-        action,
-        message: "it could not be asked".to_owned(),
     }
 }
 
@@ -1031,11 +1070,14 @@ mod tests {
         simulation.pbx.error = Some("Permission denied");
         simulation.pass(2 * SECOND);
         let told = simulation.told();
-        assert!(
-            told[1].contains("may not run BridgeInfo")
-                && told[1].contains("read=call,dialplan and write=call"),
-            "{told:?}"
-        );
+        for (told, action) in told[1..].iter().zip(["Getvar", "BridgeInfo"]) {
+            assert!(
+                told.contains(&format!("may not run {action}"))
+                    && told.contains("read=call,dialplan and write=call"),
+                "{told}"
+            );
+        }
+        assert_eq!(told.len(), 3, "{told:?}");
     }
 
     #[test]
@@ -1165,7 +1207,7 @@ mod tests {
     fn a_silent_end_is_found_by_the_poll() {
         let mut simulation = offered();
         simulation.pbx.bridge("one", "simple_bridge", &[A, B]);
-        simulation.pass(2 * SECOND);
+        simulation.pass(POLL * u32::from(BRIDGE_POLLS));
         assert!(simulation.told()[0].starts_with("refused bridge technology simple_bridge"));
         simulation.pbx.bridges.clear();
         simulation.pass(2 * SECOND);
@@ -1196,7 +1238,53 @@ mod tests {
             simulation.pass(Duration::from_millis(2));
         }
         simulation.pass(SECOND / 2);
-        assert_eq!(simulation.queries.len() - asked, 3);
+        // The bridge; each channel, and its items.
+        assert_eq!(
+            simulation.queries.len() - asked,
+            1 + 2 * (1 + conditions::LEG_ITEMS.len())
+        );
+    }
+
+    #[test]
+    fn an_offer_that_stands_costs_one_question_for_each_phone_a_poll() {
+        let mut simulation = offered();
+        let asked = simulation.queries.len();
+        simulation.pass(POLL * u32::from(BRIDGE_POLLS) * 10);
+        let (bridges, items): (Vec<_>, Vec<_>) = simulation.queries[asked..]
+            .iter()
+            .partition(|query| matches!(query, Query::Bridge { .. }));
+        // A poll or so fewer than that: the answers take their time.
+        let polls = usize::from(BRIDGE_POLLS) * 10;
+        assert!(
+            (polls * 2 - 2..=polls * 2).contains(&items.len()),
+            "{}",
+            items.len()
+        );
+        assert!((9..=10).contains(&bridges.len()), "{}", bridges.len());
+        assert!(items.iter().all(|query| matches!(
+            query,
+            Query::Item {
+                item: "CHANNEL(rtp,dest)",
+                ..
+            }
+        )));
+        assert_eq!(simulation.told(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn status_never_evaluates_what_could_freeze_asterisk() {
+        for query in offered().queries {
+            let mut text = bytes::BytesMut::new();
+            query
+                .action()
+                .expect("plain names")
+                .encode("", 0, &mut text);
+            let text = String::from_utf8_lossy(&text);
+            assert!(
+                !text.contains("Action: Status") || !text.contains("CHANNEL(rt"),
+                "{text}"
+            );
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Path, Resolution,
+    Notice, Path,
     netlink::{Hint, Kernel, NetlinkError, Notifications},
     table::Table,
 };
@@ -192,7 +192,13 @@ impl Resolver {
         for (path, answer) in asked {
             let serial = self.table.serial(path);
             if let Some(resolution) = self.table.answer(path)
-                && answer.send(Notice { path, serial, resolution }).is_err()
+                && answer
+                    .send(Notice {
+                        path,
+                        serial,
+                        resolution,
+                    })
+                    .is_err()
             {
                 self.table.unwatch(path);
             }
@@ -205,7 +211,11 @@ impl Resolver {
                 break;
             };
             let serial = self.table.serial(path);
-            permit.send(Notice { path, serial, resolution });
+            permit.send(Notice {
+                path,
+                serial,
+                resolution,
+            });
         }
         Ok(())
     }
