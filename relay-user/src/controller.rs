@@ -34,6 +34,7 @@ pub struct Controller {
     next_hops: NextHops,
     registry: Registry,
     ami: Option<AmiReport>,
+    /// By the name of the rule or the error's code, which are few.
     refusals: BTreeMap<String, u64>,
 }
 
@@ -191,10 +192,11 @@ impl Controller {
             FeedEvent::Refused {
                 call,
                 channels,
+                name,
                 cause,
             } => {
                 tracing::debug!(%call, %cause, "left with Asterisk");
-                self.count_refusal(&cause);
+                self.count_refusal(name.to_owned());
                 let changes =
                     self.registry
                         .set_aside(&call, Some(channels), PairState::Refused, cause);
@@ -301,16 +303,12 @@ impl Controller {
     fn refused(&mut self, refusal: Refusal) -> Refusal {
         let code = serde_json::to_value(refusal.code());
         let code = code.ok().and_then(|code| code.as_str().map(str::to_owned));
-        self.count_refusal(&code.unwrap_or_default());
+        self.count_refusal(code.unwrap_or_default());
         refusal
     }
 
-    fn count_refusal(&mut self, cause: &str) {
-        /// Causes told apart: Asterisk's words are few, but nothing here may grow without end.
-        const CAUSES: usize = 256;
-        if self.refusals.len() < CAUSES || self.refusals.contains_key(cause) {
-            *self.refusals.entry(cause.to_owned()).or_default() += 1;
-        }
+    fn count_refusal(&mut self, cause: String) {
+        *self.refusals.entry(cause).or_default() += 1;
     }
 
     async fn apply(&mut self, changes: Vec<Change>) -> Result<(), ControllerError> {

@@ -525,7 +525,7 @@ mod tests {
             rows(&text).contains(&vec!["no_stream", "passed", "51200", "10342400"]),
             "{text}"
         );
-        assert!(rows(&text).contains(&vec!["hold", "4"]), "{text}");
+        assert!(rows(&text).contains(&vec!["on_hold", "4"]), "{text}");
         assert!(!text.contains("never_seen"));
         assert!(text.lines().count() <= 24, "{text}");
 

@@ -517,9 +517,21 @@ fn a_link_that_goes_down_is_reported_once_for_each_path() {
         watcher.until(paths[0], |now| *now == down).await;
         world.gateway.ip("link set eth0 up").await;
         watcher.until_mac(paths[0], GATEWAY).await;
+    });
+}
+
+#[test]
+fn the_end_of_the_interface_is_the_end_of_the_resolver() {
+    World::run(async |world| {
+        let attached = interface("eth0").expect("eth0 exists").index;
+        let (next_hops, resolver, _changes) = open(attached).expect("netlink sockets");
+        let resolver = tokio::spawn(resolver.run());
+        let path = path("203.0.113.9");
+        next_hops.watch(path).await.expect("the resolver runs");
         world.host.ip("link del eth0").await;
-        watcher.until(paths[0], |now| *now == down).await;
-        assert_eq!(watcher.watch(path("203.0.113.11")).await, down);
+        let error = resolver.await.expect("no panic").expect_err("it is gone");
+        assert!(error.to_string().contains("eth0 is gone"), "{error}");
+        next_hops.watch(path).await.expect_err("nobody answers");
     });
 }
 

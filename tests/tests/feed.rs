@@ -27,8 +27,8 @@ const PHONE_TOS: u8 = 8 << 2 | 0b10;
 const EF_TOS: u8 = 46 << 2 | 0b10;
 /// Packets of a phone between two looks, where a rate matters.
 const LONG: u64 = 100;
-/// Packets that outlast two turns of the relay's poll (1.5 s each).
-const TWO_POLLS: u64 = 160;
+/// Packets that outlast two turns of the relay's poll (2 s each).
+const TWO_POLLS: u64 = 220;
 
 /// The PBX's machine with a PBX in it, and the phones' machine.
 struct Office {

@@ -163,6 +163,31 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// For programs and counters: says which rule, not who broke it.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::ChannelCount(_) => "channel_count",
+            Self::Technology(_) => "technology",
+            Self::NotPjsip(_) => "not_pjsip",
+            Self::Moved(_) => "moved",
+            Self::OnHold(_) => "on_hold",
+            Self::Encrypted(_) => "encrypted",
+            Self::DirectMedia { .. } => "direct_media",
+            Self::NoRemote(_) => "no_remote",
+            Self::WildcardLocal { .. } => "wildcard_local",
+            Self::Transcoding { .. } | Self::DifferentCodecs(..) => "transcoding",
+            Self::SeveralCodecs { .. } => "several_codecs",
+            Self::NoStaticPayloadType(_) => "no_static_payload_type",
+            Self::Video { .. } => "video",
+            Self::NothingReceived(_) => "nothing_received",
+            Self::Odd { .. } => "not_understood",
+            Self::Pair(_) => "invalid_pair",
+            Self::Privileges(_) | Self::NoVarSet => "privileges",
+            Self::NoAnswer { .. } => "no_answer",
+            Self::TooManyBridges(_) => "too_many_bridges",
+        }
+    }
+
     /// Whether the condition is expected to come true by itself within a moment, so that asking
     /// again soon is worth it.
     pub fn is_not_yet(&self) -> bool {

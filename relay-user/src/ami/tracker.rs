@@ -81,6 +81,8 @@ pub enum FeedEvent {
     Refused {
         /// The call.
         call: CallId,
+        /// Name of the rule (`conditions::Refusal::name`).
+        name: &'static str,
         /// The channels, as far as known.
         channels: Vec<String>,
         /// In words.
@@ -441,12 +443,8 @@ impl Tracker {
         let Some(bridge) = self.track(&call) else {
             if count == Some(2) {
                 self.turned_away = true;
-                let cause = Refusal::TooManyBridges(max_bridges).to_string();
-                self.tell(FeedEvent::Refused {
-                    call,
-                    channels: Vec::new(),
-                    cause,
-                });
+                let refusal = Refusal::TooManyBridges(max_bridges);
+                self.tell(refused(call, Vec::new(), &refusal));
             }
             return;
         };
@@ -649,12 +647,8 @@ impl Tracker {
                 .and_then(|count| count.parse().ok());
             let Some(bridge) = self.track(&call) else {
                 self.turned_away = true;
-                let cause = Refusal::TooManyBridges(self.max_bridges).to_string();
-                self.tell(FeedEvent::Refused {
-                    call,
-                    channels: Vec::new(),
-                    cause,
-                });
+                let refusal = Refusal::TooManyBridges(self.max_bridges);
+                self.tell(refused(call, Vec::new(), &refusal));
                 continue;
             };
             bridge.count = count;
@@ -890,14 +884,9 @@ impl Tracker {
         if matches!(&bridge.said, Said::Refused(said) if *said == refusal) {
             return;
         }
-        let cause = refusal.to_string();
+        let event = refused(call.clone(), bridge.channels.clone(), &refusal);
         bridge.said = Said::Refused(refusal);
-        let channels = bridge.channels.clone();
-        self.tell(FeedEvent::Refused {
-            call: call.clone(),
-            channels,
-            cause,
-        });
+        self.tell(event);
     }
 
     fn next_generation(&mut self) -> u64 {
@@ -912,6 +901,15 @@ impl Tracker {
 
     fn tell(&mut self, event: FeedEvent) {
         self.out.push(Output::Tell(event));
+    }
+}
+
+fn refused(call: CallId, channels: Vec<String>, refusal: &Refusal) -> FeedEvent {
+    FeedEvent::Refused {
+        call,
+        channels,
+        name: refusal.name(),
+        cause: refusal.to_string(),
     }
 }
 
