@@ -109,6 +109,8 @@ pub struct Stream {
     pub expedited: u64,
     /// Longest time between two arrivals, whatever their SSRC.
     pub largest_gap: Duration,
+    /// Longest time between two sendings: on a busy machine the phones pause too.
+    pub largest_pause: Duration,
 }
 
 impl Stream {
@@ -469,6 +471,11 @@ pub fn streams(recording: &Recording, pairs: &[[Leg; 2]]) -> Vec<Stream> {
             flow.push((rtp, hasher.finish(), frame.at, datagram.dscp));
         }
     }
+    let largest_gap = |packets: &Packets| {
+        let gaps = packets.windows(2);
+        let gaps = gaps.map(|two| two[1].2.saturating_sub(two[0].2));
+        gaps.max().unwrap_or_default()
+    };
     let none = Packets::new();
     let stream = |from: &Leg, to: &Leg| {
         let sent = flows
@@ -497,11 +504,8 @@ pub fn streams(recording: &Recording, pairs: &[[Leg; 2]]) -> Vec<Stream> {
             reordered: qualities.iter().map(|quality| quality.reordered).sum(),
             missing: qualities.iter().map(|quality| quality.missing).sum(),
             expedited: arrived.iter().filter(|(.., dscp)| *dscp == EF).count() as u64,
-            largest_gap: arrived
-                .windows(2)
-                .map(|two| two[1].2.saturating_sub(two[0].2))
-                .max()
-                .unwrap_or_default(),
+            largest_gap: largest_gap(arrived),
+            largest_pause: largest_gap(sent),
         }
     };
     pairs

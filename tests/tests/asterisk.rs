@@ -1,6 +1,7 @@
 //! The relay with a real Asterisk 22: what it takes over, what it leaves alone, and what the phones hear of it.
 
 use std::{
+    cell::Cell,
     collections::{BTreeSet, HashMap},
     path::Path,
     process::Command,
@@ -152,19 +153,16 @@ impl Attached {
     }
 }
 
-fn state<'a>(list: &'a [Value], bridge: &str) -> &'a Value {
-    let pair = list.iter().find(|pair| pair["call"] == bridge);
-    pair.unwrap_or_else(|| panic!("{bridge} is not listed: {list:#?}"))
+fn entry<'a>(list: &'a [Value], bridge: &str) -> Option<&'a Value> {
+    list.iter().find(|pair| pair["call"] == bridge)
 }
 
-/// Waits until Asterisk itself has received this many more packets of the calls.
-fn wait_received(lab: &Lab, packets: u64) {
-    let goal = lab.received().expect("counters") + packets;
-    let deadline = Instant::now() + PATIENCE;
-    while lab.received().expect("counters") < goal {
-        assert!(Instant::now() < deadline, "Asterisk receives no RTP");
-        thread::sleep(Duration::from_millis(20));
-    }
+fn state<'a>(list: &'a [Value], bridge: &str) -> Option<&'a str> {
+    entry(list, bridge)?["state"].as_str()
+}
+
+fn why<'a>(list: &'a [Value], bridge: &str) -> Option<&'a str> {
+    entry(list, bridge)?["why"].as_str()
 }
 
 /// What a phone must hear, whoever carries it.
@@ -328,7 +326,9 @@ fn what_asterisk_must_see_stays_with_asterisk_and_sounds_as_before() {
     let lab = Lab::up().expect("Asterisk");
     let without = Scenarios::run(&lab, |_, _| ());
     let attached = Attached::to(&lab);
-    let with = Scenarios::run(&lab, |never, direct| {
+    let earlier = Cell::new(0);
+    let look = |never: &HashMap<_, [Leg; 2]>, direct: &[Leg; 2]| {
+        let relayed = attached.relayed();
         let list = attached.wait("every call judged", |list| {
             let direct = |pair: &Value| {
                 let said = pair["why"].as_str();
@@ -340,7 +340,7 @@ fn what_asterisk_must_see_stays_with_asterisk_and_sounds_as_before() {
         });
         let map = attached.map();
         for (extension, _, _, why) in NEVER {
-            let pair = state(&list, &never[extension][0].bridge);
+            let pair = entry(&list, &never[extension][0].bridge).expect("listed");
             assert_eq!(pair["state"], "refused", "{extension}: {pair:#}");
             let said = pair["why"].as_str().expect("words");
             assert!(said.contains(why), "{extension}: {said}");
@@ -352,9 +352,33 @@ fn what_asterisk_must_see_stays_with_asterisk_and_sounds_as_before() {
             .map(|leg| leg.local.port())
             .collect();
         assert_eq!(map.intersection(&ports).count(), 0, "{map:?} {ports:?}");
-    });
-    attached.wait_empty();
+        // Whatever the kernel relayed was of the plain call, which goes on meanwhile.
+        let plain = list.iter().filter(|pair| pair["state"] == "offloaded");
+        let plain = plain.flat_map(|pair| pair["streams"].as_array().expect("streams"));
+        let plain: u64 = plain.filter_map(|stream| stream["packets"].as_u64()).sum();
+        assert!(
+            plain >= relayed - earlier.get(),
+            "{plain} of {relayed}: {list:#?}"
+        );
+    };
+    // A gap that the machine makes on its own does not come again.
+    let mut attempts = 3;
+    loop {
+        attempts -= 1;
+        earlier.set(attached.relayed());
+        let with = Scenarios::run(&lab, look);
+        attached.wait_empty();
+        let gaps = compare(&without, &with);
+        if gaps.is_empty() {
+            break;
+        }
+        assert!(attempts > 0, "{gaps:#?}");
+    }
+    attached.relay.stop().expect("a clean end");
+}
 
+/// Checks that the phones had all they had before, and returns the streams whose longest gap is longer.
+fn compare(without: &Scenarios, with: &Scenarios) -> Vec<(&'static str, Stream)> {
     assert_checksums(&with.recording);
     // The plain call between them shows that the relay was at work, and that all its work was on this one.
     let plain = streams(&with.recording, std::slice::from_ref(&with.plain));
@@ -363,12 +387,13 @@ fn what_asterisk_must_see_stays_with_asterisk_and_sounds_as_before() {
         assert_eq!(stream.missing, 0, "{stream:#?}");
         assert!(stream.expedited > 250, "{stream:#?}");
     }
+    let mut gaps = Vec::new();
     for (extension, ..) in NEVER {
         let measure = |run: &Scenarios| {
             let pair = std::slice::from_ref(&run.never[extension]);
             streams(&run.recording, pair)
         };
-        for (before, after) in measure(&without).iter().zip(&measure(&with)) {
+        for (before, after) in measure(without).iter().zip(measure(with)) {
             assert_eq!(after.expedited, 0, "{extension} in the kernel: {after:#?}");
             assert!(after.received > 150, "{extension}: {after:#?}");
             assert!(
@@ -380,12 +405,13 @@ fn what_asterisk_must_see_stays_with_asterisk_and_sounds_as_before() {
                 (before.duplicates, before.missing),
                 "{extension}: {before:#?} {after:#?}"
             );
-            // Two packets of 40 ms and a moment: what a busy machine adds to a gap is no fault of ours.
-            let bound = before.largest_gap.max(Duration::from_millis(80));
-            assert!(
-                after.largest_gap <= bound,
-                "{extension}: {before:#?} {after:#?}"
-            );
+            // Two packets of 40 ms: what a busy machine adds to a gap is no fault of ours.
+            let bound = Duration::from_millis(80)
+                .max(before.largest_gap)
+                .max(after.largest_pause + Duration::from_millis(60));
+            if after.largest_gap > bound {
+                gaps.push((extension, after));
+            }
         }
     }
     assert_eq!(with.direct[0].received, 0);
@@ -395,7 +421,7 @@ fn what_asterisk_must_see_stays_with_asterisk_and_sounds_as_before() {
             "{before} then {after}"
         );
     }
-    attached.relay.stop().expect("a clean end");
+    gaps
 }
 
 /// A call that is up and offloaded, with a capture of it.
@@ -405,6 +431,8 @@ struct Offloaded {
     manager: Client,
     capture: Capture,
     pair: [Leg; 2],
+    /// Another call, which Asterisk carries all the time: how busy the machine is.
+    control: [Leg; 2],
     /// Packets relayed before the last action.
     relayed: u64,
 }
@@ -415,16 +443,23 @@ impl Offloaded {
         let attached = Attached::to(&lab);
         let manager = lab.manager().expect("manager");
         let capture = Capture::start(&lab.net.phones_interface).expect("capture");
-        lab.call(1, 120, "2000", CALLER).expect("call");
+        lab.call(1, 120, "2100", CALLER).expect("call");
         let pairs = lab.wait_calls(1, PATIENCE).expect("call up");
-        attached.wait_offloaded(1);
-        let [pair] = pairs.try_into().expect("one call");
+        let [control] = pairs.try_into().expect("one call");
+        lab.call(1, 120, "2000", CALLER).expect("call");
+        let mut pairs = lab.wait_calls(2, PATIENCE).expect("calls up");
+        pairs.retain(|pair| pair[0].bridge != control[0].bridge);
+        let [pair] = pairs.try_into().expect("one more call");
+        attached.wait("the call offloaded", |list| {
+            state(list, &pair[0].bridge) == Some("offloaded")
+        });
         Self {
             lab,
             attached,
             manager,
             capture,
             pair,
+            control,
             relayed: 0,
         }
     }
@@ -436,36 +471,56 @@ impl Offloaded {
         self.manager.action(action, &all).expect(action);
     }
 
-    /// Waits until the call is Asterisk's, in these words, and has been for 2 s; nothing more is relayed then.
-    fn assert_taken_back(&self, why: &str) {
-        let list = self.attached.wait(why, |list| {
-            let said = list.first().and_then(|pair| pair["why"].as_str());
-            list.len() == 1 && said.is_some_and(|said| said.contains(why))
+    /// RTP packets of this call that Asterisk has received itself, on both legs and on the busier one.
+    fn received(&self) -> (u64, u64) {
+        let mut legs = self.lab.legs().expect("counters");
+        legs.retain(|leg| leg.bridge == self.pair[0].bridge);
+        let counts = legs.iter().map(|leg| leg.received);
+        (counts.clone().sum(), counts.max().unwrap_or(0))
+    }
+
+    /// Waits until `list` refuses the call with this word.
+    fn wait_refused(&self, word: &str) {
+        let bridge = &self.pair[0].bridge;
+        self.attached.wait(word, |list| {
+            state(list, bridge) == Some("refused")
+                && why(list, bridge).is_some_and(|said| said.contains(word))
         });
-        assert_eq!(list[0]["state"], "refused");
+    }
+
+    /// Waits until the call is Asterisk's with this word, and has been for 2 s; nothing is relayed then.
+    fn assert_taken_back(&self, word: &str) {
+        self.wait_refused(word);
         assert_eq!(self.attached.map(), BTreeSet::new());
         let relayed = self.attached.relayed();
         // An event did that, at once, and not the next look at all calls.
         let late = relayed - self.relayed;
         assert!(late < RATE, "{late} packets relayed past Asterisk");
-        wait_received(&self.lab, 2 * RATE);
+        let goal = self.received().0 + 2 * RATE;
+        self.attached
+            .wait("Asterisk hears the phones", |_| self.received().0 >= goal);
         assert_eq!(self.attached.relayed(), relayed);
     }
 
     /// Waits until the call is the kernel's again, and has been for 1 s.
     fn assert_offloaded_again(&self) {
-        self.attached.wait_offloaded(1);
+        self.attached.wait("offloaded again", |list| {
+            state(list, &self.pair[0].bridge) == Some("offloaded")
+        });
         self.attached.wait_relayed(RATE);
     }
 
-    /// Ends the call and returns its streams.
-    fn over(self) -> Vec<Stream> {
+    /// Ends the calls and returns the streams of this one and of the other.
+    fn over(self) -> (Vec<Stream>, Vec<Stream>) {
         self.lab.hang_up_all().expect("hang up");
         self.attached.wait_empty();
         let recording = self.capture.stop().expect("a capture without drops");
         assert_checksums(&recording);
         self.attached.relay.stop().expect("a clean end");
-        streams(&recording, &[self.pair])
+        (
+            streams(&recording, &[self.pair]),
+            streams(&recording, &[self.control]),
+        )
     }
 }
 
@@ -476,32 +531,33 @@ fn a_recording_takes_the_call_back_and_its_end_offloads_it_again() {
     for turn in 0..3 {
         let path = format!("/lab/spool/monitor/{turn}.wav");
         call.attached.wait_relayed(RATE);
-        let before = call.lab.legs().expect("legs");
+        let (_, before) = call.received();
         call.do_to(turn % 2, "MixMonitor", &[("File", &path)]);
         call.assert_taken_back("simple_bridge");
         call.do_to(turn % 2, "StopMixMonitor", &[]);
         call.assert_offloaded_again();
-        let after = call.lab.legs().expect("legs");
         let file = call.lab.file(&path).expect("the recording");
         // 16-bit samples at 8 kHz, and as much of them as Asterisk heard of either phone.
         let recorded = file.len() as u64 / 320;
-        let heard = (0..2)
-            .map(|leg| after[leg].received - before[leg].received)
-            .max();
-        let heard = heard.expect("two legs");
+        let heard = call.received().1 - before;
         assert!(
             recorded.abs_diff(heard) <= 15 && recorded > RATE / 2,
             "{recorded} packets recorded, {heard} heard"
         );
     }
-    for stream in call.over() {
+    let (streams, control) = call.over();
+    let busy = control.iter().map(|stream| stream.largest_gap).max();
+    let busy = busy.expect("two streams");
+    for stream in streams {
         assert_good(&stream);
         // Asterisk changes the SSRC for as long as it records, so the sequence numbers tell nothing; the end of the
         // call may cut off a packet on its way.
         assert!(stream.sent - stream.received <= 2, "{stream:#?}");
+        // What the phones themselves pause, and what holds up Asterisk's other call, is the machine's.
+        let machine = busy.max(stream.largest_pause) + Duration::from_millis(20);
         assert!(
-            stream.largest_gap <= Duration::from_millis(60),
-            "{stream:#?}"
+            stream.largest_gap <= Duration::from_millis(60).max(machine),
+            "{stream:#?} {busy:?}"
         );
     }
 }
@@ -538,15 +594,13 @@ fn mute_and_hold_take_the_call_back_and_their_ends_offload_it_again() {
         phones.action("Redirect", &fields).expect("redirect");
     };
     go("hold");
-    let on_hold = |list: &[Value]| {
-        let said = list.first().and_then(|pair| pair["why"].as_str());
-        said.is_some_and(|said| said.contains("on hold"))
-    };
-    call.attached.wait("on hold", on_hold);
+    call.wait_refused("on hold");
     assert_eq!(call.attached.map(), BTreeSet::new());
     // The phone on hold gets Asterisk's music, which needs Asterisk.
     let relayed = call.attached.relayed();
-    wait_received(&call.lab, RATE);
+    let goal = call.received().0 + RATE / 2;
+    call.attached
+        .wait("Asterisk hears the phones", |_| call.received().0 >= goal);
     assert_eq!(call.attached.relayed(), relayed);
     go("talk");
     call.assert_offloaded_again();
@@ -584,7 +638,8 @@ fn digits_pass_complete_and_in_order_while_the_voice_is_offloaded() {
             };
             let end = phones.wait_event(PATIENCE, is_end).expect("a digit");
             let list = call.attached.list();
-            assert_eq!(list[0]["state"], "offloaded", "{list:#?}");
+            let state = state(&list, &call.pair[0].bridge);
+            assert_eq!(state, Some("offloaded"), "{list:#?}");
             end.get("Digit").expect("its name").to_owned()
         })
         .collect();
@@ -699,8 +754,9 @@ fn a_plain_call_is_native_and_a_transcoded_one_is_not() {
     assert_eq!(native.len(), 4);
     for stream in &native {
         assert!(stream.sent > 200, "{stream:#?}");
-        assert!(stream.received * 100 >= stream.sent * 99, "{stream:#?}");
-        assert!(stream.unchanged * 100 >= stream.sent * 99, "{stream:#?}");
+        assert!(stream.received * 100 >= stream.sent * 95, "{stream:#?}");
+        assert_eq!(stream.unchanged, stream.received, "{stream:#?}");
+        assert_eq!(stream.missing, 0, "{stream:#?}");
         assert_eq!((stream.duplicates, stream.reordered), (0, 0), "{stream:#?}");
     }
 
