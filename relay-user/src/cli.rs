@@ -508,8 +508,11 @@ fn detach(arguments: Detach) -> anyhow::Result<String> {
         Ok(detached) => detached,
         Err(error) => match error.downcast_ref() {
             Some(ClientError::NoDaemon(_) | ClientError::Gone(_)) => {
+                let pins = daemon::remove_leftovers(&interface)?;
+                // Left alone by a daemon that was killed before it attached.
+                let socket = client.socket().exists();
                 anyhow::ensure!(
-                    daemon::remove_leftovers(&interface)?,
+                    pins || socket,
                     "no relay daemon runs on {interface}, and none has left anything there: nothing to detach"
                 );
                 Detached {

@@ -114,7 +114,7 @@ pub enum DatapathError {
     },
     /// A daemon of this interface runs.
     #[error(
-        "a relay daemon already serves {interface} (it holds {}): see `relay-user status`, or end it with `relay-user detach {interface}`", directory.display()
+        "a relay daemon already serves {interface} (it holds {}): see `relay-user status`, or end it with `relay-user detach {interface}` (and the --socket that it was started with, if any)", directory.display()
     )]
     Running {
         /// The interface.
