@@ -21,7 +21,7 @@ use crate::{
     },
     controller::{Controller, Handled},
     datapath::{self, AttachMode, Datapath, DatapathError},
-    next_hop::{self, Changes, Interface},
+    next_hop::{self, Changes, Interface, Interfaces},
     privileges,
 };
 
@@ -39,8 +39,17 @@ const FEED: usize = 1024;
 /// in the kernel.
 pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
     privileges::check()?;
-    let interface = next_hop::interface(&settings.interface)?;
+    let interfaces = Interfaces::read()?;
+    let interface = interfaces.named(&settings.interface)?.clone();
     check_interface(&interface)?;
+    for vlan in interfaces.vlans_on(interface.index) {
+        // The tag is then beside the packet, where XDP does not see it.
+        tracing::warn!(
+            vlan = vlan.name,
+            "calls on this VLAN are relayed only while the NIC leaves tags in the frame: `ethtool -K {} rxvlan off`",
+            interface.name
+        );
+    }
     datapath::ensure_bpffs()?;
     // Capabilities belong to a thread: before the event loop starts any.
     privileges::keep_for_attaching()?;

@@ -16,7 +16,8 @@ use nix::{
     unistd::gettid,
 };
 use relay_user::next_hop::{
-    Changes, Interfaces, NextHop, NextHopError, NextHops, Notice, Path, Resolution, interface, open,
+    Changes, Interface, InterfaceError, Interfaces, NextHop, NextHopError, NextHops, Notice, Path,
+    Resolution, open,
 };
 use tokio::sync::oneshot;
 
@@ -140,6 +141,11 @@ impl World {
                  route add 2001:db8:1::/48 via 2001:db8::fe")
             .await;
     }
+}
+
+fn interface(name: &str) -> Result<Interface, InterfaceError> {
+    let interfaces = Interfaces::read().expect("netlink");
+    interfaces.named(name).cloned()
 }
 
 /// A resolver at work, as the daemon would have it.

@@ -188,9 +188,6 @@ pub enum InterfaceError {
         /// Names of all interfaces.
         known: Vec<String>,
     },
-    /// The kernel could not be asked.
-    #[error(transparent)]
-    Netlink(#[from] NetlinkError),
 }
 
 /// All interfaces of one network namespace at one moment.
@@ -226,14 +223,6 @@ impl Interfaces {
             .iter()
             .filter(move |interface| interface.vlan.is_some_and(|vlan| vlan.lower == Some(index)))
     }
-}
-
-/// The interface of that name in the network namespace of the calling thread.
-///
-/// # Errors
-/// [`InterfaceError::Unknown`], naming those that exist; or the kernel cannot be asked.
-pub fn interface(name: &str) -> Result<Interface, InterfaceError> {
-    Interfaces::read()?.named(name).cloned()
 }
 
 #[cfg(test)]

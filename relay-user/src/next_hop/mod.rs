@@ -17,9 +17,7 @@ use std::{fmt, net::IpAddr};
 use nix::errno::Errno;
 
 pub use self::{
-    link::{
-        Interface, InterfaceError, Interfaces, VlanLink, VlanTag, XdpHook, XdpProgram, interface,
-    },
+    link::{Interface, InterfaceError, Interfaces, VlanLink, VlanTag, XdpHook, XdpProgram},
     netlink::NetlinkError,
     resolver::{Changes, NextHops, Resolver, Stopped, open},
 };
