@@ -10,10 +10,7 @@ use crate::{
 };
 
 /// A header that can be viewed in place: any bytes are valid, none is padding.
-pub trait Header: Copy + FromBytes + IntoBytes + Immutable + KnownLayout {
-    /// Bytes on the wire.
-    const LEN: usize = size_of::<Self>();
-}
+pub trait Header: Copy + FromBytes + IntoBytes + Immutable + KnownLayout {}
 
 impl<T: Copy + FromBytes + IntoBytes + Immutable + KnownLayout> Header for T {}
 

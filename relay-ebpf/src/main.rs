@@ -181,8 +181,7 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// GPL-compatible, which bpf_l4_csum_replace() and other helpers do not demand today but tracing
-/// helpers do.
+/// GPL-compatible, as the project's license says of this object. No helper in use demands it.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
