@@ -23,11 +23,14 @@ use nix::{
 };
 use relay_common::{
     reason::Reason,
-    stream::{ABI_VERSION, Counter, State, Stream, StreamKey, mode},
+    stream::{
+        ABI_VERSION, Counter, Lease, OutLeg, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
+        StreamSpec,
+    },
 };
 use serde::{Deserialize, Serialize};
 
-/// The compiled datapath. Both entry points are in it: `relay_xdp` and `relay_tc`.
+/// The compiled datapath. All entry points are in it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/relay"));
 
 /// Names of what the object defines; nothing else in userspace spells them.
@@ -36,12 +39,20 @@ pub mod names {
     pub const XDP: &str = "relay_xdp";
     /// TC entry point.
     pub const TC: &str = "relay_tc";
+    /// Observer of what leaves, at the TC egress.
+    pub const OBSERVE: &str = "relay_observe";
     /// Streams by local address.
     pub const STREAMS: &str = "STREAMS";
+    /// What may leave, by the address that the PBX sends from.
+    pub const OUT_LEGS: &str = "OUT_LEGS";
     /// What happened to each stream.
     pub const STATE: &str = "STATE";
     /// Packets and bytes by reason.
     pub const COUNTERS: &str = "COUNTERS";
+    /// Until when anything is relayed.
+    pub const LEASE: &str = "LEASE";
+    /// Rare facts for the controller.
+    pub const EVENTS: &str = "EVENTS";
     /// Load-time constant: 1 in generic XDP.
     pub const GENERIC: &str = "GENERIC";
 }
@@ -54,6 +65,7 @@ const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
 const KEY: usize = size_of::<StreamKey>();
 const VALUE: usize = size_of::<Stream>();
+const OUT_LEG: usize = size_of::<OutLeg>();
 const COUNTER: usize = size_of::<Counter>();
 
 /// How XDP runs.
@@ -200,9 +212,15 @@ pub enum DatapathError {
         #[source]
         source: Box<MapError>,
     },
-    /// `STATE` cannot be mapped into memory.
-    #[error("map STATE cannot be mapped ({0}): Linux 5.5 or newer is needed")]
-    Mmap(#[source] io::Error),
+    /// A map cannot be mapped into memory.
+    #[error("map {map} cannot be mapped ({source}): Linux 5.5 or newer is needed")]
+    Mmap {
+        /// The map.
+        map: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// A loaded and attached datapath. Dropping it detaches the program and removes every pin.
@@ -210,7 +228,9 @@ pub struct Datapath {
     mode: AttachMode,
     max_streams: u32,
     streams: HashMap<MapData, [u8; KEY], [u8; VALUE]>,
+    out_legs: HashMap<MapData, [u8; KEY], [u8; OUT_LEG]>,
     state: StateMap,
+    lease: LeaseMap,
     counters: PerCpuArray<MapData, [u8; COUNTER]>,
     // Holds the program and its link. The link is not pinned: should this process die, the kernel
     // detaches the program at once and every packet is Asterisk's again.
@@ -228,6 +248,7 @@ pub fn load(mode: AttachMode, max_streams: u32) -> Result<Ebpf, DatapathError> {
     EbpfLoader::new()
         .override_global(names::GENERIC, &generic, true)
         .map_max_entries(names::STREAMS, max_streams)
+        .map_max_entries(names::OUT_LEGS, max_streams)
         .map_max_entries(names::STATE, max_streams)
         .load(OBJECT)
         .map_err(|error| match error {
@@ -264,6 +285,16 @@ pub fn load_xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
 /// As [`load_xdp`].
 pub fn load_tc(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
     let program: &mut SchedClassifier = program(ebpf, names::TC)?;
+    program.load().map_err(load_error)?;
+    Ok(program)
+}
+
+/// The observer of a loaded object, itself loaded.
+///
+/// # Errors
+/// As [`load_xdp`].
+pub fn load_observer(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
+    let program: &mut SchedClassifier = program(ebpf, names::OBSERVE)?;
     program.load().map_err(load_error)?;
     Ok(program)
 }
@@ -323,11 +354,14 @@ impl Datapath {
             pins.pin(name, map(&ebpf, name)?)?;
         }
         let state = StateMap::new(map(&ebpf, names::STATE)?, max_streams)?;
+        let lease = LeaseMap::new(map(&ebpf, names::LEASE)?)?;
         Ok(Self {
             mode,
             max_streams,
             streams: take(&mut ebpf, names::STREAMS)?,
+            out_legs: take(&mut ebpf, names::OUT_LEGS)?,
             state,
+            lease,
             counters: take(&mut ebpf, names::COUNTERS)?,
             _ebpf: ebpf,
             pins,
@@ -346,59 +380,98 @@ impl Datapath {
         &self.pins.directory
     }
 
-    /// Installs a stream, or replaces its value while packets flow; a packet sees the old value or
-    /// the new one. The stream's mode is left as it is.
+    /// Installs a stream, or replaces it while packets flow; a packet sees the old one or the new
+    /// one. Whether it is relayed is left as it is.
     ///
     /// # Errors
     /// [`DatapathError::Full`].
-    pub fn install(&mut self, key: &StreamKey, stream: &Stream) -> Result<(), DatapathError> {
-        let key: [u8; KEY] = zerocopy::transmute!(*key);
-        let stream: [u8; VALUE] = zerocopy::transmute!(*stream);
-        self.streams
-            .insert(key, stream, 0)
-            .map_err(|source| match &source {
-                MapError::SyscallError(error)
-                    if error.io_error.raw_os_error() == Some(nix::libc::E2BIG) =>
-                {
-                    DatapathError::Full {
-                        max_streams: self.max_streams,
-                    }
+    pub fn install(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
+        // The observer first: it must know the echo of the first packet that is noted.
+        if spec.proof != 0 {
+            let (key, out_leg) = spec.out_leg();
+            let (key, out_leg): ([u8; KEY], [u8; OUT_LEG]) =
+                (zerocopy::transmute!(key), zerocopy::transmute!(out_leg));
+            let inserted = self.out_legs.insert(key, out_leg, 0);
+            inserted.map_err(|source| self.insert_error(names::OUT_LEGS, source))?;
+        }
+        let (key, stream) = (spec.key(), spec.compile());
+        let (key, stream): ([u8; KEY], [u8; VALUE]) =
+            (zerocopy::transmute!(key), zerocopy::transmute!(stream));
+        let inserted = self.streams.insert(key, stream, 0);
+        inserted.map_err(|source| self.insert_error(names::STREAMS, source))
+    }
+
+    fn insert_error(&self, map: &'static str, source: MapError) -> DatapathError {
+        match &source {
+            MapError::SyscallError(error)
+                if error.io_error.raw_os_error() == Some(nix::libc::E2BIG) =>
+            {
+                DatapathError::Full {
+                    max_streams: self.max_streams,
                 }
-                _ => DatapathError::Map {
-                    map: names::STREAMS,
-                    source: Box::new(source),
-                },
-            })
+            }
+            _ => DatapathError::Map {
+                map,
+                source: Box::new(source),
+            },
+        }
     }
 
     /// Takes a stream back on the spot, then removes it.
     ///
     /// # Errors
     /// [`DatapathError::Map`]; a stream that is not there is none.
-    pub fn remove(&mut self, key: &StreamKey, slot: u32) -> Result<(), DatapathError> {
-        self.set_mode(slot, mode::SUSPENDED);
-        match self.streams.remove(&zerocopy::transmute!(*key)) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(nix::libc::ENOENT) =>
-            {
-                Ok(())
-            }
-            Err(source) => Err(DatapathError::Map {
-                map: names::STREAMS,
-                source: Box::new(source),
-            }),
-        }
+    pub fn remove(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
+        self.take_back(spec.slot);
+        self.withdraw(spec)
     }
 
-    /// Sets a stream's mode (see [`mode`]); effective on the next packet, without a system call.
-    pub fn set_mode(&self, slot: u32, mode: u32) {
-        self.state.set_mode(slot, mode);
+    /// Removes a stream's entries; its state is left as it is.
+    ///
+    /// # Errors
+    /// As [`Self::remove`].
+    pub fn withdraw(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
+        removed(
+            names::STREAMS,
+            self.streams.remove(&zerocopy::transmute!(spec.key())),
+        )?;
+        let (key, _) = spec.out_leg();
+        removed(
+            names::OUT_LEGS,
+            self.out_legs.remove(&zerocopy::transmute!(key)),
+        )
     }
 
-    /// Forgets what happened to the slot's earlier stream. Its mode becomes `watching`.
+    /// Forgets what happened to the slot's earlier stream, and leaves the new one to the PBX.
     pub fn reset(&self, slot: u32) {
         self.state.reset(slot);
+    }
+
+    /// Takes a stream back; effective on the next packet, without a system call.
+    pub fn take_back(&self, slot: u32) {
+        self.state.set_epoch(slot, 0);
+    }
+
+    /// Begins a round of proof, at the end of which the datapath offloads the stream by itself.
+    /// `epoch` must be another than in any round of this slot before, and not 0.
+    pub fn watch(&self, slot: u32, epoch: u32) {
+        self.state.set_epoch(slot, epoch);
+    }
+
+    /// Offloads a stream without proof. `epoch` as in [`Self::watch`].
+    pub fn offload(&self, slot: u32, epoch: u32, payload_types: [PayloadType; PAYLOAD_TYPES]) {
+        self.state.offload(slot, epoch, payload_types);
+    }
+
+    /// Until when anything is relayed: `CLOCK_MONOTONIC`, ns.
+    #[must_use]
+    pub fn lease(&self) -> u64 {
+        self.lease.deadline()
+    }
+
+    /// Sets until when anything is relayed.
+    pub fn renew_lease(&self, deadline: u64) {
+        self.lease.renew(deadline);
     }
 
     /// What happened to a stream so far.
@@ -454,6 +527,22 @@ where
         map: name,
         source: Box::new(source),
     })
+}
+
+/// What a removal came to: a key that is not there is no error.
+fn removed(map: &'static str, outcome: Result<(), MapError>) -> Result<(), DatapathError> {
+    match outcome {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(nix::libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        Err(source) => Err(DatapathError::Map {
+            map,
+            source: Box::new(source),
+        }),
+    }
 }
 
 fn attach_error(interface: &str, mode: AttachMode, error: ProgramError) -> DatapathError {
@@ -696,6 +785,37 @@ pub fn remove_leftovers(interface: &str) -> Result<Vec<PathBuf>, DatapathError> 
     Ok(removed)
 }
 
+/// `LEASE`, mapped into memory.
+struct LeaseMap(MmapRaw);
+
+impl LeaseMap {
+    fn new(map: &MapData) -> Result<Self, DatapathError> {
+        mapped(names::LEASE, map, size_of::<Lease>()).map(Self)
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        let lease: *mut Lease = self.0.as_mut_ptr().cast();
+        // SAFETY: an aligned word inside the mapping, which lives as long as `self`.
+        unsafe { AtomicU64::from_ptr(&raw mut (*lease).deadline) }
+    }
+
+    fn deadline(&self) -> u64 {
+        self.word().load(Ordering::Relaxed)
+    }
+
+    fn renew(&self, deadline: u64) {
+        self.word().store(deadline, Ordering::Release);
+    }
+}
+
+/// Maps a map's elements into memory.
+fn mapped(name: &'static str, map: &MapData, length: usize) -> Result<MmapRaw, DatapathError> {
+    MmapOptions::new()
+        .len(length)
+        .map_raw(&map.fd().as_fd())
+        .map_err(|source| DatapathError::Mmap { map: name, source })
+}
+
 /// `STATE`, mapped into memory: reading 100,000 streams costs no system call.
 struct StateMap {
     memory: MmapRaw,
@@ -705,10 +825,7 @@ struct StateMap {
 impl StateMap {
     fn new(map: &MapData, entries: u32) -> Result<Self, DatapathError> {
         let length = entries as usize * size_of::<State>();
-        let memory = MmapOptions::new()
-            .len(length)
-            .map_raw(&map.fd().as_fd())
-            .map_err(DatapathError::Mmap)?;
+        let memory = mapped(names::STATE, map, length)?;
         Ok(Self { memory, entries })
     }
 
@@ -718,37 +835,38 @@ impl StateMap {
         unsafe { self.memory.as_mut_ptr().cast::<State>().add(slot as usize) }
     }
 
-    fn words(&self, slot: u32) -> (&AtomicU32, &AtomicU64, &AtomicU64) {
+    fn epoch(&self, slot: u32) -> &AtomicU32 {
         let state = self.slot(slot);
-        // SAFETY: aligned words inside the mapping, which lives as long as `self`. The datapath
-        // writes them from other CPUs, so they are only ever touched atomically here.
-        unsafe {
-            (
-                AtomicU32::from_ptr(ptr::addr_of_mut!((*state).mode)),
-                AtomicU64::from_ptr(ptr::addr_of_mut!((*state).packets)),
-                AtomicU64::from_ptr(ptr::addr_of_mut!((*state).bytes)),
-            )
-        }
+        // SAFETY: an aligned word inside the mapping, which lives as long as `self`. The datapath
+        // reads it on other CPUs.
+        unsafe { AtomicU32::from_ptr(&raw mut (*state).epoch) }
     }
 
-    fn set_mode(&self, slot: u32, mode: u32) {
-        self.words(slot).0.store(mode, Ordering::Release);
+    fn set_epoch(&self, slot: u32, epoch: u32) {
+        self.epoch(slot).store(epoch, Ordering::Release);
+    }
+
+    fn offload(&self, slot: u32, epoch: u32, payload_types: [PayloadType; PAYLOAD_TYPES]) {
+        let state = self.slot(slot);
+        // SAFETY: inside the mapping. Without proof these fields are the controller's alone, and
+        // nothing reads them before the epoch is set.
+        unsafe {
+            (&raw mut (*state).payload_types).write_volatile(payload_types);
+            (&raw mut (*state).proven).write_volatile(epoch);
+        }
+        self.set_epoch(slot, epoch);
     }
 
     fn reset(&self, slot: u32) {
-        let (mode, packets, bytes) = self.words(slot);
-        mode.store(mode::WATCHING, Ordering::Release);
-        packets.store(0, Ordering::Relaxed);
-        bytes.store(0, Ordering::Relaxed);
+        self.set_epoch(slot, 0);
+        // SAFETY: inside the mapping. No entry of a map names the slot yet, so that the datapath
+        // does not touch it.
+        unsafe { self.slot(slot).write_volatile(State::default()) };
     }
 
     fn read(&self, slot: u32) -> State {
-        let (mode, packets, bytes) = self.words(slot);
-        State {
-            mode: mode.load(Ordering::Relaxed),
-            padding: 0,
-            packets: packets.load(Ordering::Relaxed),
-            bytes: bytes.load(Ordering::Relaxed),
-        }
+        // SAFETY: inside the mapping. The datapath writes meanwhile: each word is what it was at
+        // some time, which is all that is claimed, and any bits are valid.
+        unsafe { self.slot(slot).read_volatile() }
     }
 }
