@@ -26,7 +26,7 @@ use crate::{
     daemon,
     logging::{self, LogFormat},
     output::{self, Style},
-    pair::{Leg, Pair, PayloadTypes},
+    pair::{Leg, Pair, PayloadTypes, Proof},
     secret::SecretError,
 };
 
@@ -173,6 +173,28 @@ struct Attach {
     /// Size of the stream table, 2 to 1048576; a pair takes two [default: 65536]
     #[arg(long, value_name = "N", value_parser = config::max_streams)]
     max_streams: Option<u32>,
+    /// Equal packets in a row that prove that the PBX forwards a stream unchanged, 1 to 255; 0 relays
+    /// what signalling says without proof [default: 8]
+    #[arg(long, value_name = "N", value_parser = config::proof)]
+    proof: Option<u8>,
+    /// While a phone sends no RTCP, one of its packets goes through the PBX this often, lest it hang
+    /// up; where the PBX's rtp_timeout is known, a third of that counts [default: 3]
+    #[arg(long, value_name = "SECONDS", value_parser = config::time)]
+    keepalive: Option<Duration>,
+    /// How long calls go on in the kernel without AMI before they are taken back [default: 2]
+    #[arg(long, value_name = "SECONDS", value_parser = config::time)]
+    ami_grace: Option<Duration>,
+    /// After how long without a packet of an offloaded phone to tell of it [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = config::some_time)]
+    silence: Option<Duration>,
+    /// After how long without a packet a stream expires: it must be proven again, and a pair of
+    /// `add` is forgotten [default: 60]
+    #[arg(long, value_name = "SECONDS", value_parser = config::some_time)]
+    expire: Option<Duration>,
+    /// When the daemon ends, leave the datapath as it is: it relays on until its lease is over, at
+    /// most 5 seconds, unless another `attach` takes it over
+    #[arg(long)]
+    persist: bool,
     /// DSCP of relayed packets: ef, keep (what the phone set), or 0 to 63 [default: ef]
     #[arg(long, value_name = "DSCP")]
     dscp: Option<Dscp>,
@@ -217,10 +239,11 @@ struct Form {
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 EXAMPLES
-  A call with G.711 mu-law (payload type 0) on both legs:
+  A call that a PBX bridges:
     relay-user add 192.0.2.1:10000=192.0.2.11:30000 192.0.2.1:10002=192.0.2.12:30002
-  Over IPv6, with A-law and with events that the first leg numbers 101 and the second 96:
-    relay-user add --payload-type 8,101:96 \\
+  Ports with no PBX behind them, over IPv6, with A-law and with events that the first leg numbers 101
+  and the second 96:
+    relay-user add --proof none --payload-type 8,101:96 \\
         '[2001:db8::1]:10000=[2001:db8::11]:30000' '[2001:db8::1]:10002=[2001:db8::12]:30002'")]
 struct Add {
     /// First leg: LOCAL=REMOTE, such as 192.0.2.1:10000=192.0.2.11:30000
@@ -229,8 +252,13 @@ struct Add {
     /// Second leg, written likewise
     #[arg(value_name = "LEG")]
     second: Leg,
-    /// Payload types to relay, separated by commas or spaces, or repeated; N:M is N on the first leg,
-    /// M on the second. Packets of any other type go through the PBX
+    /// What the pair is offloaded on: `wire`, the PBX being seen to forward it unchanged, or `none`,
+    /// as for ports with no PBX behind them
+    #[arg(long, value_name = "PROOF", value_enum, default_value = "wire")]
+    proof: Proof,
+    /// Payload types to relay where there is no proof, separated by commas or spaces, or repeated; N:M
+    /// is N on the first leg, M on the second. Packets of any other type go through the PBX. With
+    /// proof, the wire tells
     #[arg(
         long = "payload-type",
         value_name = "N|N:M",
@@ -356,6 +384,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Verb::Add(Add {
             first,
             second,
+            proof,
             mut payload_types,
             more_payload_types,
             target,
@@ -363,7 +392,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         }) => {
             payload_types.extend(more_payload_types);
             let pair =
-                Pair::new([first, second], payload_types).map_err(|error| unfit("add", error))?;
+                Pair::new([first, second], payload_types, proof).map_err(|error| unfit("add", error))?;
             ask(target, form, Request::Add(pair))
         }
         Verb::List(List { target, form }) => ask(target, form, Request::List),
@@ -433,6 +462,12 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
         mode: arguments.mode,
         dscp: arguments.dscp,
         max_streams: arguments.max_streams,
+        proof: arguments.proof,
+        keepalive: arguments.keepalive,
+        ami_grace: arguments.ami_grace,
+        silence: arguments.silence,
+        expire: arguments.expire,
+        persist: arguments.persist.then_some(true),
         socket: arguments.socket,
         ami_address: arguments.ami,
         ami_user: arguments.ami_user,
