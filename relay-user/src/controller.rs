@@ -14,11 +14,12 @@ use crate::{
     control::{
         Command, Reply,
         model::{
-            AmiReport, AmiState, ApiError, ErrorCode, PairReport, PairState, ReasonReport,
+            AmiReport, AmiState, ApiError, ErrorCode, Feed, PairReport, PairState, ReasonReport,
             RefusalReport, StatusReport, Verdict,
         },
     },
     datapath::{Datapath, DatapathError},
+    events::{EventBus, Subject, TransitionKind},
     next_hop::{NextHops, Notice, Stopped},
     pair::Pair,
     registry::{Change, Origin, Refusal, Registry},
@@ -36,6 +37,7 @@ pub struct Controller {
     ami: Option<AmiReport>,
     /// By the name of the rule or the error's code, which are few.
     refusals: BTreeMap<String, u64>,
+    events: EventBus,
 }
 
 /// A command that ends the daemon, with the answer it owes.
@@ -55,7 +57,7 @@ pub enum ControllerError {
 }
 
 impl Controller {
-    /// Takes over an attached datapath.
+    /// Takes over an attached datapath, and tells on `events` what becomes of pairs.
     #[must_use]
     pub fn new(
         settings: AttachSettings,
@@ -63,6 +65,7 @@ impl Controller {
         mode_reason: String,
         datapath: Datapath,
         next_hops: NextHops,
+        events: EventBus,
     ) -> Self {
         let ami = settings.ami.as_ref().map(|ami| AmiReport {
             address: ami.address.clone(),
@@ -81,6 +84,7 @@ impl Controller {
             next_hops,
             ami,
             refusals: BTreeMap::new(),
+            events,
         }
     }
 
@@ -111,7 +115,12 @@ impl Controller {
                     Ok(id) => self
                         .pair_report(id)
                         .ok_or_else(|| ApiError::unknown_pair(id)),
-                    Err(refusal) => Err(refusal.into()),
+                    Err(refusal) => {
+                        let subject = Subject::feed(Feed::Api);
+                        let kind = TransitionKind::Refused;
+                        self.events.publish(subject, kind, refusal.to_string());
+                        Err(refusal.into())
+                    }
                 };
                 send(reply, answer);
             }
@@ -146,17 +155,15 @@ impl Controller {
     /// Takes an operator's word: an API pair is forgotten; a call of Asterisk's stays known, and
     /// may be offered again when its bridge changes or AMI reconnects.
     async fn take_away(&mut self, id: u64, why: &str) -> Result<(), ControllerError> {
-        let changes = match self.registry.call(id).cloned() {
+        match self.registry.call(id).cloned() {
             Some(call) if self.registry.held(&call).is_some() => {
                 let why = format!("{why}, until its bridge changes or AMI reconnects");
-                self.registry
-                    .set_aside(&call, None, PairState::Refused, why)
+                self.set_aside(&call, None, PairState::Refused, why).await
             }
             // Asterisk has it already, and for its own reason.
-            Some(_) => Vec::new(),
-            None => self.registry.remove(id),
-        };
-        self.apply(changes).await
+            Some(_) => Ok(()),
+            None => self.remove(id, why).await,
+        }
     }
 
     /// Takes in what Asterisk says.
@@ -169,19 +176,29 @@ impl Controller {
                 tracing::info!(%asterisk, "AMI is up");
                 if let Some(ami) = &mut self.ami {
                     ami.state = AmiState::Up;
-                    ami.asterisk = Some(asterisk);
+                    ami.asterisk = Some(asterisk.clone());
                     ami.cause = None;
                 }
+                let subject = Subject::feed(Feed::Ami);
+                self.events
+                    .publish(subject, TransitionKind::AmiUp, asterisk);
             }
             FeedEvent::Down { cause } => {
                 tracing::warn!(%cause, "AMI is down: taking back every call");
+                let mut was_up = false;
                 if let Some(ami) = &mut self.ami {
+                    was_up = ami.state == AmiState::Up;
                     ami.state = AmiState::Down;
-                    ami.cause = Some(cause);
+                    ami.cause = Some(cause.clone());
                 }
+                if was_up {
+                    let subject = Subject::feed(Feed::Ami);
+                    self.events
+                        .publish(subject, TransitionKind::AmiDown, cause.as_str());
+                }
+                let why = format!("AMI is down: {cause}");
                 for call in self.registry.calls() {
-                    let changes = self.registry.gone(&call);
-                    self.apply(changes).await?;
+                    self.gone(&call, &why).await?;
                 }
             }
             FeedEvent::Offer {
@@ -197,22 +214,15 @@ impl Controller {
             } => {
                 tracing::debug!(%call, %cause, "left with Asterisk");
                 self.count_refusal(name.to_owned());
-                let changes =
-                    self.registry
-                        .set_aside(&call, Some(channels), PairState::Refused, cause);
-                self.apply(changes).await?;
+                self.set_aside(&call, Some(channels), PairState::Refused, cause)
+                    .await?;
             }
             FeedEvent::TakeBack { call, cause } => {
                 tracing::debug!(%call, %cause, "taken back");
-                let changes = self
-                    .registry
-                    .set_aside(&call, None, PairState::Waiting, cause);
-                self.apply(changes).await?;
+                self.set_aside(&call, None, PairState::Waiting, cause)
+                    .await?;
             }
-            FeedEvent::Gone { call } => {
-                let changes = self.registry.gone(&call);
-                self.apply(changes).await?;
-            }
+            FeedEvent::Gone { call } => self.gone(&call, "the call is over").await?,
         }
         Ok(())
     }
@@ -233,17 +243,12 @@ impl Controller {
                 tracing::info!(call = %earlier, by = %call, "its address went to another call");
                 format!("its address belongs to call {call} now")
             };
-            let changes = self
-                .registry
-                .set_aside(&earlier, None, PairState::Waiting, why);
-            self.apply(changes).await?;
+            self.set_aside(&earlier, None, PairState::Waiting, why)
+                .await?;
         }
         // Nothing of the earlier offer may stay, even where no address is shared.
         let why = "its addresses changed".to_owned();
-        let changes = self
-            .registry
-            .set_aside(&call, None, PairState::Waiting, why);
-        self.apply(changes).await?;
+        self.set_aside(&call, None, PairState::Waiting, why).await?;
 
         let channels = channels.to_vec();
         let origin = Origin::Ami {
@@ -255,10 +260,8 @@ impl Controller {
             Err(refusal) => {
                 let cause = refusal.to_string();
                 tracing::warn!(%call, %cause, "left with Asterisk");
-                let changes =
-                    self.registry
-                        .set_aside(&call, Some(channels), PairState::Refused, cause);
-                self.apply(changes).await?;
+                self.set_aside(&call, Some(channels), PairState::Refused, cause)
+                    .await?;
             }
         }
         Ok(())
@@ -311,6 +314,72 @@ impl Controller {
         *self.refusals.entry(cause).or_default() += 1;
     }
 
+    /// Leaves a call with Asterisk, and tells so.
+    async fn set_aside(
+        &mut self,
+        call: &CallId,
+        channels: Option<Vec<String>>,
+        state: PairState,
+        why: String,
+    ) -> Result<(), ControllerError> {
+        let was_held = self.registry.held(call).is_some();
+        let changes = self.registry.set_aside(call, channels, state, why.clone());
+        self.apply(changes).await?;
+        let Some(id) = self.registry.id(call) else {
+            return Ok(());
+        };
+        if was_held {
+            self.tell(id, None, TransitionKind::TakenBack, why.as_str());
+        }
+        if state == PairState::Refused {
+            self.tell(id, None, TransitionKind::Refused, why);
+        }
+        Ok(())
+    }
+
+    /// Forgets a call that is over.
+    async fn gone(&mut self, call: &CallId, why: &str) -> Result<(), ControllerError> {
+        match self.registry.id(call) {
+            Some(id) => self.remove(id, why).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Forgets a pair, and tells so if it was relayed.
+    async fn remove(&mut self, id: u64, why: &str) -> Result<(), ControllerError> {
+        let was_held = self.registry.is_held(id);
+        let subject = self.subject(id, None);
+        let changes = self.registry.remove(id);
+        self.apply(changes).await?;
+        if was_held {
+            self.events.publish(subject, TransitionKind::TakenBack, why);
+        }
+        Ok(())
+    }
+
+    /// Tells those who follow what happened to a pair, or to the one of its streams that comes in on
+    /// leg `stream`.
+    fn tell(&self, id: u64, stream: Option<u8>, kind: TransitionKind, cause: impl Into<String>) {
+        self.events.publish(self.subject(id, stream), kind, cause);
+    }
+
+    fn subject(&self, id: u64, stream: Option<u8>) -> Subject {
+        let call = self.registry.call(id);
+        Subject {
+            pair: Some(id),
+            feed: Some(call.map_or(Feed::Api, |_| Feed::Ami)),
+            call: call.map(ToString::to_string),
+            stream,
+        }
+    }
+
+    /// Tells that every pair goes back to the PBX, as it does when this is dropped.
+    pub fn tell_end(&self, cause: &str) {
+        for id in self.registry.ids().filter(|&id| self.registry.is_held(id)) {
+            self.tell(id, None, TransitionKind::TakenBack, cause);
+        }
+    }
+
     async fn apply(&mut self, changes: Vec<Change>) -> Result<(), ControllerError> {
         for change in changes {
             let done = match change {
@@ -319,6 +388,10 @@ impl Controller {
                     let installed = self.datapath.install(&key, &stream);
                     if installed.is_ok() {
                         self.datapath.set_mode(stream.slot, mode::OFFLOADED);
+                        if let Some((id, leg)) = self.registry.stream_at(&key) {
+                            let cause = "its next hop is known";
+                            self.tell(id, Some(leg), TransitionKind::Offloaded, cause);
+                        }
                     }
                     installed
                 }

@@ -436,14 +436,6 @@ impl Registry {
         changes
     }
 
-    /// Forgets a call that is over.
-    pub fn gone(&mut self, call: &CallId) -> Vec<Change> {
-        match self.calls.get(call) {
-            Some(&id) => self.remove(id),
-            None => Vec::new(),
-        }
-    }
-
     /// Leaves a call with the PBX, and remembers why.
     pub fn set_aside(
         &mut self,
@@ -545,6 +537,29 @@ impl Registry {
             Body::Held { pair, .. } => Some(pair),
             Body::Aside { .. } => None,
         }
+    }
+
+    /// Whether a pair is in the datapath's care.
+    #[must_use]
+    pub fn is_held(&self, id: u64) -> bool {
+        self.entries
+            .get(&id)
+            .is_some_and(|entry| matches!(entry.body, Body::Held { .. }))
+    }
+
+    /// The pair that a stream belongs to, and the leg that it comes in on.
+    #[must_use]
+    pub fn stream_at(&self, key: &StreamKey) -> Option<(u64, u8)> {
+        let local = SocketAddr::new(key.local_address.into(), key.local_port);
+        self.locals
+            .get(&local)
+            .map(|&(id, index)| (id, index as u8))
+    }
+
+    /// The number of a call that is known.
+    #[must_use]
+    pub fn id(&self, call: &CallId) -> Option<u64> {
+        self.calls.get(call).copied()
     }
 
     /// The call of a pair that AMI fed.
@@ -1054,7 +1069,14 @@ mod tests {
             .add(from_ami(1), numbered(0), hop())
             .expect("offered again");
         assert_eq!(again.0, id);
-        assert_eq!(registry.gone(&call(1)).len(), 4);
+        assert_eq!(registry.id(&call(1)), Some(id));
+        let keys: Vec<_> = numbered(0).legs.iter().map(key_of).collect();
+        assert_eq!(registry.stream_at(&keys[1]), Some((id, 1)));
+        assert!(registry.is_held(id));
+        assert_eq!(registry.remove(id).len(), 4);
+        assert_eq!(registry.id(&call(1)), None);
+        assert_eq!(registry.stream_at(&keys[1]), None);
+        assert!(!registry.is_held(id));
         assert_eq!(registry.census(offloaded), Census::default());
     }
 
@@ -1114,7 +1136,10 @@ mod tests {
                         }
                     }
                     Event::Aside(n) => registry.set_aside(&call(n), None, PairState::Refused, String::new()),
-                    Event::Gone(n) => registry.gone(&call(n)),
+                    Event::Gone(n) => match registry.id(&call(n)) {
+                        Some(id) => registry.remove(id),
+                        None => Vec::new(),
+                    },
                     Event::Remove(id) => registry.remove(id),
                     Event::Resolved(second, hop) => {
                         let path = Registry::paths_of(&numbered(0))[usize::from(second)];
