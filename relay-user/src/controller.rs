@@ -181,6 +181,13 @@ impl Controller {
         self.registry.ids().count() as u64
     }
 
+    /// Tells that every pair goes back to the PBX, as it does when this is dropped.
+    pub fn tell_end(&self, cause: &str) {
+        for id in self.registry.ids().filter(|&id| self.registry.is_held(id)) {
+            self.tell(id, None, TransitionKind::TakenBack, cause);
+        }
+    }
+
     /// Ends the controller, and leaves the datapath to the lease.
     pub fn leave(self) {
         self.datapath.leave();
@@ -208,7 +215,7 @@ impl Controller {
     async fn renew_lease(&mut self) -> Result<(), ControllerError> {
         // Before anything is looked at: should this process be stopped in between, the deadline
         // that it then sets has passed already.
-        let now = clock::monotonic();
+        let now = clock::monotonic_now();
         let lease = self.datapath.lease();
         let late = lease != 0 && now >= lease;
         if late {
@@ -253,7 +260,13 @@ impl Controller {
                     Ok(id) => self
                         .pair_report(id)
                         .ok_or_else(|| ApiError::unknown_pair(id)),
-                    Err(refusal) => Err(refusal.into()),
+                    Err(refusal) => {
+                        let subject = Subject::feed(Feed::Api);
+                        let cause = refusal.to_string();
+                        self.events
+                            .publish(subject, TransitionKind::Refused, cause);
+                        Err(refusal.into())
+                    }
                 };
                 send(reply, answer);
             }
@@ -434,7 +447,7 @@ impl Controller {
 
     fn pair_report(&self, id: u64) -> Option<PairReport> {
         self.registry
-            .report(id, self.state(), ticks(clock::monotonic()))
+            .report(id, self.state(), ticks(clock::monotonic_now()))
     }
 
     fn reports(&self) -> Vec<PairReport> {
@@ -450,7 +463,7 @@ impl Controller {
             .counters()
             .map_err(|error: DatapathError| ApiError::new(ErrorCode::Internal, error))?;
         let census = self.registry.census(self.state());
-        let lease = self.datapath.lease().saturating_sub(clock::monotonic());
+        let lease = self.datapath.lease().saturating_sub(clock::monotonic_now());
         Ok(StatusReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             abi: ABI_VERSION,

@@ -21,6 +21,7 @@ use crate::{
     },
     controller::{Controller, Handled},
     datapath::{self, AttachMode, Datapath, DatapathError},
+    events::EventBus,
     next_hop::{self, Changes, Interface, Interfaces},
     privileges,
 };
@@ -120,10 +121,12 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
     );
 
     let stop = CancellationToken::new();
+    let bus = EventBus::new();
     let (commands_in, commands) = mpsc::channel(COMMANDS);
     let server = tokio::spawn(server::serve(
         socket,
         commands_in,
+        bus.clone(),
         stop.clone().cancelled_owned(),
     ));
     let resolver = tokio::spawn(resolver.run());
@@ -136,7 +139,14 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         None => (None, None),
     };
 
-    let controller = Controller::new(settings, interface.index, mode_reason, datapath, next_hops);
+    let controller = Controller::new(
+        settings,
+        interface.index,
+        mode_reason,
+        datapath,
+        next_hops,
+        bus,
+    );
     notify(&[NotifyState::Ready]);
     let served = serve(controller, commands, events, changes, signalled).await;
 
@@ -175,6 +185,7 @@ async fn serve(
             biased;
             signal = &mut signalled => {
                 tracing::info!(signal, pairs = controller.pairs(), "taking everything back and detaching");
+                controller.tell_end(&format!("the daemon ends on {signal}"));
                 return Ok(None);
             }
             event = next(&mut events) => match event {
@@ -188,6 +199,7 @@ async fn serve(
             command = commands.recv() => match command {
                 Some(command) => if let Handled::Detach(reply) = controller.command(command).await? {
                     tracing::info!(pairs = controller.pairs(), "detaching, as a client asked");
+                    controller.tell_end("detached by the operator");
                     let detached = Detached {
                         interface: controller.interface().to_owned(),
                         found: Found::Running,

@@ -5,12 +5,15 @@ use std::{
     env,
     ffi::{OsStr, OsString},
     fs::File,
+    io::{BufRead as _, BufReader},
     os::{
         fd::AsFd as _,
         unix::{fs::FileExt as _, net::UnixDatagram},
     },
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Output, Stdio},
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -53,6 +56,45 @@ pub struct Relay {
     /// `--socket PATH`, or nothing where it is in its default place.
     socket_args: Vec<OsString>,
     log: File,
+}
+
+/// A running `relay-user events`. Dropping it ends it.
+#[derive(Debug)]
+pub struct Followed {
+    events: mpsc::Receiver<String>,
+    _process: Process,
+}
+
+impl Followed {
+    /// The next event, as soon as it has happened; none when the daemon has ended.
+    ///
+    /// # Errors
+    /// Nothing happens, or what is printed is no JSON.
+    pub fn next(&self) -> Result<Option<serde_json::Value>> {
+        match self.events.recv_timeout(PATIENCE) {
+            Ok(line) => serde_json::from_str(&line).with_context(|| format!("no JSON: {line}")),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
+            Err(mpsc::RecvTimeoutError::Timeout) => bail!("nothing happens for {PATIENCE:?}"),
+        }
+    }
+
+    /// The next event of this kind, and those before it.
+    ///
+    /// # Errors
+    /// It does not come: the text holds what came.
+    pub fn until(&self, kind: &str) -> Result<Vec<serde_json::Value>> {
+        let mut events = Vec::new();
+        loop {
+            let event = self.next();
+            let event = event.with_context(|| format!("no `{kind}` after {events:#?}"))?;
+            let event = event.with_context(|| format!("the end, without `{kind}`: {events:#?}"))?;
+            let found = event["kind"] == kind;
+            events.push(event);
+            if found {
+                return Ok(events);
+            }
+        }
+    }
 }
 
 impl Relay {
@@ -309,6 +351,35 @@ impl Relay {
                 );
             }
         }
+    }
+
+    /// Starts `relay-user events`, which tells all since the daemon attached.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn follow(&self) -> Result<Followed> {
+        let mut command = Command::new(&self.program);
+        command
+            .args(["events", "--json", "--since", "0"])
+            .args(&self.socket_args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut process = self.host.spawn(command)?;
+        let stdout = process.child_mut().stdout.take();
+        let lines = BufReader::new(stdout.context("no standard output")?).lines();
+        let (told, events) = mpsc::channel();
+        // Ends with the program, or when nobody listens any longer.
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                if told.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Followed {
+            events,
+            _process: process,
+        })
     }
 
     /// Sends a signal to the daemon.

@@ -336,7 +336,7 @@ pub enum ErrorCode {
     Internal,
     /// The daemon is ending.
     Stopping,
-    /// The daemon did not answer in time.
+    /// The daemon did not answer in time, or has no place for another who follows events.
     Busy,
     /// No room for two more streams.
     MapFull,

@@ -230,7 +230,7 @@ impl Controller {
             return Ok(());
         };
         let age = now.saturating_duration_since(vigil.since);
-        let now_ticks = ticks(clock::monotonic());
+        let now_ticks = ticks(clock::monotonic_now());
         let mut silence = [age; 2];
         let mut offloaded = [false; 2];
         for leg in 0..2 {
