@@ -364,6 +364,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
             payload_types.extend(more_payload_types);
             let pair =
                 Pair::new([first, second], payload_types).map_err(|error| unfit("add", error))?;
+            pair.check_unproven().map_err(|error| unfit("add", error))?;
             ask(target, form, Request::Add(pair))
         }
         Verb::List(List { target, form }) => ask(target, form, Request::List),

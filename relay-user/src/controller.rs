@@ -7,9 +7,10 @@ use relay_common::{
     reason,
     stream::{ABI_VERSION, State, mode},
 };
+use tokio::sync::mpsc;
 
 use crate::{
-    ami::{CallId, FeedEvent},
+    ami::{CallId, FeedCommand, FeedEvent},
     config::AttachSettings,
     control::{
         Command, Reply,
@@ -34,6 +35,7 @@ pub struct Controller {
     next_hops: NextHops,
     registry: Registry,
     ami: Option<AmiReport>,
+    feed: Option<mpsc::Sender<FeedCommand>>,
     /// By the name of the rule or the error's code, which are few.
     refusals: BTreeMap<String, u64>,
 }
@@ -55,7 +57,7 @@ pub enum ControllerError {
 }
 
 impl Controller {
-    /// Takes over an attached datapath.
+    /// Takes over an attached datapath. `feed` takes questions to Asterisk, where there is one.
     #[must_use]
     pub fn new(
         settings: AttachSettings,
@@ -63,6 +65,7 @@ impl Controller {
         mode_reason: String,
         datapath: Datapath,
         next_hops: NextHops,
+        feed: Option<mpsc::Sender<FeedCommand>>,
     ) -> Self {
         let ami = settings.ami.as_ref().map(|ami| AmiReport {
             address: ami.address.clone(),
@@ -80,6 +83,7 @@ impl Controller {
             datapath,
             next_hops,
             ami,
+            feed,
             refusals: BTreeMap::new(),
         }
     }
@@ -159,6 +163,14 @@ impl Controller {
         self.apply(changes).await
     }
 
+    /// Has Asterisk asked at once whether a call may still be relayed. [`Controller::feed`] takes in
+    /// the answer. `false`: there is no feed, or it is too busy to take the question.
+    pub fn ask(&self, call: CallId) -> bool {
+        let feed = self.feed.as_ref();
+        // Never waits: the feed may itself be waiting for this controller to take its events.
+        feed.is_some_and(|feed| feed.try_send(FeedCommand::Ask { call }).is_ok())
+    }
+
     /// Takes in what Asterisk says.
     ///
     /// # Errors
@@ -184,10 +196,13 @@ impl Controller {
                     self.apply(changes).await?;
                 }
             }
+            // No call outlives `Down`.
+            FeedEvent::Synced => {}
             FeedEvent::Offer {
                 call,
                 pair,
                 channels,
+                rtp_timeout: _,
             } => self.offer(call, pair, channels).await?,
             FeedEvent::Refused {
                 call,

@@ -11,7 +11,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    ami::{self, FeedEvent},
+    ami::{self, FeedEvent, FeedSettings},
     config::{AttachSettings, Mode},
     control::{
         Command, Reply,
@@ -30,6 +30,8 @@ const COMMANDS: usize = 64;
 
 /// AMI events that wait for the controller; beyond, Asterisk waits.
 const FEED: usize = 1024;
+/// Questions of the controller that wait for the AMI feed.
+const QUESTIONS: usize = 1024;
 
 /// Attaches the relay to an interface and serves until SIGTERM, SIGINT, SIGHUP or
 /// `relay-user detach`.
@@ -127,16 +129,25 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         stop.clone().cancelled_owned(),
     ));
     let resolver = tokio::spawn(resolver.run());
-    let (feed, events) = match session.zip(settings.ami.clone()) {
+    let (feed, events, questions) = match session.zip(settings.ami.clone()) {
         Some((session, ami)) => {
             let (events_in, events) = mpsc::channel(FEED);
-            let feed = tokio::spawn(ami::run(session, ami, events_in, stop.clone()));
-            (Some(feed), Some(events))
+            let (questions_in, questions) = mpsc::channel(QUESTIONS);
+            let settings = FeedSettings { ami, proving: None };
+            let feed = ami::run(session, settings, events_in, questions, stop.clone());
+            (Some(tokio::spawn(feed)), Some(events), Some(questions_in))
         }
-        None => (None, None),
+        None => (None, None, None),
     };
 
-    let controller = Controller::new(settings, interface.index, mode_reason, datapath, next_hops);
+    let controller = Controller::new(
+        settings,
+        interface.index,
+        mode_reason,
+        datapath,
+        next_hops,
+        questions,
+    );
     notify(&[NotifyState::Ready]);
     let served = serve(controller, commands, events, changes, signalled).await;
 

@@ -29,7 +29,8 @@ pub struct PayloadTypes {
 pub struct Pair {
     /// The first and the second leg. They differ in both addresses and share one family.
     pub legs: [Leg; 2],
-    /// What is relayed; every other payload type stays with the PBX. 1 to 8 entries.
+    /// What is relayed; every other payload type stays with the PBX. At most 8 entries; none where
+    /// the wire has to tell them, by proof.
     pub payload_types: Vec<PayloadTypes>,
 }
 
@@ -96,7 +97,7 @@ pub enum PairError {
         "`{0}` is not a payload type: write N, or N:M where the first leg numbers it N and the second M"
     )]
     MalformedPayloadType(String),
-    /// None, or more than the datapath's table holds.
+    /// More than the datapath's table holds, or none and no proof to learn them by.
     #[error("{0} payload types given: a pair relays 1 to {PAYLOAD_TYPES}")]
     PayloadTypeCount(usize),
 }
@@ -223,7 +224,7 @@ impl Pair {
                 return Err(PairError::OwnInput(one.remote));
             }
         }
-        if payload_types.is_empty() || payload_types.len() > PAYLOAD_TYPES {
+        if payload_types.len() > PAYLOAD_TYPES {
             return Err(PairError::PayloadTypeCount(payload_types.len()));
         }
         for (index, types) in payload_types.iter().enumerate() {
@@ -245,6 +246,17 @@ impl Pair {
             legs,
             payload_types,
         })
+    }
+
+    /// Checks that the pair can be relayed without proof: it names its payload types.
+    ///
+    /// # Errors
+    /// [`PairError::PayloadTypeCount`].
+    pub fn check_unproven(&self) -> Result<(), PairError> {
+        if self.payload_types.is_empty() {
+            return Err(PairError::PayloadTypeCount(0));
+        }
+        Ok(())
     }
 }
 
@@ -339,7 +351,15 @@ mod tests {
             Pair::new(legs, types)
         };
         assert!(with(&["0", "101:96"]).is_ok());
-        assert_eq!(with(&[]), Err(PairError::PayloadTypeCount(0)));
+        assert_eq!(with(&["0"]).and_then(|pair| pair.check_unproven()), Ok(()));
+        assert_eq!(
+            with(&[]).and_then(|pair| pair.check_unproven()),
+            Err(PairError::PayloadTypeCount(0))
+        );
+        assert_eq!(
+            with(&["0", "1", "2", "3", "4", "5", "6", "7", "8"]),
+            Err(PairError::PayloadTypeCount(9))
+        );
         assert_eq!(with(&["72"]), Err(PairError::PayloadType(72)));
         assert_eq!(with(&["128"]), Err(PairError::PayloadType(128)));
         assert_eq!(with(&["0", "0:8"]), Err(PairError::PayloadTypeTwice(0)));

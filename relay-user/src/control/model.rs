@@ -414,7 +414,9 @@ impl TryFrom<AddRequest> for Pair {
         // Through the text form, whose errors quote what the client wrote.
         let leg = |leg: &LegAddresses| format!("{}={}", leg.local, leg.remote).parse::<Leg>();
         let [first, second] = &request.legs;
-        Self::new([leg(first)?, leg(second)?], request.payload_types)
+        let pair = Self::new([leg(first)?, leg(second)?], request.payload_types)?;
+        pair.check_unproven()?;
+        Ok(pair)
     }
 }
 
