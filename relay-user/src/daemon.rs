@@ -1,17 +1,20 @@
 //! The daemon behind `relay-user attach`: everything is opened in an order that leaves nothing
 //! behind when a step fails, and closed in the reverse order.
 
+use std::time::Instant;
+
 use anyhow::{Context as _, bail};
 use sd_notify::NotifyState;
 use tokio::{
     runtime,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    time::{MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    ami::{self, FeedEvent},
+    ami::{self, FeedEvent, FeedSettings, Proving},
     config::{AttachSettings, Mode},
     control::{
         Command, Reply,
@@ -19,7 +22,7 @@ use crate::{
         server,
         socket::ControlSocket,
     },
-    controller::{Controller, Handled},
+    controller::{self, Controller, Handled},
     datapath::{self, AttachMode, Datapath, DatapathError},
     events::EventBus,
     next_hop::{self, Changes, Interface, Interfaces},
@@ -31,6 +34,8 @@ const COMMANDS: usize = 64;
 
 /// AMI events that wait for the controller; beyond, Asterisk waits.
 const FEED: usize = 1024;
+/// Questions of the controller that wait for the AMI feed.
+const QUESTIONS: usize = 1024;
 
 /// Attaches the relay to an interface and serves until SIGTERM, SIGINT, SIGHUP or
 /// `relay-user detach`.
@@ -130,23 +135,30 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         stop.clone().cancelled_owned(),
     ));
     let resolver = tokio::spawn(resolver.run());
-    let (feed, events) = match session.zip(settings.ami.clone()) {
+    let (feed, events, questions) = match session.zip(settings.ami.clone()) {
         Some((session, ami)) => {
             let (events_in, events) = mpsc::channel(FEED);
-            let feed = tokio::spawn(ami::run(session, ami, events_in, stop.clone()));
-            (Some(feed), Some(events))
+            let (questions_in, questions) = mpsc::channel(QUESTIONS);
+            let proving = (settings.proof != 0).then(|| Proving {
+                own_addresses: interface.addresses(),
+            });
+            let settings = FeedSettings { ami, proving };
+            let feed = ami::run(session, settings, events_in, questions, stop.clone());
+            (Some(tokio::spawn(feed)), Some(events), Some(questions_in))
         }
-        None => (None, None),
+        None => (None, None, None),
     };
 
-    let controller = Controller::new(
+    let mut controller = Controller::new(
         settings,
         interface.index,
         mode_reason,
         datapath,
         next_hops,
         bus,
+        questions,
     );
+    controller.tick(Instant::now()).await?;
     notify(&[NotifyState::Ready]);
     let served = serve(controller, commands, events, changes, signalled).await;
 
@@ -179,10 +191,13 @@ async fn serve(
     signalled: impl Future<Output = &'static str>,
 ) -> anyhow::Result<Option<(Reply<Detached>, Detached)>> {
     tokio::pin!(signalled);
+    let mut ticks = interval(controller::TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             // What takes calls back comes before what may wait.
             biased;
+            _ = ticks.tick() => controller.tick(Instant::now()).await?,
             signal = &mut signalled => {
                 tracing::info!(signal, pairs = controller.pairs(), "taking everything back and detaching");
                 controller.tell_end(&format!("the daemon ends on {signal}"));
@@ -192,6 +207,7 @@ async fn serve(
                 Some(event) => controller.feed(event).await?,
                 None => bail!("the AMI feed ended"),
             },
+            event = controller.wire_event() => controller.wire(&event).await?,
             change = changes.recv() => match change {
                 Some(notice) => controller.resolved(&notice).await?,
                 None => bail!("the next hop resolver ended"),

@@ -5,7 +5,6 @@ use std::{
     io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
-    ptr,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
@@ -231,6 +230,7 @@ pub struct Datapath {
     out_legs: HashMap<MapData, [u8; KEY], [u8; OUT_LEG]>,
     state: StateMap,
     lease: LeaseMap,
+    events: tokio::io::unix::AsyncFd<aya::maps::RingBuf<MapData>>,
     counters: PerCpuArray<MapData, [u8; COUNTER]>,
     // Holds the program and its link. The link is not pinned: should this process die, the kernel
     // detaches the program at once and every packet is Asterisk's again.
@@ -341,6 +341,10 @@ impl Datapath {
     ) -> Result<Self, DatapathError> {
         let mut ebpf = load(mode, max_streams)?;
         let mut pins = Pins::claim(interface, &ebpf)?;
+        let program = load_observer(&mut ebpf)?;
+        program
+            .attach_with_options(interface, aya::programs::TcAttachType::Egress, aya::programs::tc::TcAttachOptions::TcxOrder(aya::programs::LinkOrder::first()))
+            .map_err(|error| attach_error(interface, mode, error))?;
         let program = load_xdp(&mut ebpf)?;
         let flags = match mode {
             AttachMode::Native => XdpMode::Driver,
@@ -350,7 +354,7 @@ impl Datapath {
             .attach_to_if_index(index, flags)
             .map_err(|error| attach_error(interface, mode, error))?;
 
-        for name in [names::STREAMS, names::STATE, names::COUNTERS] {
+        for name in [names::STREAMS, names::OUT_LEGS, names::STATE, names::COUNTERS, names::LEASE, names::EVENTS] {
             pins.pin(name, map(&ebpf, name)?)?;
         }
         let state = StateMap::new(map(&ebpf, names::STATE)?, max_streams)?;
@@ -362,10 +366,28 @@ impl Datapath {
             out_legs: take(&mut ebpf, names::OUT_LEGS)?,
             state,
             lease,
+            events: tokio::io::unix::AsyncFd::new(take(&mut ebpf, names::EVENTS)?).expect("epoll"),
             counters: take(&mut ebpf, names::COUNTERS)?,
             _ebpf: ebpf,
             pins,
         })
+    }
+
+    /// Leaves everything as it is, to the lease.
+    pub fn leave(self) {}
+
+    /// The datapath's next event. It may be dropped and asked for again.
+    pub async fn next_event(&mut self) -> relay_common::stream::Event {
+        loop {
+            if let Some(item) = self.events.get_mut().next()
+                && let Ok(event) = zerocopy::FromBytes::read_from_bytes(&*item)
+            {
+                return event;
+            }
+            if let Ok(mut guard) = self.events.readable_mut().await {
+                guard.clear_ready();
+            }
+        }
     }
 
     /// How the program runs.
@@ -510,7 +532,7 @@ impl Datapath {
 /// A map of the object.
 fn map<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a MapData, DatapathError> {
     match ebpf.map(name) {
-        Some(Map::HashMap(data) | Map::Array(data) | Map::PerCpuArray(data)) => Ok(data),
+        Some(Map::HashMap(data) | Map::Array(data) | Map::PerCpuArray(data) | Map::RingBuf(data)) => Ok(data),
         _ => Err(DatapathError::Object(format!("no map {name}"))),
     }
 }

@@ -225,6 +225,17 @@ pub fn status(status: &StatusReport, style: Style) -> String {
         "streams",
         format_args!("{} of {}", status.streams, status.max_streams),
     );
+    facts.add(
+        "proof",
+        match status.proof {
+            0 => "off: what AMI says is relayed unproven".to_owned(),
+            packets => format!("{packets} equal packets in a row"),
+        },
+    );
+    facts.add(
+        "lease",
+        format_args!("{:.1} s", status.lease_ms as f64 / 1000.0),
+    );
     let mut screen = facts.drawn();
 
     let mut reasons = style.table(&["REASON", "VERDICT", "PACKETS", "BYTES"]);
@@ -232,6 +243,7 @@ pub fn status(status: &StatusReport, style: Style) -> String {
         let (verdict, colour) = match row.verdict {
             Verdict::Relayed => ("relayed", Color::Green),
             Verdict::Passed => ("passed", Color::Yellow),
+            Verdict::Dropped => ("dropped", Color::Red),
         };
         reasons.add_row([
             text(&row.reason),
