@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Output, Stdio},
     thread,
+    time::Duration,
 };
 
 use nix::unistd::geteuid;
@@ -23,6 +24,8 @@ use tokio::sync::{mpsc, oneshot};
 const BINARY: &str = env!("CARGO_BIN_EXE_relay-user");
 const FIRST: &str = "192.0.2.1:10000=192.0.2.11:30000";
 const SECOND: &str = "192.0.2.1:10002=192.0.2.12:30002";
+/// Longer than any of these commands takes when all is well.
+const HANG: Duration = Duration::from_secs(20);
 /// A user without rights ("nobody").
 const NOBODY: u32 = 65_534;
 
@@ -176,9 +179,10 @@ impl Follower {
 
     /// How it ended by itself: its code, and what it told on standard error.
     fn ended(&mut self) -> (Option<i32>, String) {
-        let mut told = String::new();
         let mut stderr = self.child.stderr.take().expect("stderr");
-        stderr.read_to_string(&mut told).expect("read");
+        let (whole, told) = std::sync::mpsc::channel();
+        thread::spawn(move || whole.send(std::io::read_to_string(&mut stderr)));
+        let told = told.recv_timeout(HANG).expect("it ends").expect("read");
         (self.child.wait().expect("wait").code(), told)
     }
 }

@@ -708,7 +708,8 @@ async fn followers_are_bounded_and_take_no_place_of_a_request() {
     let served = Served::with_controller(limits);
     let mut followers = Vec::new();
     for _ in 0..SUBSCRIBERS {
-        followers.push(served.client.events(None).await.expect("events"));
+        let follower = timeout(HANG, served.client.events(None)).await;
+        followers.push(follower.expect("a place").expect("events"));
     }
     let crowded = served.client.events(None).await.expect_err("one too many");
     assert!(
@@ -762,8 +763,9 @@ async fn who_does_not_read_misses_events_and_delays_nobody() {
 async fn events_end_with_the_daemon_after_its_last() {
     let mut served = Served::with_controller(LIMITS);
     let mut events = served.client.events(None).await.expect("events");
-    (1..=500).for_each(|pair| served.happens(pair));
+    // In this order, so that the server knows of its end before it has told anything.
     served.stop.take();
+    (1..=500).for_each(|pair| served.happens(pair));
     for expected in 1..=500 {
         assert_eq!(serial(&mut events).await, expected);
     }
