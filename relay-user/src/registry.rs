@@ -1344,8 +1344,16 @@ mod tests {
     use crate::pair::PayloadTypes;
 
     fn registry(max_streams: u32) -> Registry {
-        Registry::new(Dscp::Set(46), max_streams)
+        Registry::new(Policy {
+            dscp: Dscp::Set(46),
+            max_streams,
+            proof: 8,
+            keepalive: Duration::from_secs(3),
+        })
     }
+
+    /// Nothing is known of the PBX's patience.
+    const UNKNOWN: [Option<Duration>; 2] = [None; 2];
 
     fn pair(first: &str, second: &str) -> Pair {
         let leg = |text: &str| text.parse().expect(text);
@@ -1356,7 +1364,7 @@ mod tests {
                 second: 96,
             },
         ];
-        Pair::new([leg(first), leg(second)], types).expect("pair")
+        Pair::new([leg(first), leg(second)], types, Proof::None).expect("pair")
     }
 
     /// A pair of ports `2n` and `2n + 1` above 10,000.
@@ -1415,7 +1423,8 @@ mod tests {
 
     fn offloaded(_: u32) -> State {
         State {
-            mode: mode::OFFLOADED,
+            epoch: 1,
+            proven: 1,
             packets: 7,
             bytes: 70,
             ..State::default()
@@ -1430,22 +1439,29 @@ mod tests {
             "192.0.2.1:10002=192.0.2.12:30002",
         );
         let (id, changes) = registry
-            .add(Origin::Api, pair, [known(11), known(12)])
+            .add(Origin::Api, pair, [known(11), known(12)], UNKNOWN)
             .expect("room");
         let [
-            Change::Install { key, stream },
-            Change::Install {
-                key: back,
-                stream: opposite,
+            Change::Install(stream),
+            Change::Offload {
+                payload_types: there,
+                slot,
+                epoch,
+            },
+            Change::Install(opposite),
+            Change::Offload {
+                payload_types: back,
+                ..
             },
         ] = changes.as_slice()
         else {
             panic!("{changes:?}");
         };
-        assert_eq!((key.local_port, back.local_port), (10_000, 10_002));
-        assert_eq!((stream.source_port, opposite.source_port), (30_000, 30_002));
+        assert_eq!((*slot, *epoch), (stream.slot, 1));
+        assert_eq!((stream.local.port, opposite.local.port), (10_000, 10_002));
+        assert_eq!((stream.source.port, opposite.source.port), (30_000, 30_002));
         assert_eq!(
-            (stream.new_source_port, stream.new_destination_port),
+            (stream.new_source.port, stream.new_destination.port),
             (10_002, 30_002)
         );
         assert_eq!(
@@ -1457,15 +1473,11 @@ mod tests {
             (stream.slot, stream.opposite_slot),
             (opposite.opposite_slot, opposite.slot)
         );
-        let renumbered =
-            |stream: &Stream| (stream.payload_types[1].from, stream.payload_types[1].to);
-        assert_eq!(
-            (renumbered(stream), renumbered(opposite)),
-            ((101, 96), (96, 101))
-        );
-        assert_eq!(stream.dscp, 46);
+        let renumbered = |types: &[PayloadType]| (types[1].from, types[1].to);
+        assert_eq!((renumbered(there), renumbered(back)), ((101, 96), (96, 101)));
+        assert_eq!((stream.dscp, stream.keepalive), (46, 0));
 
-        let report = registry.report(id, offloaded).expect("report");
+        let report = registry.report(id, offloaded, 0).expect("report");
         assert_eq!((report.state, report.why), (PairState::Offloaded, None));
         assert_eq!(report.streams[0].packets, 7);
     }
@@ -1476,19 +1488,19 @@ mod tests {
         let pair = numbered(0);
         let [_, to_second] = Registry::paths_of(&pair);
         let (id, changes) = registry
-            .add(Origin::Api, pair, [known(11), waiting()])
+            .add(Origin::Api, pair, [known(11), waiting()], UNKNOWN)
             .expect("room");
         assert!(
-            matches!(changes.as_slice(), [Change::Install { key, .. }] if key.local_port == 10_001),
+            matches!(changes.as_slice(), [Change::Install(spec), Change::Offload { .. }] if spec.local.port == 10_001),
             "only the stream towards the known leg: {changes:?}"
         );
-        let report = registry.report(id, offloaded).expect("report");
+        let report = registry.report(id, offloaded, 0).expect("report");
         assert_eq!(report.state, PairState::Waiting);
         assert!(report.why.expect("why").contains("192.0.2.12"));
 
         let changes = registry.resolved(&notice(to_second, known(12)));
         assert!(
-            matches!(changes.as_slice(), [Change::Install { key, .. }] if key.local_port == 10_000)
+            matches!(changes.as_slice(), [Change::Install(spec), Change::Offload { .. }] if spec.local.port == 10_000)
         );
         assert!(
             registry.resolved(&notice(to_second, known(12))).is_empty(),
@@ -1497,7 +1509,7 @@ mod tests {
 
         let changes = registry.resolved(&notice(to_second, known(99)));
         assert!(
-            matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.destination_mac.bytes[5] == 99)
+            matches!(changes.as_slice(), [Change::Update(spec)] if spec.next_hop.destination_mac.bytes[5] == 99)
         );
         let stale = Watched {
             serial: SERIAL - 1,
@@ -1509,7 +1521,7 @@ mod tests {
         );
         let changes = registry.resolved(&notice(to_second, waiting()));
         assert!(
-            matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.known == 0),
+            matches!(changes.as_slice(), [Change::Update(spec)] if spec.next_hop.known == 0),
             "the datapath must stop using the lost neighbour: {changes:?}"
         );
     }
@@ -1523,17 +1535,18 @@ mod tests {
                 Origin::Api,
                 pair("192.0.2.1:1=198.51.100.1:1", "192.0.2.1:3=198.51.100.3:3"),
                 hop(),
+                UNKNOWN,
             )
             .expect("room");
         let same = pair("192.0.2.1:5=198.51.100.5:5", "192.0.2.1:3=198.51.100.9:9");
         assert!(matches!(
-            registry.add(Origin::Api, same, hop()),
+            registry.add(Origin::Api, same, hop(), UNKNOWN),
             Err(Refusal::Duplicate { id: other, .. }) if other == id
         ));
         // Two hosts' pairs seen from one registry: each sends into the other.
         let circle = pair("198.51.100.1:1=192.0.2.1:1", "198.51.100.3:3=192.0.2.1:3");
         let error = registry
-            .add(Origin::Api, circle, hop())
+            .add(Origin::Api, circle, hop(), UNKNOWN)
             .expect_err("circle");
         assert!(
             matches!(error, Refusal::Loop { id: other, .. } if other == id),
@@ -1541,16 +1554,16 @@ mod tests {
         );
         // A chain is no circle.
         let chain = pair("198.51.100.1:1=192.0.2.1:1", "198.51.100.9:9=192.0.2.99:9");
-        registry.add(Origin::Api, chain, hop()).expect("no circle");
+        registry.add(Origin::Api, chain, hop(), UNKNOWN).expect("no circle");
 
         let error = registry
-            .add(Origin::Api, numbered(0), hop())
+            .add(Origin::Api, numbered(0), hop(), UNKNOWN)
             .expect_err("full");
         assert_eq!(error, Refusal::Full { max_streams: 4 });
         assert_eq!(error.code(), ErrorCode::MapFull);
         registry.remove(id);
         registry
-            .add(Origin::Api, numbered(0), hop())
+            .add(Origin::Api, numbered(0), hop(), UNKNOWN)
             .expect("room again");
     }
 
@@ -1560,12 +1573,12 @@ mod tests {
         let no_route = NextHopError::LinkDown("eth0".to_owned());
         let ways = [known(1), way(Resolution::Unreachable(no_route.clone()))];
         assert_eq!(
-            registry.add(Origin::Api, numbered(0), ways),
+            registry.add(Origin::Api, numbered(0), ways, UNKNOWN),
             Err(Refusal::NextHop(no_route))
         );
         assert_eq!(registry.ids().count(), 0);
         registry
-            .add(Origin::Api, numbered(0), [known(1), known(2)])
+            .add(Origin::Api, numbered(0), [known(1), known(2)], UNKNOWN)
             .expect("slots are still free");
     }
 
@@ -1573,7 +1586,7 @@ mod tests {
     fn a_call_set_aside_keeps_its_number_and_frees_its_streams() {
         let mut registry = registry(2);
         let hop = || [known(1), known(2)];
-        let (id, _) = registry.add(from_ami(1), numbered(0), hop()).expect("room");
+        let (id, _) = registry.add(from_ami(1), numbered(0), hop(), UNKNOWN).expect("room");
         let changes = registry.set_aside(
             &call(1),
             None,
@@ -1582,23 +1595,226 @@ mod tests {
         );
         let removed = changes
             .iter()
-            .filter(|change| matches!(change, Change::Remove { .. }));
+            .filter(|change| matches!(change, Change::Remove(_)));
         assert_eq!(removed.count(), 2);
         let unwatched = changes
             .iter()
             .filter(|change| matches!(change, Change::Unwatch(_)));
         assert_eq!(unwatched.count(), 2, "every watch is ended");
-        let report = registry.report(id, offloaded).expect("still known");
+        let report = registry.report(id, offloaded, 0).expect("still known");
         assert_eq!(report.why.as_deref(), Some("leg A on hold"));
         assert_eq!(report.legs[1].channel.as_deref(), Some("PJSIP/b"));
         assert!(report.streams.is_empty());
 
         let again = registry
-            .add(from_ami(1), numbered(0), hop())
+            .add(from_ami(1), numbered(0), hop(), UNKNOWN)
             .expect("offered again");
         assert_eq!(again.0, id);
-        assert_eq!(registry.gone(&call(1)).len(), 4);
+        assert_eq!(registry.id(&call(1)), Some(id));
+        assert_eq!(registry.remove(id).len(), 4);
+        assert_eq!(registry.id(&call(1)), None);
         assert_eq!(registry.census(offloaded), Census::default());
+    }
+
+    fn proven_pair() -> Pair {
+        Pair {
+            proof: Proof::Wire,
+            payload_types: Vec::new(),
+            ..numbered(0)
+        }
+    }
+
+    #[test]
+    fn a_pair_with_proof_is_watched_and_says_how_far_it_is() {
+        let mut registry = registry(2);
+        let timeouts = [Some(Duration::from_secs(30)), None];
+        let (id, changes) = registry
+            .add(from_ami(1), proven_pair(), [known(11), known(12)], timeouts)
+            .expect("room");
+        let [
+            Change::Install(one),
+            Change::Watch { slot, epoch },
+            Change::Install(other),
+            Change::Watch { epoch: second, .. },
+        ] = changes.as_slice()
+        else {
+            panic!("{changes:?}");
+        };
+        assert_eq!((*slot, one.proof, one.feed), (one.slot, 8, feed::AMI));
+        assert_ne!(epoch, second, "each round has its own number");
+        // A third of 30 s and of the default's 3 s, in ticks.
+        assert_eq!((one.keepalive, other.keepalive), (9536, 2861));
+
+        let watching = State {
+            epoch: *epoch,
+            watched: *epoch,
+            last_seen: 1000,
+            ..State::default()
+        };
+        let words = |state: State| {
+            let report = registry.report(id, |_| state, 2000).expect("report");
+            assert_eq!(report.state, PairState::Waiting);
+            assert_eq!(report.streams[0].silent_ms, (state.last_seen != 0).then_some(1048));
+            report.why.expect("why")
+        };
+        assert_eq!(
+            words(State {
+                last_seen: 0,
+                ..watching
+            }),
+            "proof 0/8: no packet from the phone yet"
+        );
+        assert_eq!(
+            words(State {
+                equal: 3,
+                ..watching
+            }),
+            "proof 3/8"
+        );
+        let mut transcoded = watching;
+        transcoded.unequal = 1;
+        transcoded.sent.rtp.ssrc = [7, 7].map(relay_common::wire::Be16::new);
+        assert_eq!(words(transcoded), "proof 0/8: the PBX sends it with another SSRC");
+        assert!(
+            words(State {
+                unequal: 1,
+                ..watching
+            })
+            .contains("changes the payload")
+        );
+    }
+
+    #[test]
+    fn a_stream_that_was_suspended_begins_a_new_round_and_the_other_goes_on() {
+        let mut registry = registry(2);
+        let (id, changes) = registry
+            .add(from_ami(1), proven_pair(), [known(11), known(12)], UNKNOWN)
+            .expect("room");
+        let rounds: Vec<_> = changes
+            .iter()
+            .filter_map(|change| match change {
+                Change::Watch { slot, epoch } => Some((*slot, *epoch)),
+                _ => None,
+            })
+            .collect();
+        let [(one, first), (_, second)] = rounds[..] else {
+            panic!("{changes:?}");
+        };
+        let state = |slot| State {
+            epoch: if slot == one { first } else { second },
+            proven: if slot == one { first } else { second },
+            suspended: if slot == one { first } else { 0 },
+            ..State::default()
+        };
+        let turns = registry.turns(id, state);
+        assert_eq!(
+            turns.iter().map(|turn| turn.now).collect::<Vec<_>>(),
+            [StreamState::Suspended, StreamState::Offloaded]
+        );
+        assert!(registry.turns(id, state).is_empty(), "told once");
+        registry.explain(id, "talk-back");
+        let report = registry.report(id, state, 0).expect("report");
+        assert_eq!(report.why.as_deref(), Some("talk-back"));
+        assert_eq!(report.streams[1].why, None);
+
+        let changes = registry.restart(id, state);
+        assert!(
+            matches!(changes[..], [Change::Watch { slot, epoch }] if slot == one && epoch > second),
+            "{changes:?}"
+        );
+        let changes = registry.stop(id, "the lease was over");
+        assert!(matches!(
+            changes[..],
+            [Change::TakeBack { .. }, Change::TakeBack { .. }]
+        ));
+    }
+
+    #[test]
+    fn an_offer_that_still_stands_is_known_by_what_was_offered() {
+        let mut registry = registry(2);
+        let (id, _) = registry
+            .add(from_ami(1), proven_pair(), [known(11), known(12)], UNKNOWN)
+            .expect("room");
+        assert_eq!(registry.held_as(&call(1), &proven_pair()), Some(id));
+        // The wire corrected the address: the same offer is still the same.
+        let offered = Claim {
+            pair: numbered(3),
+            rtp_timeout: UNKNOWN,
+        };
+        registry.claim(id, offered);
+        assert_eq!(registry.held_as(&call(1), &numbered(3)), Some(id));
+        assert_eq!(registry.held_as(&call(1), &proven_pair()), None);
+    }
+
+    #[test]
+    fn what_an_earlier_daemon_left_is_taken_over_as_it_stands() {
+        let mut before = registry(8);
+        let mut map = Vec::new();
+        let take = |changes: Vec<Change>, map: &mut Vec<(StreamKey, Stream)>| {
+            for change in changes {
+                if let Change::Install(spec) = change {
+                    map.push((spec.key(), spec.compile()));
+                }
+            }
+        };
+        let hop = || [known(11), known(12)];
+        let (api, changes) = before
+            .add(Origin::Api, numbered(1), hop(), UNKNOWN)
+            .expect("room");
+        take(changes, &mut map);
+        let (ami, changes) = before
+            .add(from_ami(1), proven_pair(), hop(), UNKNOWN)
+            .expect("room");
+        take(changes, &mut map);
+        // A daemon that died in the middle of a change.
+        let (_, changes) = before
+            .add(Origin::Api, numbered(2), hop(), UNKNOWN)
+            .expect("room");
+        take(changes, &mut map);
+        map.pop();
+
+        let mut after = registry(8);
+        let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
+        payload_types[3] = PayloadType { from: 0, to: 8 };
+        let state = |slot: u32| State {
+            epoch: 40 + slot,
+            proven: 40 + slot,
+            payload_types,
+            ..State::default()
+        };
+        let (heirlooms, orphans) = after.heirlooms(&map, state);
+        assert_eq!(heirlooms.len(), 2);
+        assert_eq!(orphans.len(), 1);
+        for heirloom in heirlooms {
+            let changes = after.adopt(heirloom, hop()).expect("room");
+            assert_eq!(changes, [], "it goes on as it is");
+        }
+        assert!(!after.is_ami(api) && after.is_ami(ami));
+        let report = after.report(ami, state, 0).expect("adopted");
+        assert_eq!((report.state, report.call), (PairState::Offloaded, None));
+        assert_eq!(after.recognise(&call(1), &numbered(3), &[]), None);
+        let channels = ["PJSIP/a".to_owned(), "PJSIP/b".to_owned()];
+        assert_eq!(after.recognise(&call(1), &proven_pair(), &channels), Some(ami));
+        assert_eq!(after.held_as(&call(1), &proven_pair()), Some(ami));
+
+        let (new, changes) = after
+            .add(Origin::Api, numbered(3), hop(), UNKNOWN)
+            .expect("room for two more pairs");
+        assert!(new > ami);
+        let used: Vec<_> = map[..4].iter().map(|(_, stream)| stream.slot).collect();
+        for change in &changes {
+            match change {
+                Change::Install(spec) => assert!(!used.contains(&spec.slot)),
+                Change::Offload { epoch, .. } => assert!(*epoch > 43, "no epoch twice"),
+                _ => {}
+            }
+        }
+        after.remove(ami);
+        after
+            .add(Origin::Api, numbered(4), hop(), UNKNOWN)
+            .expect("its slots are free");
+        assert!(after.add(Origin::Api, numbered(5), hop(), UNKNOWN).is_ok());
+        assert!(after.add(Origin::Api, numbered(6), hop(), UNKNOWN).is_err());
     }
 
     #[derive(Clone, Debug)]
@@ -1648,7 +1864,7 @@ mod tests {
                             apply(changes, &mut map, &mut watches)?;
                         }
                         let paths = Registry::paths_of(&pair);
-                        match registry.add(origin, pair, hop()) {
+                        match registry.add(origin, pair, hop(), UNKNOWN) {
                             Ok((_, changes)) => {
                                 watched.extend(paths);
                                 changes
@@ -1657,7 +1873,10 @@ mod tests {
                         }
                     }
                     Event::Aside(n) => registry.set_aside(&call(n), None, PairState::Refused, String::new()),
-                    Event::Gone(n) => registry.gone(&call(n)),
+                    Event::Gone(n) => match registry.id(&call(n)) {
+                        Some(id) => registry.remove(id),
+                        None => Vec::new(),
+                    },
                     Event::Remove(id) => registry.remove(id),
                     Event::Resolved(second, hop) => {
                         let path = Registry::paths_of(&numbered(0))[usize::from(second)];
@@ -1680,7 +1899,7 @@ mod tests {
             }
             prop_assert!(map.is_empty());
             prop_assert!(watches.values().all(|&count| count == 0), "{:?}", watches);
-            prop_assert_eq!(registry.free_slots.len(), 8);
+            prop_assert!(registry.slots.is_empty());
         }
     }
 
@@ -1691,14 +1910,20 @@ mod tests {
     ) -> Result<(), TestCaseError> {
         for change in changes {
             match change {
-                Change::Install { key, stream } => {
-                    prop_assert_eq!(map.insert(key, stream.slot), None);
+                Change::Install(spec) => {
+                    prop_assert_eq!(map.insert(spec.key(), spec.slot), None);
                 }
-                Change::Update { key, stream } => {
-                    prop_assert_eq!(map.get(&key), Some(&stream.slot));
+                Change::Update(spec) => {
+                    prop_assert_eq!(map.get(&spec.key()), Some(&spec.slot));
                 }
-                Change::Remove { key, slot } => {
-                    prop_assert_eq!(map.remove(&key), Some(slot));
+                Change::Remove(spec) => {
+                    prop_assert_eq!(map.remove(&spec.key()), Some(spec.slot));
+                }
+                Change::Watch { slot, epoch } | Change::Offload { slot, epoch, .. } => {
+                    prop_assert!(epoch != 0 && map.values().any(|known| *known == slot));
+                }
+                Change::TakeBack { slot } => {
+                    prop_assert!(map.values().any(|known| *known == slot));
                 }
                 Change::Unwatch(path) => *watches.entry(path).or_default() -= 1,
             }

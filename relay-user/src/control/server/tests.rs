@@ -19,7 +19,7 @@ use crate::{
     },
     datapath::AttachMode,
     events::{KEPT, SUBSCRIBERS, Subject, TransitionKind},
-    pair::{Leg, PayloadTypes},
+    pair::{Leg, PayloadTypes, Proof},
 };
 
 /// Cuts off what does not arrive, and nothing else in the time of a test.
@@ -137,9 +137,11 @@ fn report(id: u64, pair: &Pair) -> PairReport {
             .map(|leg| LegReport {
                 local: leg.local,
                 remote: leg.remote,
+                sends_from: leg.sends_from,
                 channel: None,
             })
             .collect(),
+        proof: pair.proof,
         payload_types: pair.payload_types.clone(),
         streams: Vec::new(),
     }
@@ -148,18 +150,20 @@ fn report(id: u64, pair: &Pair) -> PairReport {
 fn status_report() -> StatusReport {
     StatusReport {
         version: "0.1.0".into(),
-        abi: 1,
+        abi: 2,
         pid: 1,
         interface: "eth0".into(),
         ifindex: 2,
         mode: AttachMode::Generic,
         mode_reason: "asked for".into(),
         dscp: crate::config::Dscp::Set(46),
-        pins: "/sys/fs/bpf/relay/v1/eth0".into(),
+        proof: 8,
+        pins: "/sys/fs/bpf/relay/v2/eth0".into(),
         uptime_seconds: 1,
         max_streams: 2,
         pairs: 0,
         streams: 0,
+        lease_ms: 5000,
         offloaded: 0,
         waiting: 0,
         refused: 0,
@@ -221,6 +225,7 @@ fn pair(remote_port: usize) -> Pair {
                 second: 96,
             },
         ],
+        Proof::Wire,
     )
     .expect("pair")
 }
