@@ -186,7 +186,7 @@ impl Controller {
                 }
             }
             FeedEvent::Down { cause } => {
-                tracing::warn!(%cause, "AMI is down: taking back every call");
+                tracing::warn!(%cause, "AMI is down: every call is Asterisk's");
                 if let Some(ami) = &mut self.ami {
                     ami.state = AmiState::Down;
                     ami.cause = Some(cause);
