@@ -1889,6 +1889,8 @@ mod tests {
         HangUp(usize),
         Hold(usize, bool),
         Burst(usize),
+        /// The datapath saw something in the bridge.
+        Ask(usize),
         Pass(u64),
         Latency(u64),
     }
@@ -1903,6 +1905,7 @@ mod tests {
             (0..5usize).prop_map(Step::HangUp),
             (0..5usize, any::<bool>()).prop_map(|(channel, held)| Step::Hold(channel, held)),
             (0..5usize).prop_map(Step::Burst),
+            (0..3usize).prop_map(Step::Ask),
             (0..250u64).prop_map(Step::Pass),
             (0..250u64).prop_map(Step::Pass),
             (1..400u64).prop_map(Step::Latency),
@@ -1916,6 +1919,7 @@ mod tests {
         bridges: HashMap<String, Vec<String>>,
         held: Vec<String>,
         incarnation: [usize; 3],
+        synced: usize,
         standing: HashMap<String, [String; 2]>,
     }
 
@@ -2000,13 +2004,14 @@ mod tests {
                     }
                 }
                 Step::Burst(channel) => events.push(varset(&name(channel))),
-                Step::Pass(_) | Step::Latency(_) => {}
+                Step::Ask(_) | Step::Pass(_) | Step::Latency(_) => {}
             }
             simulation.pbx = self.pbx();
             for event in events {
                 simulation.event(&event);
             }
             match step {
+                Step::Ask(bridge) => simulation.ask(&self.id(*bridge)),
                 Step::Pass(millis) => simulation.pass(Duration::from_millis(*millis)),
                 Step::Latency(millis) => simulation.latency = Duration::from_millis(*millis),
                 _ => {}
@@ -2035,7 +2040,8 @@ mod tests {
                     | FeedEvent::Gone { call } => {
                         self.standing.remove(call.as_str());
                     }
-                    FeedEvent::Up { .. } | FeedEvent::Down { .. } | FeedEvent::Synced => {}
+                    FeedEvent::Synced => self.synced += 1,
+                    FeedEvent::Up { .. } | FeedEvent::Down { .. } => {}
                 }
             }
         }
@@ -2060,7 +2066,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(300))]
 
         /// After every event: an offer stands only for two channels that are alone together and
-        /// not held. And once it is quiet, every such pair is offered.
+        /// not held. And once it is quiet, every such pair is offered, and is confirmed when asked for.
         #[test]
         fn no_offer_outlives_its_bridge(steps in proptest::collection::vec(step(), 1..80)) {
             let mut world = World::default();
@@ -2075,6 +2081,15 @@ mod tests {
             simulation.pass(10 * SECOND);
             world.listen(&mut simulation);
             prop_assert_eq!(&world.standing, &world.pairs());
+            prop_assert_eq!(world.synced, 1);
+
+            // Whatever stands is confirmed.
+            simulation.told.clear();
+            for call in world.standing.keys() {
+                simulation.ask(call);
+            }
+            simulation.pass(2 * SECOND);
+            prop_assert_eq!(simulation.told().len(), world.standing.len());
         }
 
         /// Whatever the server says, the tracker neither panics nor forgets to be bounded.
