@@ -20,7 +20,7 @@ use crate::{
         socket::ControlSocket,
     },
     controller::{Controller, Handled},
-    datapath::{self, AttachMode, Datapath, DatapathError},
+    datapath::{self, Adopted, AttachMode, Datapath, DatapathError},
     next_hop::{self, Changes, Interface, Interfaces},
     privileges,
 };
@@ -66,15 +66,17 @@ pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
 /// Refuses an interface that cannot be attached to, before anything is touched.
 fn check_interface(interface: &Interface) -> anyhow::Result<()> {
     let name = &interface.name;
-    if let Some(other) = interface.xdp.first() {
+    for program in &interface.xdp {
         // Detaching our own program by hand, as that error advises, would take calls from under a
         // daemon.
         datapath::check_unserved(name)?;
-        return Err(DatapathError::OtherProgram {
-            interface: name.clone(),
-            program: datapath::describe_program(other.id),
+        if !datapath::owns(name, interface.index, program.id)? {
+            return Err(DatapathError::OtherProgram {
+                interface: name.clone(),
+                program: datapath::describe_program(program.id),
+            }
+            .into());
         }
-        .into());
     }
     if interface.mac.is_none() {
         bail!(
@@ -109,7 +111,11 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         }),
         None => None,
     };
-    let (datapath, mode_reason) = attach_datapath(&settings, interface)?;
+    let Attached {
+        datapath,
+        adopted,
+        mode_reason,
+    } = attach_datapath(&settings, interface)?;
     privileges::keep_for_serving()?;
     let (next_hops, resolver, changes) = next_hop::open(interface.index)?;
     tracing::info!(
@@ -209,41 +215,59 @@ async fn next(events: &mut Option<mpsc::Receiver<FeedEvent>>) -> Option<FeedEven
     }
 }
 
+/// A datapath at work, what an earlier daemon left in it, and why it runs in its mode.
+struct Attached {
+    datapath: Datapath,
+    adopted: Option<Adopted>,
+    mode_reason: String,
+}
+
 /// Attaches in the mode asked for, or in the one that works here; says why that one.
-fn attach_datapath(
-    settings: &AttachSettings,
-    interface: &Interface,
-) -> anyhow::Result<(Datapath, String)> {
+fn attach_datapath(settings: &AttachSettings, interface: &Interface) -> anyhow::Result<Attached> {
     let attach =
         |mode| Datapath::attach(&interface.name, interface.index, mode, settings.max_streams);
     // veth_xdp_flush() in drivers/net/veth.c: frames sent by XDP_TX are delivered only when the
     // peer runs an XDP program too, and lost without one.
     let veth = interface.kind.as_deref() == Some("veth");
-    match settings.mode {
+    let (attached, mode_reason) = match settings.mode {
         Mode::Native => {
-            let datapath = attach(AttachMode::Native)?;
-            Ok(if veth {
+            let attached = attach(AttachMode::Native)?;
+            if veth {
                 let reason = "asked for; loses what it relays unless the veth's peer runs an XDP program too";
                 tracing::warn!(interface = interface.name, "native XDP on veth {reason}");
-                (datapath, reason.to_owned())
+                (attached, reason.to_owned())
             } else {
-                (datapath, "asked for".to_owned())
-            })
-        }
-        Mode::Generic => Ok((attach(AttachMode::Generic)?, "asked for".to_owned())),
-        Mode::Auto if veth => Ok((
-            attach(AttachMode::Generic)?,
-            "native XDP on veth loses packets unless the peer runs an XDP program too".to_owned(),
-        )),
-        Mode::Auto => match attach(AttachMode::Native) {
-            Ok(datapath) => Ok((datapath, "the driver supports native XDP".to_owned())),
-            Err(DatapathError::NativeRefused { source, .. }) => {
-                let reason = format!("the driver refuses native XDP ({source})");
-                Ok((attach(AttachMode::Generic)?, reason))
+                (attached, "asked for".to_owned())
             }
-            Err(error) => Err(error.into()),
+        }
+        Mode::Generic => (attach(AttachMode::Generic)?, "asked for".to_owned()),
+        Mode::Auto => match datapath::attached_mode(&interface.name, interface.index)? {
+            // To try another mode, calls would have to be taken back.
+            Some(mode) => (
+                attach(mode)?,
+                "carried on from the daemon before".to_owned(),
+            ),
+            None if veth => (
+                attach(AttachMode::Generic)?,
+                "native XDP on veth loses packets unless the peer runs an XDP program too"
+                    .to_owned(),
+            ),
+            None => match attach(AttachMode::Native) {
+                Ok(attached) => (attached, "the driver supports native XDP".to_owned()),
+                Err(DatapathError::NativeRefused { source, .. }) => {
+                    let reason = format!("the driver refuses native XDP ({source})");
+                    (attach(AttachMode::Generic)?, reason)
+                }
+                Err(error) => return Err(error.into()),
+            },
         },
-    }
+    };
+    let (datapath, adopted) = attached;
+    Ok(Attached {
+        datapath,
+        adopted,
+        mode_reason,
+    })
 }
 
 /// Tells systemd, where it listens (sd_notify(3)).
@@ -253,12 +277,16 @@ fn notify(states: &[NotifyState<'_>]) {
     }
 }
 
-/// Removes the pins that a daemon which was killed left for an interface; returns whether there were
-/// any. Its program and maps went with it. Refuses while a daemon serves that interface, on whatever
+/// Removes what daemons that no longer run left for an interface, attached or pinned, of every version;
+/// returns whether there was anything. Refuses while a daemon serves that interface, on whatever
 /// socket.
 ///
 /// # Errors
 /// What kept a thing from being removed.
 pub fn remove_leftovers(interface: &str) -> anyhow::Result<bool> {
-    Ok(!datapath::remove_leftovers(interface)?.is_empty())
+    let removed = datapath::remove_leftovers(interface)?;
+    for what in &removed {
+        tracing::info!("removed {what}");
+    }
+    Ok(!removed.is_empty())
 }
