@@ -12,7 +12,7 @@ use std::{
 
 use relay_common::{
     reason,
-    stream::{ABI_VERSION, State, Stream, StreamKey, ticks},
+    stream::{ABI_VERSION, Address, State, Stream, StreamKey, ticks},
 };
 use tokio::sync::mpsc;
 
@@ -131,9 +131,18 @@ impl Controller {
     /// # Errors
     /// [`ControllerError`].
     pub async fn adopt(&mut self, streams: &[(StreamKey, Stream)]) -> Result<(), ControllerError> {
+        // Scouts have another stream's slot: a round that goes on must not end with them.
+        let (streams, scouts): (Vec<_>, Vec<_>) = streams
+            .iter()
+            .partition(|(key, _)| key.local_address != Address::default());
+        let scouts: Vec<_> = scouts
+            .iter()
+            .map(|(key, stream)| stream.spec(key))
+            .collect();
+        self.withdraw(&scouts);
         let (heirlooms, orphans) = self
             .registry
-            .heirlooms(streams, |slot| self.datapath.state(slot));
+            .heirlooms(&streams, |slot| self.datapath.state(slot));
         for orphan in orphans {
             tracing::warn!(pair = orphan.pair, "a stream without its opposite is removed");
             self.apply(vec![Change::Remove(orphan)]).await?;
@@ -188,14 +197,15 @@ impl Controller {
         }
     }
 
+    /// Whether the datapath is to stay when the daemon ends.
+    #[must_use]
+    pub const fn persists(&self) -> bool {
+        self.settings.persist
+    }
+
     /// Ends the controller, and leaves the datapath to the lease.
     pub fn leave(self) {
         self.datapath.leave();
-    }
-
-    /// The datapath's next event. It may be dropped and asked for again.
-    pub async fn wire_event(&mut self) -> relay_common::stream::Event {
-        self.datapath.next_event().await
     }
 
     /// Does what is due: the lease, what the maps tell, calls that are not confirmed.

@@ -245,6 +245,11 @@ impl Interfaces {
             })
     }
 
+    /// The interface of that index, if there is one.
+    pub fn indexed(&self, index: u32) -> Option<&Interface> {
+        self.0.iter().find(|interface| interface.index == index)
+    }
+
     /// The VLAN devices directly on the interface of this index.
     pub fn vlans_on(&self, index: u32) -> impl Iterator<Item = &Interface> {
         self.0
