@@ -41,7 +41,7 @@ pub enum Proof {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pair {
     /// The first and the second leg. They differ in both addresses and share one family.
-    pub legs: [Leg; 2],
+    pub legs: Box<[Leg; 2]>,
     /// What is relayed where no proof is asked for; every other payload type stays with the PBX. Up
     /// to 8 entries. With proof, the wire tells.
     pub payload_types: Vec<PayloadTypes>,
@@ -269,7 +269,7 @@ impl Pair {
             }
         }
         Ok(Self {
-            legs,
+            legs: Box::new(legs),
             payload_types,
             proof,
         })

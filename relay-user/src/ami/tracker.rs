@@ -216,7 +216,7 @@ enum Said {
     Refused(Refusal),
     Offered {
         channels: [String; 2],
-        legs: [LegFacts; 2],
+        legs: Box<[LegFacts; 2]>,
     },
 }
 
@@ -921,7 +921,7 @@ impl Tracker {
                     conditions::unmoved(&channels[leg], &legs[leg], &answers[leg])
                 });
                 match stands {
-                    Ok(()) => Ok((channels, legs.clone())),
+                    Ok(()) => Ok((channels, *legs.clone())),
                     Err(refusal) => {
                         // What it is now takes every condition again, and at once.
                         self.touch(call, now, || refusal.to_string());
@@ -974,7 +974,7 @@ impl Tracker {
         let confirm = std::mem::take(&mut bridge.confirm);
         let wait = match verdict {
             Ok((channels, legs, pair)) => {
-                let same = matches!(&bridge.said, Said::Offered { channels: c, legs: l } if *c == channels && *l == legs);
+                let same = matches!(&bridge.said, Said::Offered { channels: c, legs: l } if *c == channels && **l == legs);
                 if same && confirm && !full {
                     // The question came in the middle of a poll, which answers a smaller one.
                     bridge.confirm = true;
@@ -984,7 +984,7 @@ impl Tracker {
                         let rtp_timeout = [legs[0].rtp_timeout, legs[1].rtp_timeout];
                         bridge.said = Said::Offered {
                             channels: channels.clone(),
-                            legs,
+                            legs: Box::new(legs),
                         };
                         self.tell(FeedEvent::Offer {
                             call: call.clone(),
