@@ -223,8 +223,12 @@ impl Controller {
     pub async fn tick(&mut self, now: Instant) -> Result<(), ControllerError> {
         self.renew_lease().await?;
         if self.confirm_by.is_some_and(|by| now >= by) {
-            self.drop_unconfirmed("Asterisk did not confirm it in time")
-                .await?;
+            let down = self.ami.as_ref().filter(|ami| ami.state == AmiState::Down);
+            let why = match down.and_then(|ami| ami.cause.as_deref()) {
+                Some(cause) => format!("AMI is down: {cause}"),
+                None => "Asterisk did not confirm it in time".to_owned(),
+            };
+            self.drop_unconfirmed(&why).await?;
         }
         self.look(now).await
     }
