@@ -278,15 +278,10 @@ fn notify(states: &[NotifyState<'_>]) {
 }
 
 /// Removes what daemons that no longer run left for an interface, attached or pinned, of every version;
-/// returns whether there was anything. Refuses while a daemon serves that interface, on whatever
-/// socket.
+/// says what that was. Refuses while a daemon serves that interface, on whatever socket.
 ///
 /// # Errors
 /// What kept a thing from being removed.
-pub fn remove_leftovers(interface: &str) -> anyhow::Result<bool> {
-    let removed = datapath::remove_leftovers(interface)?;
-    for what in &removed {
-        tracing::info!("removed {what}");
-    }
-    Ok(!removed.is_empty())
+pub fn remove_leftovers(interface: &str) -> anyhow::Result<Vec<String>> {
+    Ok(datapath::remove_leftovers(interface)?)
 }
