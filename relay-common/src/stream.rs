@@ -279,6 +279,29 @@ abi! {
     }
 }
 
+impl Stream {
+    /// What the stream was made of. `key` is its key in `STREAMS`.
+    #[must_use]
+    pub fn spec(&self, key: &StreamKey) -> StreamSpec {
+        let endpoint = |address, port| Endpoint { address, port };
+        StreamSpec {
+            source: endpoint(self.source, self.source_port),
+            local: endpoint(key.local_address, key.local_port),
+            new_source: endpoint(self.new_source, self.new_source_port),
+            new_destination: endpoint(self.new_destination, self.new_destination_port),
+            next_hop: self.next_hop,
+            dscp: self.dscp,
+            slot: self.slot,
+            opposite_slot: self.opposite_slot,
+            keepalive: self.keepalive,
+            pair: self.pair,
+            leg: self.leg,
+            feed: self.feed,
+            proof: self.proof,
+        }
+    }
+}
+
 /// Values of [`Stream::feed`].
 pub mod feed {
     /// The control socket.
