@@ -336,10 +336,15 @@ fn notify(states: &[NotifyState<'_>]) {
 }
 
 /// Removes what daemons that no longer run left for an interface, attached or pinned, of every version;
-/// says what that was. Refuses while a daemon serves that interface, on whatever socket.
+/// returns whether there was anything. Refuses while a daemon serves that interface, on whatever
+/// socket.
 ///
 /// # Errors
 /// What kept a thing from being removed.
-pub fn remove_leftovers(interface: &str) -> anyhow::Result<Vec<String>> {
-    Ok(datapath::remove_leftovers(interface)?)
+pub fn remove_leftovers(interface: &str) -> anyhow::Result<bool> {
+    let removed = datapath::remove_leftovers(interface)?;
+    for what in &removed {
+        tracing::info!("removed {what}");
+    }
+    Ok(!removed.is_empty())
 }
