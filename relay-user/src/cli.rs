@@ -429,8 +429,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
             form,
         }) => {
             payload_types.extend(more_payload_types);
-            let pair =
-                Pair::new([first, second], payload_types, proof).map_err(|error| unfit("add", error))?;
+            let pair = Pair::new([first, second], payload_types, proof)
+                .map_err(|error| unfit("add", error))?;
             ask(target, form, Request::Add(pair))
         }
         Verb::List(List { target, form }) => ask(target, form, Request::List),

@@ -938,7 +938,10 @@ mod tests {
             ("silence = -1", "`-1` is no length of time: write seconds"),
             ("expire = 0", "`0` is no length of time"),
             ("keepalive = nan", "is no length of time"),
-            ("keepalive = \"3\"", "is a string: write a number of seconds"),
+            (
+                "keepalive = \"3\"",
+                "is a string: write a number of seconds",
+            ),
             ("persist = 1", "is a whole number: write true or false"),
             ("socket = \"\"", "the path is empty"),
             ("ami = 1", "`ami` is a whole number: write a table: [ami]"),

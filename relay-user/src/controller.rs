@@ -144,7 +144,10 @@ impl Controller {
             .registry
             .heirlooms(&streams, |slot| self.datapath.state(slot));
         for orphan in orphans {
-            tracing::warn!(pair = orphan.pair, "a stream without its opposite is removed");
+            tracing::warn!(
+                pair = orphan.pair,
+                "a stream without its opposite is removed"
+            );
             self.apply(vec![Change::Remove(orphan)]).await?;
         }
         for heirloom in heirlooms {
@@ -161,7 +164,12 @@ impl Controller {
                         self.unconfirmed.insert(id);
                     }
                     self.wire.begin(id, Instant::now());
-                    self.tell(id, None, TransitionKind::Adopted, "left by an earlier daemon");
+                    self.tell(
+                        id,
+                        None,
+                        TransitionKind::Adopted,
+                        "left by an earlier daemon",
+                    );
                     self.notice(id);
                 }
                 Err(refusal) => {
@@ -215,7 +223,8 @@ impl Controller {
     pub async fn tick(&mut self, now: Instant) -> Result<(), ControllerError> {
         self.renew_lease().await?;
         if self.confirm_by.is_some_and(|by| now >= by) {
-            self.drop_unconfirmed("Asterisk did not confirm it in time").await?;
+            self.drop_unconfirmed("Asterisk did not confirm it in time")
+                .await?;
         }
         self.look(now).await
     }
@@ -273,8 +282,7 @@ impl Controller {
                     Err(refusal) => {
                         let subject = Subject::feed(Feed::Api);
                         let cause = refusal.to_string();
-                        self.events
-                            .publish(subject, TransitionKind::Refused, cause);
+                        self.events.publish(subject, TransitionKind::Refused, cause);
                         Err(refusal.into())
                     }
                 };

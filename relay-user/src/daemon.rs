@@ -131,9 +131,7 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         "attached"
     );
 
-    let wire = datapath
-        .events()
-        .context("cannot listen to the datapath")?;
+    let wire = datapath.events().context("cannot listen to the datapath")?;
 
     let stop = CancellationToken::new();
     let bus = EventBus::new();

@@ -678,9 +678,9 @@ impl Registry {
     pub fn restart(&mut self, id: u64, state: impl Fn(u32) -> State) -> Vec<Change> {
         (0..2)
             .filter_map(|index| {
-                let stopped = self.stream_mut(id, index).is_some_and(|stream| {
-                    stream_state(stream, &state) == StreamState::Suspended
-                });
+                let stopped = self
+                    .stream_mut(id, index)
+                    .is_some_and(|stream| stream_state(stream, &state) == StreamState::Suspended);
                 stopped.then(|| self.start(id, index)).flatten()
             })
             .collect()
@@ -693,9 +693,9 @@ impl Registry {
                 let stream = self.stream_mut(id, index)?;
                 stream.epoch = 0;
                 stream.why = Some(why.to_owned());
-                stream.installed.map(|spec| Change::TakeBack {
-                    slot: spec.slot,
-                })
+                stream
+                    .installed
+                    .map(|spec| Change::TakeBack { slot: spec.slot })
             })
             .collect()
     }
@@ -1079,7 +1079,9 @@ impl Registry {
         let (pair, streams) = match body {
             Body::Held { pair, streams, .. } => (pair, streams),
             Body::Aside { pair, .. } => {
-                return pair.as_ref().map_or_else(Vec::new, |pair| pair.payload_types.clone());
+                return pair
+                    .as_ref()
+                    .map_or_else(Vec::new, |pair| pair.payload_types.clone());
             }
         };
         if self.proof_of(pair) == 0 {
@@ -1214,7 +1216,12 @@ fn why_not(stream: &StreamEntry, stream_state: StreamState, state: &State) -> Op
             Resolution::Unreachable(error) => error.to_string(),
             Resolution::Known(_) => VLANS_DIFFER.to_owned(),
         }),
-        StreamState::Suspended => Some(stream.why.clone().unwrap_or_else(|| "taken back".to_owned())),
+        StreamState::Suspended => Some(
+            stream
+                .why
+                .clone()
+                .unwrap_or_else(|| "taken back".to_owned()),
+        ),
         StreamState::Watching if state.last_seen == 0 => {
             Some(format!("proof 0/{of}: no packet from the phone yet"))
         }
@@ -1255,7 +1262,11 @@ fn difference(state: &State) -> &'static str {
         "the PBX sends it with another SSRC"
     } else if !near(sequence(heard), sequence(sent), 1) {
         "the PBX sends it with other sequence numbers"
-    } else if !near(number(heard.rtp.timestamp), number(sent.rtp.timestamp), 6000) {
+    } else if !near(
+        number(heard.rtp.timestamp),
+        number(sent.rtp.timestamp),
+        6000,
+    ) {
         "the PBX sends it with other timestamps"
     } else if heard.length != sent.length {
         "the PBX sends packets of another length"
@@ -1474,7 +1485,10 @@ mod tests {
             (opposite.opposite_slot, opposite.slot)
         );
         let renumbered = |types: &[PayloadType]| (types[1].from, types[1].to);
-        assert_eq!((renumbered(there), renumbered(back)), ((101, 96), (96, 101)));
+        assert_eq!(
+            (renumbered(there), renumbered(back)),
+            ((101, 96), (96, 101))
+        );
         assert_eq!((stream.dscp, stream.keepalive), (46, 0));
 
         let report = registry.report(id, offloaded, 0).expect("report");
@@ -1554,7 +1568,9 @@ mod tests {
         );
         // A chain is no circle.
         let chain = pair("198.51.100.1:1=192.0.2.1:1", "198.51.100.9:9=192.0.2.99:9");
-        registry.add(Origin::Api, chain, hop(), UNKNOWN).expect("no circle");
+        registry
+            .add(Origin::Api, chain, hop(), UNKNOWN)
+            .expect("no circle");
 
         let error = registry
             .add(Origin::Api, numbered(0), hop(), UNKNOWN)
@@ -1586,7 +1602,9 @@ mod tests {
     fn a_call_set_aside_keeps_its_number_and_frees_its_streams() {
         let mut registry = registry(2);
         let hop = || [known(1), known(2)];
-        let (id, _) = registry.add(from_ami(1), numbered(0), hop(), UNKNOWN).expect("room");
+        let (id, _) = registry
+            .add(from_ami(1), numbered(0), hop(), UNKNOWN)
+            .expect("room");
         let changes = registry.set_aside(
             &call(1),
             None,
@@ -1654,7 +1672,10 @@ mod tests {
         let words = |state: State| {
             let report = registry.report(id, |_| state, 2000).expect("report");
             assert_eq!(report.state, PairState::Waiting);
-            assert_eq!(report.streams[0].silent_ms, (state.last_seen != 0).then_some(1048));
+            assert_eq!(
+                report.streams[0].silent_ms,
+                (state.last_seen != 0).then_some(1048)
+            );
             report.why.expect("why")
         };
         assert_eq!(
@@ -1674,7 +1695,10 @@ mod tests {
         let mut transcoded = watching;
         transcoded.unequal = 1;
         transcoded.sent.rtp.ssrc = [7, 7].map(relay_common::wire::Be16::new);
-        assert_eq!(words(transcoded), "proof 0/8: the PBX sends it with another SSRC");
+        assert_eq!(
+            words(transcoded),
+            "proof 0/8: the PBX sends it with another SSRC"
+        );
         assert!(
             words(State {
                 unequal: 1,
@@ -1794,7 +1818,10 @@ mod tests {
         assert_eq!((report.state, report.call), (PairState::Offloaded, None));
         assert_eq!(after.recognise(&call(1), &numbered(3), &[]), None);
         let channels = ["PJSIP/a".to_owned(), "PJSIP/b".to_owned()];
-        assert_eq!(after.recognise(&call(1), &proven_pair(), &channels), Some(ami));
+        assert_eq!(
+            after.recognise(&call(1), &proven_pair(), &channels),
+            Some(ami)
+        );
         assert_eq!(after.held_as(&call(1), &proven_pair()), Some(ami));
 
         let (new, changes) = after

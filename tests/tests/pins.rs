@@ -420,6 +420,16 @@ fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
             site.leave(datapath);
             for pin in gone {
                 site.remove(&format!("{DIRECTORY}/{pin}"));
+                // The kernel detaches a link without a pin a moment later.
+                let deadline = Instant::now() + PATIENCE;
+                while match pin.as_str() {
+                    names::XDP_LINK => site.xdp().is_some(),
+                    names::OBSERVER_LINK => !site.observers().is_empty(),
+                    _ => false,
+                } {
+                    assert!(Instant::now() < deadline, "still attached");
+                    thread::yield_now();
+                }
             }
             for pin in staged {
                 site.rename(
@@ -429,10 +439,7 @@ fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
             }
             if detach {
                 let removed = site.remove_leftovers().expect(&what);
-                assert!(
-                    removed.len() == 1 && removed[0].starts_with(DIRECTORY),
-                    "{removed:?}"
-                );
+                assert!(removed[0].starts_with(DIRECTORY), "{removed:?}");
             } else {
                 let datapath = site.fresh(GENERIC, MAX_STREAMS);
                 let pinned = site.pinned();
@@ -442,6 +449,49 @@ fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
             site.nothing_left();
         }
     }
+}
+
+#[test]
+fn what_a_killed_daemon_had_begun_to_replace_is_carried_on() {
+    let site = Site::new();
+    let mut datapath = site.fresh(GENERIC, MAX_STREAMS);
+    site.offload(&mut datapath);
+    site.talk();
+    site.leave(datapath);
+    let before = site.pinned();
+    let next = format!("{DIRECTORY}/next");
+    site.host().run(|| {
+        fs::create_dir(&next).expect("folder");
+        let map = MapData::from_pin(format!("{DIRECTORY}/LEASE")).expect("map");
+        map.pin(format!("{next}/LEASE")).expect("pinned");
+        // The last step before the earlier instance is touched.
+        let link = PinnedLink::from_pin(format!("{DIRECTORY}/xdp_link")).expect("link");
+        FdLink::from(link)
+            .pin(format!("{next}/xdp_link"))
+            .expect("pinned");
+    });
+    // One that cannot begin touches nothing.
+    let alien = format!("{DIRECTORY}/alien");
+    site.host().run(|| {
+        let map = MapData::from_pin(format!("{DIRECTORY}/STATE")).expect("map");
+        map.pin(&alien).expect("pinned");
+    });
+    let refused = site.attach(GENERIC, MAX_STREAMS).map(drop);
+    assert!(
+        matches!(refused, Err(DatapathError::ForeignPin { .. })),
+        "{refused:?}"
+    );
+    site.goes_on(20);
+    site.remove(&alien);
+    let (datapath, _) = site.adopt();
+    assert!(!site.exists(&next));
+    let now = site.pinned();
+    assert_eq!((&now.links, &now.maps), (&before.links, &before.maps));
+    site.whole(&now, "adopted");
+    site.goes_on(20);
+    assert_eq!(site.passed(), 0, "packets through the slow path");
+    site.drop(datapath);
+    site.nothing_left();
 }
 
 #[test]

@@ -45,7 +45,8 @@ impl Controller {
                     .await?;
             }
             FeedEvent::TakeBack { call, cause } => {
-                self.set_aside(&call, None, PairState::Waiting, cause).await?;
+                self.set_aside(&call, None, PairState::Waiting, cause)
+                    .await?;
             }
             FeedEvent::Gone { call } => {
                 if let Some(id) = self.registry.id(&call) {
@@ -171,12 +172,10 @@ impl Controller {
             .registry
             .id(call)
             .is_some_and(|id| self.registry.is_held(id));
-        let changes = self
-            .registry
-            .set_aside(call, channels, state, why.clone());
+        let changes = self.registry.set_aside(call, channels, state, why.clone());
         if let Some(id) = self.registry.id(call) {
             let leftovers = self.wire.end(id);
-        self.withdraw(&leftovers);
+            self.withdraw(&leftovers);
             self.unconfirmed.remove(&id);
             if held {
                 self.tell(id, None, TransitionKind::TakenBack, &why);

@@ -74,7 +74,11 @@ impl Watch {
     /// A pair is no longer in its care. Returns what is left of it in the maps.
     pub(super) fn end(&mut self, id: u64) -> Vec<StreamSpec> {
         let vigil = self.pairs.remove(&id);
-        vigil.into_iter().flat_map(|vigil| vigil.scouts).flatten().collect()
+        vigil
+            .into_iter()
+            .flat_map(|vigil| vigil.scouts)
+            .flatten()
+            .collect()
     }
 }
 
@@ -118,7 +122,10 @@ impl Controller {
             event::PROVEN => {
                 let types = event.payload_type;
                 let cause = if types.from == types.to {
-                    format!("payload type {} came out of the PBX as it went in", types.from)
+                    format!(
+                        "payload type {} came out of the PBX as it went in",
+                        types.from
+                    )
                 } else {
                     format!(
                         "payload type {} came out of the PBX as it went in, renumbered {}",
