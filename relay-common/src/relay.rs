@@ -160,7 +160,7 @@ struct Moment {
 
 /// 0 says "never" in a [`State`].
 #[inline(always)]
-const fn nonzero(ticks: u32) -> u32 {
+pub(crate) const fn nonzero(ticks: u32) -> u32 {
     if ticks == 0 { 1 } else { ticks }
 }
 
@@ -247,11 +247,16 @@ pub(crate) fn rtp<P: Packet + ?Sized>(
 /// Tells the controller of a thing that may come with every packet, at times.
 #[inline(always)]
 fn report_at_times(state: *mut State, now_ticks: u32, event: &Event, tables: &impl Tables) {
-    let reported = load!(state, reported);
-    if reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL {
+    if is_report_due(load!(state, reported), now_ticks) {
         store!(state, now_ticks, reported);
         tables.report(event);
     }
+}
+
+/// Whether the last report, 0 for none, is long enough ago for another.
+#[inline(always)]
+pub(crate) const fn is_report_due(reported: u32, now_ticks: u32) -> bool {
+    reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL
 }
 
 /// Rewrites the packet, or says why it is Asterisk's.
@@ -304,11 +309,13 @@ fn is_keepalive_due(stream: &Stream, state: *mut State, moment: &Moment) -> bool
 /// Those of payload types that it may well keep to itself do not count.
 #[inline(always)]
 fn is_unanswered(state: *mut State, reason: Reason) -> bool {
-    let mut unanswered = if load!(state, noted) == load!(state, echoed) {
-        0
-    } else {
-        load!(state, unanswered)
-    };
+    let echoed = load!(state, echoed);
+    let mut unanswered = load!(state, unanswered);
+    // A PBX that takes longer than from one packet to the next always owes one, but answers.
+    if echoed != load!(state, answered) || echoed == load!(state, noted) {
+        store!(state, echoed, answered);
+        unanswered = 0;
+    }
     if reason != Reason::PayloadType {
         unanswered += 1;
     }
