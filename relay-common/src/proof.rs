@@ -8,7 +8,7 @@ use crate::{
     packet::{Packet, Tables},
     parse::parse,
     reason::Reason,
-    relay::{is_time_to_report, nonzero, payload, rtp, u32_of},
+    relay::{is_report_due, nonzero, payload, rtp, u32_of},
     state::{load, store},
     stream::{
         Address, Event, Facts, NOTES, OutLeg, PAYLOAD_TYPES, PayloadType, State, StreamKey, event,
@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// How fresh the last packet of a stream is while the stream flows, ticks.
-const FLOWING: u32 = ticks(1_000_000_000);
+const FLOWING: i32 = ticks(1_000_000_000) as i32;
 
 /// In the second byte of RTP.
 const MARKER: u8 = 0x80;
@@ -116,7 +116,7 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
     if expected
         && let Some(digest) = digest(packet, at, length)
         && let Some((number, from)) = recall(state, digest)
-        && let Some(learned) = learn(state, out, number, from, rtp.marker_type, mode)
+        && let Some(learned) = learn(state, out, number, from, rtp.marker_type)
     {
         if let Learned::Proven(payload_type) = learned {
             store!(state, epoch, proven);
@@ -135,7 +135,8 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
         // Asterisk sends it because it has not sent for a while. Where the stream flows it has only
         // not seen it flow, and a number out of sequence would confuse the phone. Where the phone
         // at the other end is silent, it would have sent this without us too.
-        let age = ticks(now).wrapping_sub(load!(state, last_seen));
+        // The receiver may have seen a packet since the clock was read: below 0, then.
+        let age = ticks(now).wrapping_sub(load!(state, last_seen)) as i32;
         return (age < FLOWING).then_some(Reason::ComfortNoise);
     }
     store!(state, Facts::new(&rtp, length), sent);
@@ -176,9 +177,11 @@ fn sent_from(key: &StreamKey, to: (Address, u16), tables: &impl Tables) {
     };
     let now = tables.now();
     let now_ticks = nonzero(ticks(now));
-    let expected = to.0.is(&out.remote) && to.1 == out.remote_port;
-    if expected && is_time_to_report(load!(state, reported_out), now_ticks) {
-        store!(state, now_ticks, reported_out);
+    if to.0.is(&out.remote)
+        && to.1 == out.remote_port
+        && is_report_due(load!(state, sent_reported), now_ticks)
+    {
+        store!(state, now_ticks, sent_reported);
         tables.report(&Event {
             kind: event::SENT_FROM,
             slot: out.slot,
@@ -230,14 +233,7 @@ enum Learned {
 /// Draws the conclusions from a packet that came out equal but for its marker and payload type.
 /// None: those contradict what is known.
 #[inline(always)]
-fn learn(
-    state: *mut State,
-    out: &OutLeg,
-    number: u32,
-    from: u8,
-    to: u8,
-    mode: u32,
-) -> Option<Learned> {
+fn learn(state: *mut State, out: &OutLeg, number: u32, from: u8, to: u8) -> Option<Learned> {
     // Asterisk sets a marker on the first packet that it forwards. It takes none away.
     let marked = to & MARKER != from & MARKER;
     if marked && from & MARKER != 0 {
@@ -252,21 +248,25 @@ fn learn(
         return None;
     }
     let echoed = load!(state, echoed);
-    let in_a_row = number == echoed.wrapping_add(1);
-    // An echo that comes late has been overtaken already.
-    if number.wrapping_sub(echoed) as i32 > 0 {
-        store!(state, number, echoed);
+    // What is missing ends every row: it may have been of the payload type that is being proven.
+    if number != echoed.wrapping_add(1) {
+        store!(state, 0, equal);
     }
+    // Late, it has been overtaken already.
+    if number.wrapping_sub(echoed) as i32 <= 0 {
+        return Some(Learned::Nothing);
+    }
+    store!(state, number, echoed);
     if known.is_some() {
         return Some(Learned::Nothing);
     }
-    if marked && mode == mode::WATCHING {
+    if marked {
         store!(state, 0, equal);
         return Some(Learned::Nothing);
     }
     let trial = load!(state, trial);
     let mut equal = 1;
-    if in_a_row && trial.from == payload_type.from && trial.to == payload_type.to {
+    if trial.from == payload_type.from && trial.to == payload_type.to {
         equal = load!(state, equal).saturating_add(1);
     }
     store!(state, payload_type, trial);

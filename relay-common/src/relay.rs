@@ -244,20 +244,19 @@ pub(crate) fn rtp<P: Packet + ?Sized>(
     Ok(*packet.header::<Rtp>(at)?)
 }
 
-/// Whether to tell the controller, at `now`, of a thing that may come with every packet. `last` is
-/// when it was told before; all in ticks.
-#[inline(always)]
-pub(crate) const fn is_time_to_report(last: u32, now: u32) -> bool {
-    last == 0 || now.wrapping_sub(last) >= REPORT_INTERVAL
-}
-
-/// Tells the controller, at times.
+/// Tells the controller of a thing that may come with every packet, at times.
 #[inline(always)]
 fn report_at_times(state: *mut State, now_ticks: u32, event: &Event, tables: &impl Tables) {
-    if is_time_to_report(load!(state, reported), now_ticks) {
+    if is_report_due(load!(state, reported), now_ticks) {
         store!(state, now_ticks, reported);
         tables.report(event);
     }
+}
+
+/// Whether the last report, 0 for none, is long enough ago for another.
+#[inline(always)]
+pub(crate) const fn is_report_due(reported: u32, now_ticks: u32) -> bool {
+    reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL
 }
 
 /// Rewrites the packet, or says why it is Asterisk's.
@@ -310,11 +309,13 @@ fn is_keepalive_due(stream: &Stream, state: *mut State, moment: &Moment) -> bool
 /// Those of payload types that it may well keep to itself do not count.
 #[inline(always)]
 fn is_unanswered(state: *mut State, reason: Reason) -> bool {
-    let mut unanswered = if load!(state, noted) == load!(state, echoed) {
-        0
-    } else {
-        load!(state, unanswered)
-    };
+    let echoed = load!(state, echoed);
+    let mut unanswered = load!(state, unanswered);
+    // A PBX that takes longer than from one packet to the next always owes one, but answers.
+    if echoed != load!(state, answered) || echoed == load!(state, noted) {
+        store!(state, echoed, answered);
+        unanswered = 0;
+    }
     if reason != Reason::PayloadType {
         unanswered += 1;
     }

@@ -445,8 +445,8 @@ abi! {
     /// Apart from [`Stream`], because a map update replaces a value whole: counters in there would
     /// be lost whenever a MAC changes. Every field has one writer, so that none needs an atomic
     /// operation: the controller, the *receiver* (the program that relays) or the *observer* (the
-    /// program that watches what the PBX sends). The one exception, `suspended`, only ever becomes
-    /// `epoch`. One CPU receives as long as a flow stays on its queue; while it moves a count can be
+    /// program that watches what the PBX sends). Of the exceptions, `suspended` only ever becomes
+    /// `epoch`, and the observer strikes out a note whose packet has come. One CPU receives as long as a flow stays on its queue; while it moves a count can be
     /// lost, never a packet.
     ///
     /// The first 64 bytes are what a relayed packet touches.
@@ -479,8 +479,7 @@ abi! {
         pub last_rtcp: u32,
         /// Receiver: packets in a row, of proven payload types, that still await an echo.
         pub unanswered: u32,
-        /// Receiver: ticks of the last report of an unexpected source or address; 0 before the
-        /// first.
+        /// Receiver: ticks of the last report of an unexpected source or address.
         pub reported: u32,
         /// Observer: the epoch that the fields below and `payload_types` belong to.
         pub watched: u32,
@@ -491,16 +490,16 @@ abi! {
         /// Observer: packets that came out of the PBX unlike any that went in.
         pub unequal: u32,
         /// Receiver: a digest of each packet on its way through the PBX, and in the lowest byte its
-        /// marker and payload type; 0 for none.
+        /// marker and payload type; 0 for none, as after the observer has seen it come out.
         pub notes: [u64; NOTES],
         /// Receiver: the last packet passed up.
         pub heard: Facts,
         /// Observer: the last packet of the PBX's that equals none.
         pub sent: Facts,
-        /// Observer: ticks of the last report of an unexpected address; 0 before the first.
-        pub reported_out: u32,
-        /// Always 0.
-        pub padding: [u8; 4],
+        /// Receiver: what `echoed` was when `unanswered` began.
+        pub answered: u32,
+        /// Observer: ticks of the last report of another address that the PBX sends from.
+        pub sent_reported: u32,
     }
 }
 
