@@ -46,7 +46,7 @@ pub struct Stage {
 }
 
 /// A call between two phones.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Call {
     /// Who called.
     pub caller: Softphone,
@@ -77,6 +77,8 @@ pub struct Hearing {
     pub expedited: u64,
     /// Longest time between two arrivals of anything, less what the sender itself paused.
     pub largest_gap: Duration,
+    /// How often sound that Asterisk made itself, digits too, followed a phone's voice or the other way round.
+    pub turns: u64,
     /// Digits of which both beginning and end were heard.
     pub digits: String,
     /// Packets of telephone events.
@@ -113,6 +115,7 @@ impl Hearing {
         let mut flows = BTreeMap::<u32, Flow>::new();
         let mut digits = Digits::default();
         let mut last = None::<Duration>;
+        let mut voice = None;
         for arrival in &arrivals {
             let Some(rtp) = arrival.rtp else { continue };
             *hearing.types.entry(rtp.payload_type).or_default() += 1;
@@ -122,6 +125,9 @@ impl Hearing {
             }
             let flow = flows.entry(rtp.ssrc).or_default();
             flow.push(rtp.sequence, arrival.at);
+            let is_voice = arrival.stamp.is_some();
+            let turned = voice.replace(is_voice).is_some_and(|before| before != is_voice);
+            hearing.turns += u64::from(turned);
             let mut pause = Duration::ZERO;
             if let Some(stamp) = arrival.stamp {
                 if let Some(at) = place(stamp.sender) {
@@ -208,8 +214,7 @@ impl Stage {
             Desk::open(&lab.net.phones, &bank, local, pbx)
         };
         let (callers, callees) = (open(0, 5080)?, open(1, 5070)?);
-        let mut manager = lab.manager()?;
-        manager.action("Events", &[("EventMask", "off")])?;
+        let manager = deaf_manager(&lab)?;
         Ok(Self {
             lab,
             callers,
@@ -219,6 +224,24 @@ impl Stage {
             manager: Mutex::new(manager),
             _bank: bank,
         })
+    }
+
+    /// Kills Asterisk, as a crash does.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn crash(&mut self) -> Result<()> {
+        self.lab.crash()
+    }
+
+    /// Starts Asterisk again after [`Stage::crash`].
+    ///
+    /// # Errors
+    /// It does not boot.
+    pub fn restart(&mut self) -> Result<()> {
+        self.lab.restart()?;
+        self.manager = Mutex::new(deaf_manager(&self.lab)?);
+        Ok(())
     }
 
     /// From now on calls are expected to be this relay's.
@@ -296,6 +319,28 @@ impl Stage {
         Ok([channel("CallerIDName"), channel("ConnectedLineName")])
     }
 
+    /// The channel that shares a bridge with this one.
+    ///
+    /// # Errors
+    /// None does in time.
+    pub fn peer(&self, channel: &str) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let items = self.ask("CoreShowChannels", &[])?;
+            let bridge = |item: &Message| item.get("BridgeId").filter(|id| !id.is_empty()).map(str::to_owned);
+            let own = items.iter().find(|item| item.get("Channel") == Some(channel));
+            let own = own.and_then(bridge);
+            let is_peer = |item: &&Message| {
+                own.is_some() && bridge(item) == own && item.get("Channel") != Some(channel)
+            };
+            if let Some(peer) = items.iter().find(is_peer).and_then(|item| item.get("Channel")) {
+                return Ok(peer.to_owned());
+            }
+            thread::sleep(FRESH);
+        }
+        bail!("{channel} is alone after {PATIENCE:?}")
+    }
+
     /// An AMI action of a user who may do everything.
     ///
     /// # Errors
@@ -357,8 +402,7 @@ impl Stage {
             }
             if start.elapsed() > PATIENCE {
                 let said = pair.unwrap_or_default();
-                let list = self.list()?;
-                bail!("not {state} after {PATIENCE:?}: {channels:?}: {said:#}\n{list:#?}\n{}", relay.log());
+                bail!("not {state} after {PATIENCE:?}: {channels:?}: {said}\n{}", relay.log());
             }
             thread::sleep(FRESH);
         }
@@ -373,6 +417,13 @@ impl Stage {
         self.wait_state(channels, "offloaded")?;
         talk_on(&phones, STEADY)
     }
+}
+
+/// A connection that gets no events: Asterisk closes one whose events nobody reads.
+fn deaf_manager(lab: &Lab) -> Result<Client> {
+    let mut manager = lab.manager()?;
+    manager.action("Events", &[("EventMask", "off")])?;
+    Ok(manager)
 }
 
 impl Call {

@@ -96,6 +96,8 @@ struct Line {
     session: Session,
     remote: Option<Remote>,
     dialog: Option<Dialog>,
+    /// A transfer that it asked for has succeeded.
+    transferred: bool,
     over: bool,
 }
 
@@ -111,12 +113,23 @@ struct Dialog {
     sequence: u32,
 }
 
-/// One phone, in one call. Dropping it neither ends the call nor the phone's media.
-#[derive(Clone, Debug)]
+/// One phone, in one call. Dropping it hangs up, and waits for nothing.
+#[derive(Debug)]
 pub struct Softphone {
     shared: Arc<Shared>,
     id: u32,
     phone: Arc<Phone>,
+}
+
+impl Drop for Softphone {
+    fn drop(&mut self) {
+        let in_call = self.leave();
+        if in_call {
+            // Who does not hear of it is gone himself.
+            let _ = self.shared.send(&self.request("BYE").write());
+        }
+        self.shared.state().lines.remove(&self.id);
+    }
 }
 
 /// A number that no other call, tag or branch of this process has.
@@ -188,8 +201,6 @@ impl Drop for Desk {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        // Softphones hold the desk, and the desk their phones.
-        self.shared.state().lines.clear();
     }
 }
 
@@ -223,6 +234,7 @@ impl Shared {
             session,
             remote: None,
             dialog: None,
+            transferred: false,
             over: false,
         };
         self.state().lines.insert(id, line);
@@ -358,6 +370,8 @@ impl Shared {
                     line.hear_of(offer)?;
                 }
             }
+            // The final answer that the other side got (RFC 3515, section 2.4.5).
+            "NOTIFY" => line.transferred |= request.body.starts_with("SIP/2.0 2"),
             "BYE" | "CANCEL" => line.end(),
             _ => {}
         }
@@ -415,7 +429,7 @@ fn response(request: &Message, code: &str, local: Option<&str>) -> Result<Messag
         .with("To", to)
         .with("Call-ID", request.need("Call-ID")?)
         .with("CSeq", request.need("CSeq")?)
-        .with("Allow", "INVITE, ACK, BYE, CANCEL, UPDATE, REFER, NOTIFY"))
+        .with("Allow", "INVITE, ACK, BYE, CANCEL, UPDATE, NOTIFY"))
 }
 
 impl Line {
@@ -500,7 +514,7 @@ impl Softphone {
             bail!("the softphones have failed: {fault}");
         }
         if timeout.timed_out() {
-            bail!("phone {id} is not {wanted} after {PATIENCE:?}: {:#?}", state.lines.get(&id));
+            bail!("phone {id} is not {wanted} after {PATIENCE:?}");
         }
         Ok(())
     }
@@ -644,7 +658,7 @@ impl Softphone {
         self.phone.change_ssrc(ssrc());
     }
 
-    /// Transfers the other side to a number, blindly.
+    /// Transfers the other side to a number, blindly, and hangs up.
     ///
     /// # Errors
     /// The PBX refuses.
@@ -652,7 +666,7 @@ impl Softphone {
         self.refer(&format!("<sip:{number}@{}>", self.shared.pbx))
     }
 
-    /// Transfers the other side to whom this phone's owner talks with on `consultation`.
+    /// Transfers the other side to whom this phone's owner talks with on `consultation`, and hangs up.
     ///
     /// # Errors
     /// The PBX refuses.
@@ -672,7 +686,8 @@ impl Softphone {
         if answer.status() >= Some(300) {
             bail!("{}: {}", request.start, answer.start);
         }
-        Ok(())
+        self.wait("rid of the other side", |line| line.transferred || line.over)?;
+        self.hang_up()
     }
 
     /// Hangs up, if the call has not ended by itself.
@@ -680,16 +695,20 @@ impl Softphone {
     /// # Errors
     /// The PBX does not answer.
     pub fn hang_up(&self) -> Result<()> {
-        let in_call = self.with(|line| {
-            let in_call = line.dialog.is_some() && !line.over;
-            line.end();
-            in_call
-        });
-        if in_call {
+        if self.leave() {
             // It may end by itself at the same moment: any answer will do.
             self.shared.transact(&self.request("BYE"))?;
         }
         Ok(())
+    }
+
+    /// Falls silent, and tells whether it was in a call.
+    fn leave(&self) -> bool {
+        self.with(|line| {
+            let in_call = line.dialog.is_some() && !line.over;
+            line.end();
+            in_call
+        })
     }
 }
 
