@@ -482,7 +482,8 @@ pub fn talk_on(phones: &[&Softphone], packets: u64) -> Result<()> {
         .map(|phone| phone.phone().sent() + packets)
         .collect();
     for (phone, goal) in phones.iter().zip(goals) {
-        phone.phone().wait_sent(goal, PATIENCE)?;
+        let timeout = PATIENCE + 2 * PACKET_TIME * packets as u32;
+        phone.phone().wait_sent(goal, timeout)?;
     }
     Ok(())
 }

@@ -2,14 +2,17 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     io::{self, Write as _},
     net::SocketAddr,
     thread,
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use relay_tests::{
+    ami::{Proxy, Trouble},
     asterisk::{CALLER, USER},
     phone::Arrival,
     relay::Relay,
@@ -204,8 +207,8 @@ fn hold(
 
 fn play_dtmf(stage: &Stage) -> Result<Vec<Hearing>> {
     let call = up(stage, CALLER, "3007")?;
-    let fields = [("Channel", call.channels[1].as_str()), ("Digit", "5")];
-    stage.ask("PlayDTMF", &fields)?;
+    let channel = ("Channel", call.channels[1].as_str());
+    stage.ask("PlayDTMF", &[channel, ("Digit", "5"), ("Duration", "500")])?;
     wait_heard(&call.callee, "a digit", |arrivals| {
         let ended = |arrival: &Arrival| arrival.event.is_some_and(|event| event.end);
         arrivals.iter().any(ended)
@@ -473,7 +476,7 @@ fn whatever_happens_to_a_call_sounds_as_without_the_relay() {
     stage.relayed_by(relay);
     say(&format!("{:28} {:>10} {:>10}", "largest gap", "without", "with"));
     thread::scope(|scope| {
-        let patient = scope.spawn(|| nobody_is_hung_up(&stage));
+        let patient = scope.spawn(|| if std::env::var("ONLY").is_err() { nobody_is_hung_up(&stage) });
         compare(&stage, &without, left);
         patient.join().expect("the long calls went well");
     });
@@ -490,6 +493,8 @@ fn compare(stage: &Stage, without: &BTreeMap<&str, Vec<Hearing>>, mut left: Vec<
             let name = scenario.name;
             let without = &without[name];
             let (gap, faults) = match with {
+                Ok(with) if std::env::var("SHOW").is_ok() => { for (a,b) in without.iter().zip(&with) { say(&format!("{a:?}\n {b:?}")); }
+                    (Some(largest_gap(&with)), faults(scenario, without, &with)) }
                 Ok(with) => (Some(largest_gap(&with)), faults(scenario, without, &with)),
                 Err(fault) => (None, vec![format!("{name}: {fault:#}")]),
             };
@@ -542,6 +547,274 @@ fn nobody_is_hung_up(stage: &Stage) {
             assert!(hearing.expedited > MINUTE * 9 / 10, "{rtcp}: {hearing:?}");
             say(&format!("rtp_timeout=10, a minute {:>20} ms", hearing.largest_gap.as_millis()));
         }
+    }
+}
+
+/// Calls that are up while the relay or AMI has its troubles.
+const CROWD: u32 = 200;
+/// Time between two packets of their phones: more is too much for a small machine to carry without the relay.
+const CROWD_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Many calls, few of which have phones with packets as often as any phone.
+struct Crowd<'a> {
+    stage: &'a Stage,
+    crowd: Vec<[Softphone; 2]>,
+    calls: Vec<[Softphone; 2]>,
+    /// A call that is always Asterisk's: how busy the machine is.
+    control: [Softphone; 2],
+}
+
+/// What all phones of a [`Crowd`] heard in some time.
+struct Window {
+    /// Packets that came through Asterisk, of all that the relay may have.
+    slow: u64,
+    fast: u64,
+    largest_gap: Duration,
+    control_gap: Duration,
+}
+
+fn now() -> Duration {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .expect("a clock after 1970")
+}
+
+impl<'a> Crowd<'a> {
+    fn gather(stage: &'a Stage) -> Self {
+        let rare = Features {
+            interval: CROWD_INTERVAL,
+            ..Features::default()
+        };
+        let number = |number: u32| (5000 + number).to_string();
+        let connect = |range: std::ops::Range<u32>, features| {
+            let connect = |at| stage.connect(CALLER, &number(at), [features; 2]);
+            range.map(connect).collect::<Result<Vec<_>>>()
+        };
+        const TEAMS: u32 = 4;
+        let crowd = thread::scope(|scope| {
+            let team = |team| {
+                let size = CROWD / TEAMS;
+                let range = team * size..(team + 1) * size;
+                scope.spawn(move || connect(range, rare).expect("calls"))
+            };
+            let teams: Vec<_> = (0..TEAMS).map(team).collect();
+            let teams = teams.into_iter();
+            teams.flat_map(|team| team.join().expect("calls")).collect()
+        });
+        let calls = connect(CROWD..CROWD + 4, Features::default()).expect("calls");
+        let control = stage.connect(CALLER, "4500", [Features::default(); 2]);
+        Self {
+            stage,
+            crowd,
+            calls,
+            control: control.expect("a call"),
+        }
+    }
+
+    /// All phones whose calls the relay may have.
+    fn phones(&self) -> impl Iterator<Item = &Softphone> {
+        self.calls.iter().chain(&self.crowd).flatten()
+    }
+
+    /// Waits until the ordinary phones have sent so many packets more.
+    fn talk(&self, packets: u64) {
+        let phones: Vec<_> = self.calls.iter().flatten().collect();
+        talk_on(&phones, packets).expect("talking");
+    }
+
+    /// Waits until the last packets that each phone heard came from the kernel, or all from Asterisk.
+    fn wait_carried(&self, by: Carrier, patience: Duration) -> Duration {
+        let start = Instant::now();
+        loop {
+            let other = self.phones().filter(|phone| {
+                let arrivals = phone.phone().arrivals();
+                let last = last(&arrivals, 5).unwrap_or_default();
+                let fast = last.iter().filter(|arrival| is_fast(arrival)).count();
+                fast != if by == Carrier::Kernel { 5 } else { 0 }
+            });
+            let other = other.count();
+            if other == 0 {
+                return start.elapsed();
+            }
+            let log = self.stage.relay().map(Relay::log).unwrap_or_default();
+            assert!(
+                start.elapsed() < patience,
+                "{other} phones do not hear the {by:?} after {patience:?}: {log}"
+            );
+            self.talk(5);
+        }
+    }
+
+    /// Judges what was heard since then: all of it, once, in order, and with no longer gap than the machine's own.
+    fn judge(&self, what: &str, since: Duration, without: Duration) -> Window {
+        let mut window = Window {
+            slow: 0,
+            fast: 0,
+            largest_gap: Duration::ZERO,
+            control_gap: Duration::ZERO,
+        };
+        for (number, [caller, callee]) in self.calls.iter().chain(&self.crowd).enumerate() {
+            for (listener, speaker) in [(caller, callee), (callee, caller)] {
+                let hearing = Hearing::since(since, listener, &[speaker]);
+                let faults = (
+                    hearing.lost,
+                    hearing.duplicates,
+                    hearing.reordered,
+                    hearing.wrong,
+                    hearing.others,
+                );
+                assert_eq!(faults, (0, 0, 0, 0, 0), "{what}, call {number}: {hearing:?}");
+                window.fast += hearing.expedited;
+                window.slow += hearing.heard - hearing.expedited;
+                if number < self.calls.len() {
+                    window.largest_gap = window.largest_gap.max(hearing.largest_gap);
+                }
+            }
+        }
+        let [caller, callee] = &self.control;
+        for (listener, speaker) in [(caller, callee), (callee, caller)] {
+            let hearing = Hearing::since(since, listener, &[speaker]);
+            window.control_gap = window.control_gap.max(hearing.largest_gap);
+        }
+        say(&format!(
+            "{what:28} {:>7} ms {:>7} ms, {} packets by the kernel, {} by Asterisk",
+            window.control_gap.max(without).as_millis(),
+            window.largest_gap.as_millis(),
+            window.fast,
+            window.slow
+        ));
+        assert!(
+            window.largest_gap <= without.max(window.control_gap) + TOLERANCE,
+            "{what}: {:?}, {without:?} without the relay and {:?} beside it",
+            window.largest_gap,
+            window.control_gap
+        );
+        window
+    }
+}
+
+fn is_fast(arrival: &Arrival) -> bool {
+    arrival.tos >> 2 == 46
+}
+
+/// Resident memory of a process, in bytes.
+fn memory(id: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{id}/status")).expect("a process");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let word = line.and_then(|line| line.split_whitespace().nth(1));
+    let kibibytes: u64 = word.expect("VmRSS").parse().expect("a number");
+    kibibytes * 1024
+}
+
+#[test]
+fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
+    /// Packets of an ordinary phone in 30 s.
+    const FROZEN: u64 = 1500;
+    /// The lease, and as much again for a busy machine.
+    const LEASE: Duration = Duration::from_secs(10);
+    let mut stage = Stage::open().expect("Asterisk");
+    let _pass = stage.lab.net.phones_interface.pass_program().expect("XDP");
+    let proxy = Proxy::start(&stage.lab.net.pbx, stage.lab.ami()).expect("a proxy");
+    {
+        let crowd = Crowd::gather(&stage);
+        let start = now();
+        crowd.talk(150);
+        let without = crowd.judge("no relay", start, Duration::MAX / 2).largest_gap;
+
+        let start = now();
+        let mut relay = attach(&stage, proxy.address(), &["--persist"]);
+        crowd.wait_carried(Carrier::Kernel, PATIENCE);
+        crowd.judge("attach", start, without);
+
+        // An upgrade: whoever comes next adopts what it finds.
+        let start = now();
+        relay.signal(Signal::SIGKILL);
+        relay = attach(&stage, proxy.address(), &["--persist"]);
+        crowd.talk(150);
+        let window = crowd.judge("upgrade", start, without);
+        assert_eq!(window.slow, 0, "{}", relay.log());
+
+        let start = now();
+        relay.signal(Signal::SIGKILL);
+        crowd.wait_carried(Carrier::Asterisk, LEASE);
+        relay = attach(&stage, proxy.address(), &["--persist"]);
+        crowd.wait_carried(Carrier::Kernel, PATIENCE);
+        crowd.judge("SIGKILL", start, without);
+
+        let start = now();
+        relay.signal(Signal::SIGSTOP);
+        crowd.wait_carried(Carrier::Asterisk, LEASE);
+        crowd.talk(FROZEN - 300);
+        relay.signal(Signal::SIGCONT);
+        crowd.wait_carried(Carrier::Kernel, PATIENCE);
+        crowd.judge("SIGSTOP", start, without);
+
+        // Shorter than the grace period.
+        let start = now();
+        proxy.set(Trouble::Cut);
+        crowd.talk(25);
+        proxy.set(Trouble::None);
+        crowd.talk(200);
+        let window = crowd.judge("AMI cut for 0.5 s", start, without);
+        assert_eq!(window.slow, 0, "{}", relay.log());
+
+        let start = now();
+        proxy.set(Trouble::Cut);
+        crowd.wait_carried(Carrier::Asterisk, PATIENCE);
+        proxy.set(Trouble::None);
+        crowd.wait_carried(Carrier::Kernel, 2 * PATIENCE);
+        crowd.judge("AMI cut", start, without);
+
+        let start = now();
+        proxy.set(Trouble::Slow(1));
+        crowd.wait_carried(Carrier::Asterisk, 2 * PATIENCE);
+        proxy.set(Trouble::None);
+        crowd.wait_carried(Carrier::Kernel, 2 * PATIENCE);
+        crowd.judge("AMI at 1 byte/s", start, without);
+
+        let start = now();
+        let (before, invented) = (memory(relay.id()), proxy.invented());
+        let flooded = Instant::now();
+        proxy.set(Trouble::Flood(10_000));
+        crowd.talk(250);
+        let rate = (proxy.invented() - invented) as f64 / flooded.elapsed().as_secs_f64();
+        let grown = memory(relay.id()).saturating_sub(before);
+        proxy.set(Trouble::None);
+        crowd.wait_carried(Carrier::Kernel, PATIENCE);
+        crowd.judge("AMI floods", start, without);
+        assert!(rate > 5_000.0, "{rate} events a second");
+        assert!(grown < 16 << 20, "{grown} bytes more");
+
+        drop(crowd);
+        stage.relayed_by(relay);
+    }
+
+    let call = stage.call(CALLER, "3050", [Features::default(); 2]).expect("a call");
+    settle(&stage, &call).expect("offloaded");
+    stage.crash().expect("killed");
+    // The relay does not keep alive what its PBX has left.
+    wait_silence(&call);
+    drop(call);
+    stage.restart().expect("Asterisk again");
+    let call = up(&stage, CALLER, "3051").expect("a call");
+    for hearing in end(&call).expect("a call") {
+        let faults = (hearing.lost, hearing.duplicates, hearing.reordered, hearing.wrong);
+        assert_eq!(faults, (0, 0, 0, 0), "{hearing:?}");
+    }
+    stage.without_relay().expect("attached").stop().expect("a clean end");
+}
+
+/// Waits until phones that talk do not hear each other any more.
+fn wait_silence(call: &Call) {
+    let deadline = Instant::now() + PATIENCE;
+    let heard = || call.callee.phone().arrivals().len();
+    loop {
+        let before = heard();
+        talk_on(&call.phones(), 25).expect("talking");
+        if heard() == before {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{before} packets, and more come");
     }
 }
 
