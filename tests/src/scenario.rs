@@ -126,7 +126,9 @@ impl Hearing {
             let flow = flows.entry(rtp.ssrc).or_default();
             flow.push(rtp.sequence, arrival.at);
             let is_voice = arrival.stamp.is_some();
-            let turned = voice.replace(is_voice).is_some_and(|before| before != is_voice);
+            let turned = voice
+                .replace(is_voice)
+                .is_some_and(|before| before != is_voice);
             hearing.turns += u64::from(turned);
             let mut pause = Duration::ZERO;
             if let Some(stamp) = arrival.stamp {
@@ -189,7 +191,8 @@ impl Digits {
                 if event.end && !*ended {
                     *ended = true;
                     let digit = b"0123456789*#".get(usize::from(event.code));
-                    self.heard.push(digit.map_or('?', |digit| char::from(*digit)));
+                    self.heard
+                        .push(digit.map_or('?', |digit| char::from(*digit)));
                 }
             }
             // One whose beginning is not heard is no digit.
@@ -313,7 +316,10 @@ impl Stage {
         let items = self.ask("CoreShowChannels", &[])?;
         let channel = |key: &str| {
             let of_call = |item: &&Message| item.get(key) == Some(number);
-            let name = items.iter().find(of_call).and_then(|item| item.get("Channel"));
+            let name = items
+                .iter()
+                .find(of_call)
+                .and_then(|item| item.get("Channel"));
             name.unwrap_or_default().to_owned()
         };
         Ok([channel("CallerIDName"), channel("ConnectedLineName")])
@@ -327,13 +333,23 @@ impl Stage {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             let items = self.ask("CoreShowChannels", &[])?;
-            let bridge = |item: &Message| item.get("BridgeId").filter(|id| !id.is_empty()).map(str::to_owned);
-            let own = items.iter().find(|item| item.get("Channel") == Some(channel));
+            let bridge = |item: &Message| {
+                item.get("BridgeId")
+                    .filter(|id| !id.is_empty())
+                    .map(str::to_owned)
+            };
+            let own = items
+                .iter()
+                .find(|item| item.get("Channel") == Some(channel));
             let own = own.and_then(bridge);
             let is_peer = |item: &&Message| {
                 own.is_some() && bridge(item) == own && item.get("Channel") != Some(channel)
             };
-            if let Some(peer) = items.iter().find(is_peer).and_then(|item| item.get("Channel")) {
+            if let Some(peer) = items
+                .iter()
+                .find(is_peer)
+                .and_then(|item| item.get("Channel"))
+            {
                 return Ok(peer.to_owned());
             }
             thread::sleep(FRESH);
@@ -402,7 +418,10 @@ impl Stage {
             }
             if start.elapsed() > PATIENCE {
                 let said = pair.unwrap_or_default();
-                bail!("not {state} after {PATIENCE:?}: {channels:?}: {said}\n{}", relay.log());
+                bail!(
+                    "not {state} after {PATIENCE:?}: {channels:?}: {said}\n{}",
+                    relay.log()
+                );
             }
             thread::sleep(FRESH);
         }

@@ -388,7 +388,10 @@ mod tests {
         assert_eq!((read.method(), read.status()), ("INVITE", None));
         assert_eq!(read.branch(), Some("z9hG4bK1"));
         assert_eq!(read.body, message.body);
-        assert_eq!(parameter(read.get("from").expect("From"), "tag"), Some("abc"));
+        assert_eq!(
+            parameter(read.get("from").expect("From"), "tag"),
+            Some("abc")
+        );
         let response = Message::new("SIP/2.0 200 OK").with("CSeq", "7 BYE");
         assert_eq!((response.method(), response.status()), ("BYE", Some(200)));
     }

@@ -143,12 +143,7 @@ impl Desk {
     ///
     /// # Errors
     /// The address is not the machine's, or taken.
-    pub fn open(
-        host: &Host,
-        bank: &Arc<Bank>,
-        local: SocketAddr,
-        pbx: SocketAddr,
-    ) -> Result<Self> {
+    pub fn open(host: &Host, bank: &Arc<Bank>, local: SocketAddr, pbx: SocketAddr) -> Result<Self> {
         let socket = host
             .run(|| UdpSocket::bind(local))
             .with_context(|| format!("cannot bind SIP to {local}"))?;
@@ -423,7 +418,9 @@ fn response(request: &Message, code: &str, local: Option<&str>) -> Result<Messag
     }
     let to = request.need("To")?;
     // A request inside a dialog has our tag already.
-    let to = local.filter(|_| parameter(to, "tag").is_none()).unwrap_or(to);
+    let to = local
+        .filter(|_| parameter(to, "tag").is_none())
+        .unwrap_or(to);
     Ok(response
         .with("From", request.need("From")?)
         .with("To", to)
@@ -478,7 +475,9 @@ impl Softphone {
     /// It is in no call, or the PBX wants none.
     pub fn events(&self) -> u8 {
         let remote = self.with(|line| line.remote);
-        remote.and_then(|remote| remote.events).expect("a call that takes telephone events")
+        remote
+            .and_then(|remote| remote.events)
+            .expect("a call that takes telephone events")
     }
 
     /// Whether its call has ended.
@@ -508,7 +507,10 @@ impl Softphone {
         let waiting = |state: &mut State| {
             state.fault.is_none() && state.lines.get(&id).is_some_and(|line| !is_so(line))
         };
-        let waited = self.shared.changed.wait_timeout_while(state, PATIENCE, waiting);
+        let waited = self
+            .shared
+            .changed
+            .wait_timeout_while(state, PATIENCE, waiting);
         let (state, timeout) = waited.expect("no holder of this lock panics");
         if let Some(fault) = &state.fault {
             bail!("the softphones have failed: {fault}");
@@ -677,7 +679,10 @@ impl Softphone {
         let (to, from) = (tag(&dialog.remote)?, tag(&dialog.local)?);
         let call_id = dialog.call_id.replace('@', "%40");
         let replaces = format!("{call_id}%3Bto-tag%3D{to}%3Bfrom-tag%3D{from}");
-        self.refer(&format!("<sip:{number}@{}?Replaces={replaces}>", self.shared.pbx))
+        self.refer(&format!(
+            "<sip:{number}@{}?Replaces={replaces}>",
+            self.shared.pbx
+        ))
     }
 
     fn refer(&self, target: &str) -> Result<()> {
@@ -686,7 +691,9 @@ impl Softphone {
         if answer.status() >= Some(300) {
             bail!("{}: {}", request.start, answer.start);
         }
-        self.wait("rid of the other side", |line| line.transferred || line.over)?;
+        self.wait("rid of the other side", |line| {
+            line.transferred || line.over
+        })?;
         self.hang_up()
     }
 

@@ -262,7 +262,10 @@ fn mute_audio(stage: &Stage) -> Result<Vec<Hearing>> {
     let call = up(stage, CALLER, "3011")?;
     let mute = |state| {
         let channel = ("Channel", call.channels[0].as_str());
-        stage.ask("MuteAudio", &[channel, ("Direction", "in"), ("State", state)])
+        stage.ask(
+            "MuteAudio",
+            &[channel, ("Direction", "in"), ("State", state)],
+        )
     };
     mute("on")?;
     talk_on(&call.phones(), WHILE)?;
@@ -293,7 +296,10 @@ fn attended_transfer(stage: &Stage) -> Result<Vec<Hearing>> {
     call.caller.transfer_to(&consultation.caller, "3033")?;
     consultation.caller.hang_up()?;
     let (first, second) = (&call.callee, &consultation.callee);
-    stage.settle([first, second], [&call.channels[1], &consultation.channels[1]])?;
+    stage.settle(
+        [first, second],
+        [&call.channels[1], &consultation.channels[1]],
+    )?;
     finish(
         &[first, second],
         &[
@@ -394,7 +400,10 @@ fn run<'a>(stage: &Stage, scenarios: &[&'a Scenario]) -> Vec<Heard<'a>> {
         };
         let running: Vec<_> = scenarios.iter().map(start).collect();
         let join = |(scenario, thread): (_, thread::ScopedJoinHandle<_>)| {
-            (scenario, thread.join().expect("a scenario returns its faults"))
+            (
+                scenario,
+                thread.join().expect("a scenario returns its faults"),
+            )
         };
         running.into_iter().map(join).collect()
     })
@@ -430,10 +439,7 @@ fn faults(scenario: &Scenario, without: &[Hearing], with: &[Hearing]) -> Vec<Str
                 // Asterisk's own sound and a phone's voice are never mixed.
                 let turns = without.turns + 2 * scenario.interruptions;
                 check(with.turns <= turns, "turns");
-                check(
-                    with.largest_gap <= without.largest_gap + TOLERANCE,
-                    "a gap",
-                );
+                check(with.largest_gap <= without.largest_gap + TOLERANCE, "a gap");
             }
         }
     }
@@ -468,15 +474,25 @@ fn whatever_happens_to_a_call_sounds_as_without_the_relay() {
         .into_iter()
         .map(|(scenario, heard)| {
             let name = scenario.name;
-            (name, heard.unwrap_or_else(|fault| panic!("{name}: {fault:#}")))
+            (
+                name,
+                heard.unwrap_or_else(|fault| panic!("{name}: {fault:#}")),
+            )
         })
         .collect();
     let _pass = stage.lab.net.phones_interface.pass_program().expect("XDP");
     let relay = attach(&stage, stage.lab.ami(), &[]);
     stage.relayed_by(relay);
-    say(&format!("{:28} {:>10} {:>10}", "largest gap", "without", "with"));
+    say(&format!(
+        "{:28} {:>10} {:>10}",
+        "largest gap", "without", "with"
+    ));
     thread::scope(|scope| {
-        let patient = scope.spawn(|| if std::env::var("ONLY").is_err() { nobody_is_hung_up(&stage) });
+        let patient = scope.spawn(|| {
+            if std::env::var("ONLY").is_err() {
+                nobody_is_hung_up(&stage)
+            }
+        });
         compare(&stage, &without, left);
         patient.join().expect("the long calls went well");
     });
@@ -493,8 +509,12 @@ fn compare(stage: &Stage, without: &BTreeMap<&str, Vec<Hearing>>, mut left: Vec<
             let name = scenario.name;
             let without = &without[name];
             let (gap, faults) = match with {
-                Ok(with) if std::env::var("SHOW").is_ok() => { for (a,b) in without.iter().zip(&with) { say(&format!("{a:?}\n {b:?}")); }
-                    (Some(largest_gap(&with)), faults(scenario, without, &with)) }
+                Ok(with) if std::env::var("SHOW").is_ok() => {
+                    for (a, b) in without.iter().zip(&with) {
+                        say(&format!("{a:?}\n {b:?}"));
+                    }
+                    (Some(largest_gap(&with)), faults(scenario, without, &with))
+                }
                 Ok(with) => (Some(largest_gap(&with)), faults(scenario, without, &with)),
                 Err(fault) => (None, vec![format!("{name}: {fault:#}")]),
             };
@@ -542,10 +562,18 @@ fn nobody_is_hung_up(stage: &Stage) {
     for call in calls {
         let rtcp = call.channels()[0].to_owned();
         for hearing in call.finish().expect("nobody hung up") {
-            let faults = (hearing.lost, hearing.duplicates, hearing.reordered, hearing.wrong);
+            let faults = (
+                hearing.lost,
+                hearing.duplicates,
+                hearing.reordered,
+                hearing.wrong,
+            );
             assert_eq!(faults, (0, 0, 0, 0), "{rtcp}: {hearing:?}");
             assert!(hearing.expedited > MINUTE * 9 / 10, "{rtcp}: {hearing:?}");
-            say(&format!("rtp_timeout=10, a minute {:>20} ms", hearing.largest_gap.as_millis()));
+            say(&format!(
+                "rtp_timeout=10, a minute {:>20} ms",
+                hearing.largest_gap.as_millis()
+            ));
         }
     }
 }
@@ -663,7 +691,11 @@ impl<'a> Crowd<'a> {
                     hearing.wrong,
                     hearing.others,
                 );
-                assert_eq!(faults, (0, 0, 0, 0, 0), "{what}, call {number}: {hearing:?}");
+                assert_eq!(
+                    faults,
+                    (0, 0, 0, 0, 0),
+                    "{what}, call {number}: {hearing:?}"
+                );
                 window.fast += hearing.expedited;
                 window.slow += hearing.heard - hearing.expedited;
                 if number < self.calls.len() {
@@ -719,7 +751,9 @@ fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
         let crowd = Crowd::gather(&stage);
         let start = now();
         crowd.talk(150);
-        let without = crowd.judge("no relay", start, Duration::MAX / 2).largest_gap;
+        let without = crowd
+            .judge("no relay", start, Duration::MAX / 2)
+            .largest_gap;
 
         let start = now();
         let mut relay = attach(&stage, proxy.address(), &["--persist"]);
@@ -789,7 +823,9 @@ fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
         stage.relayed_by(relay);
     }
 
-    let call = stage.call(CALLER, "3050", [Features::default(); 2]).expect("a call");
+    let call = stage
+        .call(CALLER, "3050", [Features::default(); 2])
+        .expect("a call");
     settle(&stage, &call).expect("offloaded");
     stage.crash().expect("killed");
     // The relay does not keep alive what its PBX has left.
@@ -798,10 +834,19 @@ fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
     stage.restart().expect("Asterisk again");
     let call = up(&stage, CALLER, "3051").expect("a call");
     for hearing in end(&call).expect("a call") {
-        let faults = (hearing.lost, hearing.duplicates, hearing.reordered, hearing.wrong);
+        let faults = (
+            hearing.lost,
+            hearing.duplicates,
+            hearing.reordered,
+            hearing.wrong,
+        );
         assert_eq!(faults, (0, 0, 0, 0), "{hearing:?}");
     }
-    stage.without_relay().expect("attached").stop().expect("a clean end");
+    stage
+        .without_relay()
+        .expect("attached")
+        .stop()
+        .expect("a clean end");
 }
 
 /// Waits until phones that talk do not hear each other any more.
@@ -820,5 +865,8 @@ fn wait_silence(call: &Call) {
 
 fn chosen() -> Vec<&'static Scenario> {
     let only = std::env::var("ONLY").ok();
-    SCENARIOS.iter().filter(|s| only.as_ref().is_none_or(|only| s.name.contains(only))).collect()
+    SCENARIOS
+        .iter()
+        .filter(|s| only.as_ref().is_none_or(|only| s.name.contains(only)))
+        .collect()
 }

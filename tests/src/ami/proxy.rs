@@ -88,7 +88,11 @@ impl Proxy {
 
     /// From now on this is wrong.
     pub fn set(&self, trouble: Trouble) {
-        *self.shared.trouble.lock().expect("no holder of this lock panics") = trouble;
+        *self
+            .shared
+            .trouble
+            .lock()
+            .expect("no holder of this lock panics") = trouble;
     }
 
     /// Events of a flood that a client has taken until now.
