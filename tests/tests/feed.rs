@@ -513,6 +513,8 @@ fn a_stream_that_the_pbx_transcodes_is_never_proven_whatever_signalling_says() {
     let office = Office::open();
     let calls = office.calls(0..2);
     office.pbx.transcode(calls[0].line).expect("transcode");
+    talk_on(&calls, 5);
+    calls[0].callee.forget();
     let relay = office.attach(&[]);
     let states = || -> Vec<[String; 2]> {
         let list = relay.json(["list"]).expect("list");
