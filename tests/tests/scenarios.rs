@@ -556,9 +556,8 @@ fn nobody_is_hung_up(stage: &Stage) {
         settle(stage, &call).expect("offloaded");
         call
     });
-    for call in &calls {
-        talk_on(&call.phones(), MINUTE).expect("talking");
-    }
+    let phones: Vec<_> = calls.iter().flat_map(Call::phones).collect();
+    talk_on(&phones, MINUTE).expect("talking");
     for call in calls {
         let rtcp = call.channels()[0].to_owned();
         for hearing in call.finish().expect("nobody hung up") {
