@@ -235,7 +235,7 @@ impl Shared {
         let mut text = String::new();
         for _ in 0..events {
             let number = self.invented.fetch_add(1, Ordering::Relaxed);
-            let kind = if number % 2 == 0 {
+            let kind = if number.is_multiple_of(2) {
                 "Newexten\r\nPrivilege: dialplan,all\r\nApplication: NoOp"
             } else {
                 "VarSet\r\nPrivilege: dialplan,all\r\nVariable: BRIDGEPEER\r\nValue: "
