@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya_obj::{Object, generated::bpf_insn};
-use relay_common::stream::{Counter, State, StreamKey};
+use relay_common::stream::{Counter, Lease, StreamKey};
 use relay_tests::{fixture::Hook, tables::Entry};
 use relay_user::datapath::{OBJECT, names};
 use zerocopy::IntoBytes as _;
@@ -41,6 +41,8 @@ mod helper {
     pub(super) const REDIRECT: i32 = 23;
     pub(super) const SKB_PULL_DATA: i32 = 39;
     pub(super) const CSUM_UPDATE: i32 = 40;
+    pub(super) const RINGBUF_OUTPUT: i32 = 130;
+    pub(super) const KTIME_GET_COARSE_NS: i32 = 160;
 }
 
 struct Machine {
@@ -49,10 +51,11 @@ struct Machine {
     memory: Vec<(u64, Vec<u8>)>,
     maps: HashMap<u64, String>,
     stream: Entry,
+    now: u64,
 }
 
-/// Shows a frame to a program that knows one stream.
-pub(crate) fn trace(hook: Hook, stream: Entry, frame: &[u8]) -> Result<Trace> {
+/// Shows a frame to a program that knows one stream, at a time (ns).
+pub(crate) fn trace(hook: Hook, stream: Entry, frame: &[u8], now: u64) -> Result<Trace> {
     let mut object = Object::parse(OBJECT)?;
     let sections: HashSet<_> = object
         .functions
@@ -90,12 +93,8 @@ pub(crate) fn trace(hook: Hook, stream: Entry, frame: &[u8]) -> Result<Trace> {
         handles.insert(handle, name.clone());
         let content = match &name[..] {
             names::STREAMS => stream.stream.compile().as_bytes().to_vec(),
-            names::STATE => State {
-                mode: stream.mode,
-                ..State::default()
-            }
-            .as_bytes()
-            .to_vec(),
+            names::STATE => stream.state.as_bytes().to_vec(),
+            names::LEASE => Lease { deadline: u64::MAX }.as_bytes().to_vec(),
             names::COUNTERS => vec![0; size_of::<Counter>()],
             _ => map.data().to_vec(),
         };
@@ -106,6 +105,7 @@ pub(crate) fn trace(hook: Hook, stream: Entry, frame: &[u8]) -> Result<Trace> {
         memory,
         maps: handles,
         stream,
+        now,
     };
     machine.registers[1] = CONTEXT;
     machine.registers[10] = STACK + STACK_SIZE as u64;
@@ -213,6 +213,8 @@ impl Machine {
         Ok(match function {
             helper::MAP_LOOKUP_ELEM => return self.look_up(),
             helper::L4_CSUM_REPLACE | helper::SKB_PULL_DATA | helper::CSUM_UPDATE => 0,
+            helper::RINGBUF_OUTPUT => 0,
+            helper::KTIME_GET_COARSE_NS => self.now,
             // TC_ACT_REDIRECT
             helper::REDIRECT => 7,
             other => bail!("unknown kernel function {other}"),

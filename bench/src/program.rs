@@ -17,12 +17,12 @@ use nix::{
 };
 use relay_common::{
     reason::Reason,
-    stream::{Endpoint, VlanTag, mode},
+    stream::{Endpoint, State, StreamSpec, VlanTag, ticks},
 };
 use relay_tests::{
     draft::{Draft, VLAN},
     fixture::{self, Family, Hook, SLOTS},
-    kernel::Kernel,
+    kernel::{self, Kernel},
     program::{self, EXIT, Instruction, Kind, Run, set},
     tables::Entry,
 };
@@ -164,18 +164,29 @@ fn packets() -> Vec<(&'static str, Entry, Draft, Reason)> {
         port: stream.source.port + 1,
         ..stream.source
     };
-    let in_mode = |mode| Entry { stream, mode };
+    let proven = |stream| fixture::offloaded(StreamSpec { proof: 8, ..stream });
     vec![
-        ("relayed, IPv4", entry, packet.clone(), Reason::Relayed),
+        (
+            "relayed, IPv4",
+            proven(stream),
+            packet.clone(),
+            Reason::Relayed,
+        ),
+        (
+            "relayed without proof, IPv4",
+            entry,
+            packet.clone(),
+            Reason::Relayed,
+        ),
         (
             "relayed, IPv6",
-            fixture::offloaded(stream_v6),
+            proven(stream_v6),
             packet_v6,
             Reason::Relayed,
         ),
         (
             "relayed, IPv4 in a VLAN",
-            fixture::offloaded(stream_vlan),
+            proven(stream_vlan),
             Draft {
                 tags,
                 ..packet.clone()
@@ -205,13 +216,13 @@ fn packets() -> Vec<(&'static str, Entry, Draft, Reason)> {
         ),
         (
             "watching",
-            in_mode(mode::WATCHING),
+            fixture::watching(proven(stream).stream),
             packet.clone(),
             Reason::Watching,
         ),
         (
             "suspended",
-            in_mode(mode::SUSPENDED),
+            fixture::suspended(proven(stream).stream),
             packet,
             Reason::Suspended,
         ),
@@ -250,14 +261,28 @@ fn swap_macs() -> Vec<Instruction> {
     ]
 }
 
+/// The state of a stream whose last packet has come just now (ns).
+fn flowing(entry: &Entry, now: u64) -> State {
+    State {
+        last_seen: ticks(now),
+        last_passed: ticks(now),
+        ..entry.state
+    }
+}
+
 impl Case {
     /// Mean time of a run, ns.
     fn measure(&mut self, calls: u32) -> Result<f64> {
         let counted = self.counted()?;
-        let program = self.subject.descriptor()?;
         let mut after = vec![0; self.frame.len()];
         let mut time = Duration::ZERO;
         for _ in 0..calls {
+            if let Subject::Relay(relay) = &mut self.subject {
+                let Entry { stream, .. } = relay.entry;
+                let state = flowing(&relay.entry, kernel::now()?);
+                relay.kernel.set_state(stream.slot, state)?;
+            }
+            let program = self.subject.descriptor()?;
             let Run {
                 time: one, length, ..
             } = program::test_run(program, &self.frame, &mut after, REPEAT, 0)
@@ -303,7 +328,12 @@ impl Case {
             reason,
             ..
         } = &**relay;
-        let trace = interpreter::trace(*hook, *entry, &self.frame)?;
+        let now = kernel::now()?;
+        let flowing = Entry {
+            state: flowing(entry, now),
+            ..*entry
+        };
+        let trace = interpreter::trace(*hook, flowing, &self.frame, now)?;
         let relayed = *reason == Reason::Relayed;
         let verdict = match (hook, relayed) {
             (Hook::NativeXdp | Hook::GenericXdp, true) => 3,

@@ -7,10 +7,13 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod checksum;
+mod digest;
 pub mod packet;
 mod parse;
+pub mod proof;
 pub mod reason;
 pub mod relay;
 mod rewrite;
+mod state;
 pub mod stream;
 pub mod wire;

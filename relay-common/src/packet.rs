@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{
     checksum::{self, PartialChecksum, Sum, UdpChange},
     reason::Reason,
-    stream::{State, Stream, StreamKey},
+    stream::{Event, OutLeg, State, Stream, StreamKey},
     wire::{Be16, Udp},
 };
 
@@ -41,19 +41,36 @@ pub trait Packet {
         Ok(())
     }
 
+    /// Makes the first `length` bytes reachable through [`Packet::header`], as far as that is
+    /// possible. What is not stays [`Reason::Truncated`].
+    #[inline(always)]
+    fn pull(&mut self, _length: usize) {}
+
     /// Hears of a change behind the Ethernet header that no checksum in the packet makes up for.
     /// It matters where someone keeps a sum over the whole packet.
     #[inline(always)]
     fn sum_changed(&mut self, _change: Sum) {}
 }
 
-/// The maps.
+/// The maps and the clock.
 pub trait Tables {
     /// `STREAMS`.
     fn stream(&self, key: &StreamKey) -> Option<&Stream>;
 
+    /// `OUT_LEGS`.
+    fn out_leg(&self, key: &StreamKey) -> Option<&OutLeg>;
+
     /// `STATE`, shared with other CPUs and with the controller.
     fn state(&self, slot: u32) -> Option<*mut State>;
+
+    /// The deadline in `LEASE`, ns.
+    fn lease(&self) -> u64;
+
+    /// `CLOCK_MONOTONIC_COARSE`, ns.
+    fn now(&self) -> u64;
+
+    /// Tells the controller, if the ring buffer has room.
+    fn report(&self, event: &Event);
 
     /// Adds a packet of `bytes` to `COUNTERS`.
     fn count(&self, reason: Reason, bytes: usize);

@@ -83,8 +83,9 @@ pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason
                 _ => return Err(Reason::NotUdp),
             }
             let destination = Address::from_halves(header.destination);
-            // As a key it would find an IPv4 stream. The stack drops such packets.
-            if destination.is_mapped() {
+            // As a key it would find an IPv4 stream, or one whose local address is still unknown.
+            // The stack drops such packets.
+            if destination.is_mapped() || destination.is(&Address::default()) {
                 return Err(Reason::NoStream);
             }
             (

@@ -81,6 +81,26 @@ reasons! {
     NoState = 21 "no_state",
     /// RTP with padding, which Asterisk takes off
     RtpPadding = 22 "rtp_padding",
+    /// the controller has not renewed its lease
+    LeaseOver = 23 "lease_over",
+    /// RTCP, which never leaves Asterisk
+    Rtcp = 24 "rtcp",
+    /// passed up lest Asterisk miss the phone; its echo is compared
+    Keepalive = 25 "keepalive",
+    /// the first packet of a new synchronisation source, to be proven
+    NewSsrc = 26 "new_ssrc",
+    /// the first packet after a pause, to be proven
+    AfterPause = 27 "after_pause",
+    /// an earlier packet is still on its way through Asterisk
+    AwaitingEcho = 28 "awaiting_echo",
+    /// sent by Asterisk, equal to a packet that was passed up
+    Echo = 29 "echo",
+    /// sent by Asterisk on a stream that is watched, equal to no packet that was passed up
+    Unequal = 30 "unequal",
+    /// sent by Asterisk itself on a stream that was offloaded, which ends that
+    TalkBack = 31 "talk_back",
+    /// Asterisk's keepalive into a stream that flows: dropped, as it would not have been sent
+    ComfortNoise = 32 "comfort_noise",
 }
 
 /// What the hook does with a packet.
@@ -88,8 +108,11 @@ reasons! {
 pub enum Verdict {
     /// Send the rewritten packet to the stream's next hop.
     Send,
-    /// Leave the untouched packet to the stack, and so to Asterisk.
+    /// Leave the untouched packet to the stack: to Asterisk on its way in, to the phone on its way
+    /// out.
     Pass,
+    /// Take the packet away.
+    Drop,
 }
 
 impl Reason {
@@ -99,6 +122,7 @@ impl Reason {
     pub const fn verdict(self) -> Verdict {
         match self {
             Self::Relayed => Verdict::Send,
+            Self::ComfortNoise => Verdict::Drop,
             _ => Verdict::Pass,
         }
     }
@@ -141,10 +165,14 @@ mod tests {
     }
 
     #[test]
-    fn only_relayed_leaves() {
+    fn whatever_is_in_doubt_passes() {
         for reason in Reason::ALL {
-            let sent = reason.verdict() == Verdict::Send;
-            assert_eq!(sent, *reason == Reason::Relayed);
+            let verdict = match reason {
+                Reason::Relayed => Verdict::Send,
+                Reason::ComfortNoise => Verdict::Drop,
+                _ => Verdict::Pass,
+            };
+            assert_eq!(reason.verdict(), verdict, "{reason:?}");
         }
     }
 }

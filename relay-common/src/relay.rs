@@ -1,13 +1,26 @@
-//! The decision on one packet, in the order that docs/datapath.md explains to operators.
+//! The decision on a packet that comes in, in the order that docs/datapath.md explains to
+//! operators.
 
 use crate::{
     packet::{Packet, Tables},
     parse::{Parsed, parse},
+    proof::{note, renumbered, suspend},
     reason::Reason,
     rewrite::{Rewrite, rewrite},
-    stream::{PAYLOAD_TYPES, State, Stream, mode},
-    wire::{Rtp, RtpExtension, Udp},
+    state::{load, store},
+    stream::{Address, Event, State, Stream, StreamKey, event, mode, ticks},
+    wire::{Be16, Rtp, RtpExtension, Udp},
 };
+
+/// A pause after which a stream's next packet is the PBX's to judge, ticks: a quarter of a second,
+/// more than any packet time and less than it takes to end a call and begin another.
+const PAUSE: u32 = ticks(250_000_000);
+
+/// Least time between two reports of one stream, ticks.
+const REPORT_INTERVAL: u32 = ticks(100_000_000);
+
+/// Packets in a row without an echo that end an offload.
+const UNANSWERED_MAX: u32 = 8;
 
 /// Decides on a packet, rewrites it when it is to be sent, and accounts for it.
 ///
@@ -15,37 +28,292 @@ use crate::{
 #[inline(always)]
 pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Reason {
     let bytes = packet.length();
-    let reason = match decide(packet, tables) {
-        Ok(state) => {
-            account(state, bytes);
+    match decide(packet, tables) {
+        Ok(()) => {
+            tables.count(Reason::Relayed, bytes);
             Reason::Relayed
         }
-        Err(reason) => reason,
-    };
-    tables.count(reason, bytes);
-    reason
+        Err(Passed { reason, up }) => {
+            // Before the note, which costs the verifier most: by then the reasons are all one to it.
+            tables.count(reason, bytes);
+            if let Some(up) = up {
+                note(packet, up.state, up.at, up.length, &up.rtp);
+            }
+            reason
+        }
+    }
+}
+
+/// Why a packet is the stack's.
+struct Passed {
+    reason: Reason,
+    /// Set for one that the PBX will most probably forward.
+    up: Option<Up>,
+}
+
+/// A packet of a stream that is passed up.
+struct Up {
+    state: *mut State,
+    /// Offset of its RTP header, bytes.
+    at: usize,
+    /// Bytes of RTP.
+    length: usize,
+    rtp: Rtp,
+}
+
+impl From<Reason> for Passed {
+    #[inline(always)]
+    fn from(reason: Reason) -> Self {
+        Self { reason, up: None }
+    }
 }
 
 #[inline(always)]
-fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<*mut State, Reason> {
+fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<(), Passed> {
     let parsed = parse(packet)?;
-    let stream = tables.stream(&parsed.key).ok_or(Reason::NoStream)?;
+    let Some(stream) = tables.stream(&parsed.key) else {
+        return Err(missed(packet, &parsed, tables).into());
+    };
     // A switch floods, a port mirrors, an interface is promiscuous: the stack ignores such frames,
     // and relaying them would hand the phone everything twice.
     if parsed.destination_mac != stream.next_hop.source_mac.words() && stream.next_hop.known != 0 {
-        return Err(Reason::OtherHost);
+        return Err(Reason::OtherHost.into());
     }
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
-    // SAFETY: `Tables::state` points into a map that outlives the packet. The controller stores
-    // the mode from another CPU, hence volatile; an aligned word cannot tear.
-    match unsafe { (&raw const (*state).mode).read_volatile() } {
-        mode::OFFLOADED => {}
-        mode::SUSPENDED => return Err(Reason::Suspended),
-        _ => return Err(Reason::Watching),
+    let now = tables.now();
+    if now >= tables.lease() {
+        return Err(Reason::LeaseOver.into());
     }
-    let rewrite_plan = validate(packet, &parsed, stream)?;
-    rewrite(packet, &parsed, stream, &rewrite_plan)?;
-    Ok(state)
+    let epoch = load!(state, epoch);
+    let mode = mode::of(epoch, load!(state, proven), load!(state, suspended));
+    if mode == mode::SUSPENDED {
+        return Err(Reason::Suspended.into());
+    }
+    let now_ticks = nonzero(ticks(now));
+    if !parsed.source.is(&stream.source) || parsed.source_port != stream.source_port {
+        let event = Event {
+            kind: event::UNEXPECTED_SOURCE,
+            slot: stream.slot,
+            epoch,
+            address: parsed.source,
+            port: parsed.source_port,
+            ..Event::at(now)
+        };
+        report_at_times(state, now_ticks, &event, tables);
+        return Err(Reason::UnexpectedSource.into());
+    }
+    let (at, length) = payload(&parsed);
+    let rtp = match rtp(packet, at, length) {
+        Ok(rtp) => rtp,
+        Err(reason) => {
+            if reason == Reason::Rtcp {
+                store!(state, now_ticks, last_rtcp);
+            }
+            return Err(reason.into());
+        }
+    };
+
+    let last_seen = load!(state, last_seen);
+    store!(state, now_ticks, last_seen);
+    let moment = Moment {
+        now_ticks,
+        last_seen,
+        mode,
+    };
+    let reason = match forward(packet, &parsed, stream, state, at, &rtp, &moment) {
+        Ok(()) => {
+            account(state, packet.length());
+            return Ok(());
+        }
+        Err(reason) => reason,
+    };
+    // What the PBX does with it will tell whether it may be trusted with the next ones.
+    store!(state, now_ticks, last_passed);
+    let mut passed = Passed::from(reason);
+    if stream.proof != 0 {
+        if mode == mode::OFFLOADED && is_unanswered(state, reason) {
+            suspend(state, epoch);
+            tables.report(&Event {
+                kind: event::ECHO_MISSING,
+                slot: stream.slot,
+                epoch,
+                ..Event::at(now)
+            });
+        }
+        passed.up = Some(Up {
+            state,
+            at,
+            length,
+            rtp,
+        });
+    }
+    Err(passed)
+}
+
+/// When a packet came, and how the stream stood.
+struct Moment {
+    now_ticks: u32,
+    /// Ticks of the packet before; 0 for none.
+    last_seen: u32,
+    mode: u32,
+}
+
+/// 0 says "never" in a [`State`].
+#[inline(always)]
+const fn nonzero(ticks: u32) -> u32 {
+    if ticks == 0 { 1 } else { ticks }
+}
+
+/// What no stream expects: RTCP of one, or a stream whose local address was assumed wrongly.
+#[inline(always)]
+fn missed<P: Packet + ?Sized>(packet: &mut P, parsed: &Parsed, tables: &impl Tables) -> Reason {
+    let port = parsed.key.local_port;
+    // RTCP has the next higher, odd port (RFC 3550 section 11).
+    let key = if port & 1 == 1 {
+        StreamKey::new(parsed.key.local_address, port - 1)
+    } else {
+        StreamKey::new(Address::default(), port)
+    };
+    let Some(stream) = tables.stream(&key) else {
+        return Reason::NoStream;
+    };
+    let Some(state) = tables.state(stream.slot) else {
+        return Reason::NoState;
+    };
+    if !parsed.source.is(&stream.source) {
+        return Reason::NoStream;
+    }
+    let now = tables.now();
+    if port & 1 == 1 {
+        let (at, length) = payload(parsed);
+        return match rtp(packet, at, length) {
+            Err(Reason::Rtcp) => {
+                store!(state, nonzero(ticks(now)), last_rtcp);
+                Reason::Rtcp
+            }
+            _ => Reason::NoStream,
+        };
+    }
+    if parsed.source_port == stream.source_port {
+        let event = Event {
+            kind: event::RECEIVED_AT,
+            slot: stream.slot,
+            epoch: load!(state, epoch),
+            address: parsed.key.local_address,
+            port,
+            ..Event::at(now)
+        };
+        report_at_times(state, nonzero(ticks(now)), &event, tables);
+    }
+    Reason::NoStream
+}
+
+/// Offset and length of what the UDP header announces.
+#[inline(always)]
+pub(crate) fn payload(parsed: &Parsed) -> (usize, usize) {
+    // Ethernet pads short frames: what lies past the datagram must not be read as RTP.
+    (
+        parsed.udp + Udp::LEN,
+        usize::from(parsed.udp_length) - Udp::LEN,
+    )
+}
+
+/// The RTP header of a datagram that is RTP.
+#[inline(always)]
+pub(crate) fn rtp<P: Packet + ?Sized>(
+    packet: &mut P,
+    at: usize,
+    length: usize,
+) -> Result<Rtp, Reason> {
+    /// Shortest RTCP packet: an empty receiver report (RFC 3550 section 6.4.2).
+    const RTCP_MIN: usize = 8;
+    if length < RTCP_MIN {
+        return Err(Reason::RtpLength);
+    }
+    let [first, second] = *packet.header::<[u8; 2]>(at)?;
+    if first >> 6 != 2 {
+        return Err(Reason::NotRtp);
+    }
+    // Where it shares the port (RFC 5761 section 4).
+    if matches!(second, 192..=223) {
+        return Err(Reason::Rtcp);
+    }
+    if length < Rtp::LEN {
+        return Err(Reason::RtpLength);
+    }
+    Ok(*packet.header::<Rtp>(at)?)
+}
+
+/// Tells the controller of a thing that may come with every packet, at times.
+#[inline(always)]
+fn report_at_times(state: *mut State, now_ticks: u32, event: &Event, tables: &impl Tables) {
+    let reported = load!(state, reported);
+    if reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL {
+        store!(state, now_ticks, reported);
+        tables.report(event);
+    }
+}
+
+/// Rewrites the packet, or says why it is Asterisk's.
+#[inline(always)]
+fn forward<P: Packet + ?Sized>(
+    packet: &mut P,
+    parsed: &Parsed,
+    stream: &Stream,
+    state: *mut State,
+    at: usize,
+    rtp: &Rtp,
+    moment: &Moment,
+) -> Result<(), Reason> {
+    if moment.mode == mode::WATCHING {
+        return Err(Reason::Watching);
+    }
+    let plan = validate(packet, parsed, stream, state, at, rtp)?;
+    if is_keepalive_due(stream, state, moment) {
+        return Err(Reason::Keepalive);
+    }
+    if stream.proof != 0 {
+        let ssrc = u32_of(rtp.ssrc);
+        if ssrc != load!(state, ssrc) {
+            return Err(Reason::NewSsrc);
+        }
+        if moment.now_ticks.wrapping_sub(moment.last_seen) > PAUSE {
+            return Err(Reason::AfterPause);
+        }
+        // A packet must not overtake the one before, which may also turn out to be no echo.
+        if load!(state, noted) != load!(state, echoed) {
+            return Err(Reason::AwaitingEcho);
+        }
+    }
+    rewrite(packet, parsed, stream, &plan)
+}
+
+/// Whether the PBX has heard nothing of the phone for too long. A phone that sends RTCP is heard:
+/// at most 2½ times as long may pass without any, which is still less than the PBX's patience.
+#[inline(always)]
+fn is_keepalive_due(stream: &Stream, state: *mut State, moment: &Moment) -> bool {
+    let due = stream.keepalive;
+    if due == 0 || moment.now_ticks.wrapping_sub(load!(state, last_passed)) < due {
+        return false;
+    }
+    let rtcp = load!(state, last_rtcp);
+    rtcp == 0 || 2 * u64::from(moment.now_ticks.wrapping_sub(rtcp)) >= 5 * u64::from(due)
+}
+
+/// Whether the PBX forwards no longer: packets that it was seen to forward before do not come out.
+/// Those of payload types that it may well keep to itself do not count.
+#[inline(always)]
+fn is_unanswered(state: *mut State, reason: Reason) -> bool {
+    let mut unanswered = if load!(state, noted) == load!(state, echoed) {
+        0
+    } else {
+        load!(state, unanswered)
+    };
+    if reason != Reason::PayloadType {
+        unanswered += 1;
+    }
+    store!(state, unanswered, unanswered);
+    unanswered > UNANSWERED_MAX
 }
 
 /// Everything about the packet that could make it Asterisk's, before a byte of it changes.
@@ -54,30 +322,20 @@ fn validate<P: Packet + ?Sized>(
     packet: &mut P,
     parsed: &Parsed,
     stream: &Stream,
+    state: *mut State,
+    at: usize,
+    rtp: &Rtp,
 ) -> Result<Rewrite, Reason> {
-    if !parsed.source.is(&stream.source) || parsed.source_port != stream.source_port {
-        return Err(Reason::UnexpectedSource);
-    }
-    let at = parsed.udp + Udp::LEN;
-    let length = usize::from(parsed.udp_length) - Udp::LEN;
-    // Ethernet pads short frames: what lies past the datagram must not be read as RTP.
-    if length < Rtp::LEN {
-        return Err(Reason::RtpLength);
-    }
-    let rtp = *packet.header::<Rtp>(at)?;
-    if rtp.version_count >> 6 != 2 {
-        return Err(Reason::NotRtp);
-    }
     const PADDING: u8 = 0x20;
     // ast_rtp_interpret() in res_rtp_asterisk.c shortens the packet and leaves the bit set.
     if rtp.version_count & PADDING != 0 {
         return Err(Reason::RtpPadding);
     }
+    let (_, length) = payload(parsed);
     if length < rtp_header_length(packet, at, length, rtp.version_count)? {
         return Err(Reason::RtpLength);
     }
-    let payload_type = rtp.marker_type & 0x7f;
-    let new_payload_type = renumbered(stream, payload_type).ok_or(Reason::PayloadType)?;
+    let new_payload_type = renumbered(state, rtp.marker_type & 0x7f).ok_or(Reason::PayloadType)?;
     if parsed.hop_limit <= 1 {
         return Err(Reason::HopLimit);
     }
@@ -119,26 +377,14 @@ fn rtp_header_length<P: Packet + ?Sized>(
     Ok(fixed + RtpExtension::LEN + usize::from(words) * 4)
 }
 
-/// The number that a payload type has on the other leg.
+/// A 32-bit field of RTP's, in host byte order.
 #[inline(always)]
-fn renumbered(stream: &Stream, payload_type: u8) -> Option<u8> {
-    let mut index = 0;
-    while index < PAYLOAD_TYPES {
-        let entry = stream.payload_types[index];
-        if entry.from == payload_type {
-            return Some(entry.to);
-        }
-        index += 1;
-    }
-    None
+pub(crate) fn u32_of([high, low]: [Be16; 2]) -> u32 {
+    u32::from(high.get()) << 16 | u32::from(low.get())
 }
 
 #[inline(always)]
 fn account(state: *mut State, bytes: usize) {
-    // SAFETY: `Tables::state` points into a map that outlives the packet; each counter is an
-    // aligned word of its own. See `State` for why this is not atomic.
-    unsafe {
-        (*state).packets = (*state).packets.wrapping_add(1);
-        (*state).bytes = (*state).bytes.wrapping_add(bytes as u64);
-    }
+    store!(state, load!(state, packets).wrapping_add(1), packets);
+    store!(state, load!(state, bytes).wrapping_add(bytes as u64), bytes);
 }

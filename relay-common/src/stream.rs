@@ -10,14 +10,18 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
     checksum::Sum,
-    wire::{Be16, Mac, protocol},
+    wire::{Be16, Mac, Rtp, protocol},
 };
 
 /// Version of every layout here.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Payload types that a stream can relay.
 pub const PAYLOAD_TYPES: usize = 8;
+
+/// Packets on their way through the PBX that can be told apart, a power of two. At 20 ms a packet,
+/// the PBX may take 160 ms.
+pub const NOTES: usize = 8;
 
 /// Derives what every ABI type needs.
 macro_rules! abi {
@@ -182,6 +186,7 @@ impl StreamKey {
 
 abi! {
     /// A payload type as it comes in and as it goes out.
+    #[derive(Default)]
     pub struct PayloadType(2, align 1) {
         /// On the leg that the stream comes in on; [`PayloadType::UNUSED`] matches none.
         pub from: u8,
@@ -231,10 +236,10 @@ abi! {
 
 abi! {
     /// Value of `STREAMS`: one direction of a pair. The datapath only reads it.
-    pub struct Stream(112, align 4) {
+    pub struct Stream(112, align 8) {
         /// The only address that may send: remote of the leg the stream comes in on.
         pub source: Address,
-        /// Source address to send with: local address of the other leg.
+        /// Source address to send with: the address that the PBX sends from on the other leg.
         pub new_source: Address,
         /// Destination address to send to: remote of the other leg.
         pub new_destination: Address,
@@ -250,18 +255,77 @@ abi! {
         pub port_change: u16,
         /// Sum of the incoming pseudo-header without its length.
         pub pseudo_header: u16,
-        /// Relayed payload types; all others stay with the PBX.
-        pub payload_types: [PayloadType; PAYLOAD_TYPES],
         /// The way out.
         pub next_hop: NextHop,
         /// Index of this stream's [`State`].
         pub slot: u32,
         /// Index of the opposite direction's [`State`].
         pub opposite_slot: u32,
+        /// While the phone sends no RTCP, one packet in this time goes through the PBX, lest it
+        /// hang up for want of RTP; ticks (see [`ticks`]), 0 for never.
+        pub keepalive: u32,
+        /// Number of the pair, for a controller that takes the map over.
+        pub pair: u64,
         /// DSCP to send with (0–63), or [`DSCP_KEEP`].
         pub dscp: u8,
+        /// Which leg of the pair it comes in on: 0 or 1.
+        pub leg: u8,
+        /// One of [`feed`].
+        pub feed: u8,
+        /// Packets in a row that prove a payload type; 0 where no PBX is asked.
+        pub proof: u8,
         /// Always 0.
-        pub padding: [u8; 3],
+        pub padding: [u8; 4],
+    }
+}
+
+impl Stream {
+    /// What the stream was made of. `key` is its key in `STREAMS`.
+    #[must_use]
+    pub fn spec(&self, key: &StreamKey) -> StreamSpec {
+        let endpoint = |address, port| Endpoint { address, port };
+        StreamSpec {
+            source: endpoint(self.source, self.source_port),
+            local: endpoint(key.local_address, key.local_port),
+            new_source: endpoint(self.new_source, self.new_source_port),
+            new_destination: endpoint(self.new_destination, self.new_destination_port),
+            next_hop: self.next_hop,
+            dscp: self.dscp,
+            slot: self.slot,
+            opposite_slot: self.opposite_slot,
+            keepalive: self.keepalive,
+            pair: self.pair,
+            leg: self.leg,
+            feed: self.feed,
+            proof: self.proof,
+        }
+    }
+}
+
+/// Values of [`Stream::feed`].
+pub mod feed {
+    /// The control socket.
+    pub const API: u8 = 0;
+    /// Asterisk's manager interface.
+    pub const AMI: u8 = 1;
+}
+
+abi! {
+    /// Value of `OUT_LEGS`, by where the PBX sends from (a [`StreamKey`]): what may leave there. The
+    /// datapath only reads it.
+    pub struct OutLeg(28, align 4) {
+        /// Where the stream goes: remote of this leg.
+        pub remote: Address,
+        /// Its port.
+        pub remote_port: u16,
+        /// Packets in a row that prove a payload type, at least 1.
+        pub proof: u8,
+        /// Always 0.
+        pub padding: u8,
+        /// Index of the [`State`] of the stream that leaves here.
+        pub slot: u32,
+        /// Index of the opposite direction's [`State`].
+        pub opposite_slot: u32,
     }
 }
 
@@ -281,18 +345,16 @@ pub struct Endpoint {
 }
 
 /// What a stream is made of before it is compiled into the table's form.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamSpec {
     /// Remote of the leg that the stream comes in on.
     pub source: Endpoint,
     /// Local address of that leg: the key.
     pub local: Endpoint,
-    /// Local address of the other leg.
+    /// Where the PBX sends from on the other leg.
     pub new_source: Endpoint,
     /// Remote of the other leg.
     pub new_destination: Endpoint,
-    /// Unused places are [`PayloadType::UNUSED`].
-    pub payload_types: [PayloadType; PAYLOAD_TYPES],
     /// The way out.
     pub next_hop: NextHop,
     /// DSCP to send with (0–63), or [`DSCP_KEEP`].
@@ -301,6 +363,16 @@ pub struct StreamSpec {
     pub slot: u32,
     /// Index of the opposite direction's state.
     pub opposite_slot: u32,
+    /// Ticks; 0 for never.
+    pub keepalive: u32,
+    /// Number of the pair.
+    pub pair: u64,
+    /// The leg it comes in on: 0 or 1.
+    pub leg: u8,
+    /// One of [`feed`].
+    pub feed: u8,
+    /// Packets in a row that prove a payload type; 0 where no PBX is asked.
+    pub proof: u8,
 }
 
 impl StreamSpec {
@@ -337,43 +409,212 @@ impl StreamSpec {
             address_change: inverse(old).plus(new).fold(),
             port_change: ports.fold(),
             pseudo_header: old.word(u16::from(protocol::UDP)).fold(),
-            payload_types: self.payload_types,
             next_hop: self.next_hop,
             slot: self.slot,
             opposite_slot: self.opposite_slot,
+            keepalive: self.keepalive,
+            pair: self.pair,
             dscp: self.dscp,
-            padding: [0; 3],
+            leg: self.leg,
+            feed: self.feed,
+            proof: self.proof,
+            padding: [0; 4],
         }
+    }
+
+    /// Key and value in `OUT_LEGS` of a stream that is to be proven.
+    #[must_use]
+    pub fn out_leg(&self) -> (StreamKey, OutLeg) {
+        (
+            StreamKey::new(self.new_source.address, self.new_source.port),
+            OutLeg {
+                remote: self.new_destination.address,
+                remote_port: self.new_destination.port,
+                proof: self.proof,
+                padding: 0,
+                slot: self.slot,
+                opposite_slot: self.opposite_slot,
+            },
+        )
     }
 }
 
 abi! {
-    /// Value of `STATE`: what the datapath writes of one stream, read through `mmap`.
+    /// Value of `STATE`: how a stream fares, read by the controller through `mmap`.
     ///
     /// Apart from [`Stream`], because a map update replaces a value whole: counters in there would
-    /// be lost whenever a MAC changes. One CPU writes at a time as long as a flow stays on its
-    /// receive queue; while it moves a count can be lost, never a packet.
+    /// be lost whenever a MAC changes. Every field has one writer, so that none needs an atomic
+    /// operation: the controller, the *receiver* (the program that relays) or the *observer* (the
+    /// program that watches what the PBX sends). The one exception, `suspended`, only ever becomes
+    /// `epoch`. One CPU receives as long as a flow stays on its queue; while it moves a count can be
+    /// lost, never a packet.
+    ///
+    /// The first 64 bytes are what a relayed packet touches.
     #[derive(Default)]
-    pub struct State(24, align 8) {
-        /// One of [`mode`], set by the controller.
-        pub mode: u32,
-        /// Always 0.
-        pub padding: u32,
-        /// Packets relayed.
+    pub struct State(192, align 8) {
+        /// Controller: the round of proof that counts; 0 when the stream is taken back.
+        pub epoch: u32,
+        /// Observer, or the controller where no proof is asked for: `epoch` once it is proven.
+        pub proven: u32,
+        /// Receiver and observer: `epoch` once the PBX was seen to do something else.
+        pub suspended: u32,
+        /// Receiver: packets passed up whose echo is awaited, since ever.
+        pub noted: u32,
+        /// Observer: the number among those of the latest that came out of the PBX.
+        pub echoed: u32,
+        /// Receiver: synchronisation source of the last packet.
+        pub ssrc: u32,
+        /// Receiver: packets relayed.
         pub packets: u64,
-        /// Bytes relayed, whole frames without their check sequence.
+        /// Receiver: bytes relayed, whole frames without their check sequence.
         pub bytes: u64,
+        /// Receiver: ticks of the last packet that the phone sent; 0 before the first.
+        pub last_seen: u32,
+        /// Receiver: ticks of the last packet passed up.
+        pub last_passed: u32,
+        /// Observer, or the controller where no proof is asked for: what is relayed; unused places
+        /// are [`PayloadType::UNUSED`].
+        pub payload_types: [PayloadType; PAYLOAD_TYPES],
+        /// Receiver: ticks of the last RTCP that the phone sent; 0 before the first.
+        pub last_rtcp: u32,
+        /// Receiver: packets in a row, of proven payload types, that still await an echo.
+        pub unanswered: u32,
+        /// Receiver: ticks of the last report of an unexpected source or address.
+        pub reported: u32,
+        /// Observer: the epoch that the fields below and `payload_types` belong to.
+        pub watched: u32,
+        /// Observer: the payload type being proven.
+        pub trial: PayloadType,
+        /// Observer: packets of it that came out equal, in a row.
+        pub equal: u16,
+        /// Observer: packets that came out of the PBX unlike any that went in.
+        pub unequal: u32,
+        /// Receiver: a digest of each packet on its way through the PBX, and in the lowest byte its
+        /// marker and payload type; 0 for none.
+        pub notes: [u64; NOTES],
+        /// Receiver: the last packet passed up.
+        pub heard: Facts,
+        /// Observer: the last packet of the PBX's that equals none.
+        pub sent: Facts,
+        /// Always 0.
+        pub padding: [u8; 8],
     }
 }
 
-/// Values of [`State::mode`].
+abi! {
+    /// What is kept of a packet for those who ask why a stream is not proven.
+    #[derive(Default)]
+    pub struct Facts(16, align 2) {
+        /// Its RTP header.
+        pub rtp: Rtp,
+        /// Bytes of RTP, header included.
+        pub length: u16,
+        /// Always 0.
+        pub padding: [u8; 2],
+    }
+}
+
+impl State {
+    /// What the datapath does with the stream, while the lease holds: one of [`mode`].
+    #[must_use]
+    pub const fn mode(&self) -> u32 {
+        mode::of(self.epoch, self.proven, self.suspended)
+    }
+}
+
+/// What the datapath does with a stream.
 pub mod mode {
-    /// The PBX relays, the datapath passes. Zero, the content of a fresh map.
+    /// The PBX relays, the datapath collects the proof.
     pub const WATCHING: u32 = 0;
     /// The datapath relays.
     pub const OFFLOADED: u32 = 1;
-    /// Taken back: the PBX relays.
+    /// The PBX relays: the controller has taken the stream back, or the datapath has.
     pub const SUSPENDED: u32 = 2;
+
+    /// By the fields of [`super::State`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(epoch: u32, proven: u32, suspended: u32) -> u32 {
+        if epoch == 0 || suspended == epoch {
+            SUSPENDED
+        } else if proven == epoch {
+            OFFLOADED
+        } else {
+            WATCHING
+        }
+    }
+}
+
+/// Time in ticks of 2^20 ns, about 1.05 ms, from `CLOCK_MONOTONIC_COARSE` in nanoseconds. It wraps
+/// after 52 days: only differences have a meaning. A shift, where milliseconds would take a division.
+#[inline(always)]
+#[must_use]
+pub const fn ticks(nanoseconds: u64) -> u32 {
+    (nanoseconds >> 20) as u32
+}
+
+abi! {
+    /// Value of `LEASE`, one entry.
+    #[derive(Default)]
+    pub struct Lease(8, align 8) {
+        /// Until when streams may be relayed: `CLOCK_MONOTONIC`, ns. The controller keeps pushing
+        /// it forward.
+        pub deadline: u64,
+    }
+}
+
+abi! {
+    /// What the ring buffer `EVENTS` carries: rare facts. The controller finds out by [`State`] what
+    /// a full ring buffer did not take.
+    pub struct Event(40, align 8) {
+        /// `CLOCK_MONOTONIC_COARSE`, ns.
+        pub time: u64,
+        /// One of [`event`].
+        pub kind: u32,
+        /// Index of the stream's [`State`].
+        pub slot: u32,
+        /// The round of proof that it belongs to.
+        pub epoch: u32,
+        /// As the kind says.
+        pub address: Address,
+        /// As the kind says.
+        pub port: u16,
+        /// As the kind says.
+        pub payload_type: PayloadType,
+    }
+}
+
+impl Event {
+    /// An event at a time (ns), its other fields to be filled in.
+    #[inline(always)]
+    #[must_use]
+    pub const fn at(time: u64) -> Self {
+        Self {
+            time,
+            kind: 0,
+            slot: 0,
+            epoch: 0,
+            address: Address { bytes: [0; 16] },
+            port: 0,
+            payload_type: PayloadType::UNUSED,
+        }
+    }
+}
+
+/// Values of [`Event::kind`].
+pub mod event {
+    /// The PBX forwards packets of `payload_type` unchanged; the stream is offloaded.
+    pub const PROVEN: u32 = 0;
+    /// The PBX sent RTP itself, with the payload type `payload_type.to`, to `address` and `port`.
+    pub const TALK_BACK: u32 = 1;
+    /// Packets passed up did not come out of the PBX.
+    pub const ECHO_MISSING: u32 = 2;
+    /// A packet came from `address` and `port` instead of the stream's source.
+    pub const UNEXPECTED_SOURCE: u32 = 3;
+    /// The phone sends to `address`, which is another than the pair's local address.
+    pub const RECEIVED_AT: u32 = 4;
+    /// The PBX sends to the stream's destination from `address`, which is another than assumed.
+    pub const SENT_FROM: u32 = 5;
 }
 
 abi! {

@@ -4,26 +4,31 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_MMAPABLE, TC_ACT_UNSPEC, xdp_action},
-    btf_maps::{Array, HashMap, PerCpuArray},
-    helpers::{bpf_csum_update, bpf_redirect},
+    bindings::{BPF_F_MMAPABLE, TC_ACT_STOLEN, TC_ACT_UNSPEC, xdp_action},
+    btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
+    helpers::{bpf_csum_update, bpf_ktime_get_coarse_ns, bpf_redirect},
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 use relay_common::{
     checksum::{PartialChecksum, Sum, UdpChange},
     packet::{Header, Packet, Tables},
+    proof::observe,
     reason::{Reason, Verdict},
     relay::relay,
-    stream::{Counter, State, Stream, StreamKey},
+    stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey},
 };
 
-/// Entries of `STREAMS` and `STATE` before the controller sets its `--max-streams`.
+/// Entries of `STREAMS`, `OUT_LEGS` and `STATE` before the controller sets its `--max-streams`.
 const MAX_STREAMS: usize = 65_536;
 
 /// Streams by local address. Written by the controller.
 #[btf_map]
 static STREAMS: HashMap<StreamKey, Stream, MAX_STREAMS> = HashMap::new();
+
+/// What may leave, by the address that the PBX sends from. Written by the controller.
+#[btf_map]
+static OUT_LEGS: HashMap<StreamKey, OutLeg, MAX_STREAMS> = HashMap::new();
 
 /// What happened to each stream, by slot. The controller reads it through `mmap`.
 #[btf_map]
@@ -32,6 +37,17 @@ static STATE: Array<State, MAX_STREAMS, { BPF_F_MMAPABLE as usize }> = Array::ne
 /// Packets and bytes by [`Reason`].
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, { Reason::COUNT }> = PerCpuArray::new();
+
+/// Until when anything is relayed. The controller pushes it through `mmap`.
+#[btf_map]
+static LEASE: Array<Lease, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// Bytes of `EVENTS`, a power of two and of pages: 1,365 events of 48 bytes with their headers.
+const EVENT_BYTES: usize = 65_536;
+
+/// Rare facts for the controller.
+#[btf_map]
+static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
 
 /// 1 where XDP runs generic, on a socket buffer that keeps the note of an unfinished checksum.
 #[unsafe(no_mangle)]
@@ -52,6 +68,34 @@ impl Tables for Maps {
     #[inline(always)]
     fn state(&self, slot: u32) -> Option<*mut State> {
         STATE.get_ptr_mut(slot)
+    }
+
+    #[inline(always)]
+    fn out_leg(&self, key: &StreamKey) -> Option<&OutLeg> {
+        // SAFETY: as for `stream`.
+        unsafe { OUT_LEGS.get(key) }
+    }
+
+    #[inline(always)]
+    fn lease(&self) -> u64 {
+        match LEASE.get_ptr(0) {
+            // SAFETY: the controller writes it meanwhile, hence volatile; an aligned word.
+            Some(lease) => unsafe { (&raw const (*lease).deadline).read_volatile() },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // Behind by one timer tick at most, and without a read of the hardware clock.
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_ktime_get_coarse_ns() }
+    }
+
+    #[inline(always)]
+    fn report(&self, event: &Event) {
+        // The controller sees by `STATE` what a full ring buffer does not take.
+        let _ = EVENTS.output(event, 0);
     }
 
     #[inline(always)]
@@ -115,6 +159,12 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn pull(&mut self, length: usize) {
+        // Failing is harmless: what is not there is `truncated`.
+        let _ = self.0.pull_data(length as u32);
+    }
+
+    #[inline(always)]
     fn partial_checksum(&self) -> PartialChecksum {
         PartialChecksum::Kept
     }
@@ -154,6 +204,7 @@ fn relay_xdp(ctx: XdpContext) -> u32 {
     match relay(&mut Xdp(&ctx), &Maps).verdict() {
         Verdict::Send => xdp_action::XDP_TX,
         Verdict::Pass => xdp_action::XDP_PASS,
+        Verdict::Drop => xdp_action::XDP_DROP,
     }
 }
 
@@ -164,14 +215,26 @@ const HEADERS_MAX: u32 = 14 + 8 + 40 + 8 + 12 + 60 + 4;
 /// Relay in the ingress traffic control, leaving through the interface's queueing discipline.
 #[classifier]
 fn relay_tc(ctx: TcContext) -> i32 {
-    // Drivers leave as little as the Ethernet header in the linear part. Failing is harmless: what
-    // is not there is `truncated`, and passes.
-    let _ = ctx.pull_data(ctx.len().min(HEADERS_MAX));
-    match relay(&mut Skb(&ctx), &Maps).verdict() {
+    // Drivers leave as little as the Ethernet header in the linear part.
+    let mut packet = Skb(&ctx);
+    packet.pull(ctx.len().min(HEADERS_MAX) as usize);
+    match relay(&mut packet, &Maps).verdict() {
         // SAFETY: the context is the kernel's, valid while the program runs.
         Verdict::Send => unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 },
         // Lets the programs behind this one have their say (TCX_NEXT has the same value).
         Verdict::Pass => TC_ACT_UNSPEC,
+        Verdict::Drop => TC_ACT_STOLEN,
+    }
+}
+
+/// Observer of what the PBX sends, in the egress traffic control. What the relay sends by XDP does
+/// not come here.
+#[classifier]
+fn relay_observe(ctx: TcContext) -> i32 {
+    match observe(&mut Skb(&ctx), &Maps).map(Reason::verdict) {
+        // Taken without an error to its sender, which would be Asterisk.
+        Some(Verdict::Drop) => TC_ACT_STOLEN,
+        _ => TC_ACT_UNSPEC,
     }
 }
 

@@ -5,6 +5,7 @@ use std::{
     ffi::OsString,
     fmt,
     io::{self, Write as _},
+    os::fd::AsFd as _,
     path::PathBuf,
     process::ExitCode,
     slice,
@@ -14,7 +15,10 @@ use std::{
 use anyhow::Context as _;
 use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 use serde::Serialize;
-use tokio::time::sleep;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::sleep,
+};
 
 use crate::{
     config::{self, Dscp, Mode, Settings},
@@ -26,7 +30,7 @@ use crate::{
     daemon,
     logging::{self, LogFormat},
     output::{self, Style},
-    pair::{Leg, Pair, PayloadTypes},
+    pair::{Leg, Pair, PayloadTypes, Proof},
     secret::SecretError,
 };
 
@@ -61,6 +65,7 @@ EXAMPLES
   See how it fares:
     relay-user status
     relay-user list
+    relay-user events
   Relay a call by hand:
     relay-user add 192.0.2.1:10000=192.0.2.11:30000 192.0.2.1:10002=192.0.2.12:30002
 
@@ -94,6 +99,7 @@ enum Task {
         form: Form,
         request: Request,
     },
+    Follow(Events),
 }
 
 /// What the daemon is asked.
@@ -131,6 +137,7 @@ enum Verb {
     Remove(Remove),
     Flush(Flush),
     Status(Status),
+    Events(Events),
     Detach(Detach),
 }
 
@@ -173,6 +180,28 @@ struct Attach {
     /// Size of the stream table, 2 to 1048576; a pair takes two [default: 65536]
     #[arg(long, value_name = "N", value_parser = config::max_streams)]
     max_streams: Option<u32>,
+    /// Equal packets in a row that prove that the PBX forwards a stream unchanged, 1 to 255; 0 relays
+    /// what signalling says without proof [default: 8]
+    #[arg(long, value_name = "N", value_parser = config::proof)]
+    proof: Option<u8>,
+    /// While a phone sends no RTCP, one of its packets goes through the PBX this often, lest it hang
+    /// up; where the PBX's rtp_timeout is known, a third of that counts [default: 3]
+    #[arg(long, value_name = "SECONDS", value_parser = config::time)]
+    keepalive: Option<Duration>,
+    /// How long calls go on in the kernel without AMI before they are taken back [default: 2]
+    #[arg(long, value_name = "SECONDS", value_parser = config::time)]
+    ami_grace: Option<Duration>,
+    /// After how long without a packet of an offloaded phone to tell of it [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = config::some_time)]
+    silence: Option<Duration>,
+    /// After how long without a packet a stream expires: it must be proven again, and a pair of
+    /// `add` is forgotten [default: 60]
+    #[arg(long, value_name = "SECONDS", value_parser = config::some_time)]
+    expire: Option<Duration>,
+    /// When the daemon ends, leave the datapath as it is: it relays on until its lease is over, at
+    /// most 5 seconds, unless another `attach` takes it over
+    #[arg(long)]
+    persist: bool,
     /// DSCP of relayed packets: ef, keep (what the phone set), or 0 to 63 [default: ef]
     #[arg(long, value_name = "DSCP")]
     dscp: Option<Dscp>,
@@ -217,10 +246,11 @@ struct Form {
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 EXAMPLES
-  A call with G.711 mu-law (payload type 0) on both legs:
+  A call that a PBX bridges:
     relay-user add 192.0.2.1:10000=192.0.2.11:30000 192.0.2.1:10002=192.0.2.12:30002
-  Over IPv6, with A-law and with events that the first leg numbers 101 and the second 96:
-    relay-user add --payload-type 8,101:96 \\
+  Ports with no PBX behind them, over IPv6, with A-law and with events that the first leg numbers 101
+  and the second 96:
+    relay-user add --proof none --payload-type 8,101:96 \\
         '[2001:db8::1]:10000=[2001:db8::11]:30000' '[2001:db8::1]:10002=[2001:db8::12]:30002'")]
 struct Add {
     /// First leg: LOCAL=REMOTE, such as 192.0.2.1:10000=192.0.2.11:30000
@@ -229,8 +259,13 @@ struct Add {
     /// Second leg, written likewise
     #[arg(value_name = "LEG")]
     second: Leg,
-    /// Payload types to relay, separated by commas or spaces, or repeated; N:M is N on the first leg,
-    /// M on the second. Packets of any other type go through the PBX
+    /// What the pair is offloaded on: `wire`, the PBX being seen to forward it unchanged, or `none`,
+    /// as for ports with no PBX behind them
+    #[arg(long, value_name = "PROOF", value_enum, default_value = "wire")]
+    proof: Proof,
+    /// Payload types to relay where there is no proof, separated by commas or spaces, or repeated; N:M
+    /// is N on the first leg, M on the second. Packets of any other type go through the PBX. With
+    /// proof, the wire tells
     #[arg(
         long = "payload-type",
         value_name = "N|N:M",
@@ -323,6 +358,37 @@ struct Status {
     form: Form,
 }
 
+/// Watch what happens to pairs, as it happens
+///
+/// One line per event: when, what, the number of the pair, the leg that the stream comes in on where it
+/// is about one direction only, and the cause. `relay-user show` tells more about a pair of that number.
+/// docs/api.md has a table of all that can happen; most often it is `watching` (proof is collected),
+/// `offloaded` (the kernel relays), `taken back` (the PBX relays again) and `refused` (the PBX keeps the
+/// call).
+///
+/// Goes on until Ctrl-C, until its reader closes, or until the daemon ends, which is no failure. A line
+/// `missed` stands for events that were lost because this was read too slowly.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+    relay-user events
+  With what led to it, as far as the daemon remembers (its latest 1024 events):
+    relay-user events --since 0
+  Calls that the PBX keeps, and why:
+    relay-user events --json | jq -r 'select(.kind == \"refused\") | .call, .cause'
+  Go on where a program stopped, after the event whose `serial` was 41:
+    relay-user events --json --since 41")]
+struct Events {
+    /// Print JSON, one object per line, as docs/api.md describes it
+    #[arg(long)]
+    json: bool,
+    /// Begin after the event of this number, 0 for all that the daemon remembers [default: now]
+    #[arg(long, value_name = "SERIAL")]
+    since: Option<u64>,
+    #[command(flatten)]
+    target: Target,
+}
+
 /// End the daemon of an interface
 ///
 /// Every call goes back to the PBX, and nothing is left in the kernel. Where the daemon is gone
@@ -356,14 +422,15 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Verb::Add(Add {
             first,
             second,
+            proof,
             mut payload_types,
             more_payload_types,
             target,
             form,
         }) => {
             payload_types.extend(more_payload_types);
-            let pair =
-                Pair::new([first, second], payload_types).map_err(|error| unfit("add", error))?;
+            let pair = Pair::new([first, second], payload_types, proof)
+                .map_err(|error| unfit("add", error))?;
             ask(target, form, Request::Add(pair))
         }
         Verb::List(List { target, form }) => ask(target, form, Request::List),
@@ -371,6 +438,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Verb::Remove(Remove { id, target, form }) => ask(target, form, Request::Remove(id)),
         Verb::Flush(Flush { target, form }) => ask(target, form, Request::Flush),
         Verb::Status(Status { target, form }) => ask(target, form, Request::Status),
+        Verb::Events(events) => Task::Follow(events),
     };
     Ok(Invocation(task))
 }
@@ -404,6 +472,7 @@ pub fn run(invocation: Invocation) -> ExitCode {
     let outcome = match invocation.0 {
         Task::Attach(arguments) => attach(arguments).map(|()| String::new()),
         Task::Detach(arguments) => detach(arguments),
+        Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
         Task::Ask {
             target,
             form,
@@ -433,6 +502,12 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
         mode: arguments.mode,
         dscp: arguments.dscp,
         max_streams: arguments.max_streams,
+        proof: arguments.proof,
+        keepalive: arguments.keepalive,
+        ami_grace: arguments.ami_grace,
+        silence: arguments.silence,
+        expire: arguments.expire,
+        persist: arguments.persist.then_some(true),
         socket: arguments.socket,
         ami_address: arguments.ami,
         ami_user: arguments.ami_user,
@@ -472,6 +547,50 @@ fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> 
             }),
         }
     })
+}
+
+fn follow(arguments: &Events) -> anyhow::Result<()> {
+    let Target { socket, interface } = &arguments.target;
+    let client = Client::new(socket::find(socket.as_deref(), interface.as_deref())?);
+    let style = Style::of_stdout();
+    wait_for(async {
+        let mut events = client.events(arguments.since).await?;
+        let mut read = arguments.json || printed(&output::events_header())?;
+        let reader_left = reader_left();
+        tokio::pin!(reader_left);
+        while read {
+            let event = tokio::select! {
+                event = events.next() => event?,
+                () = &mut reader_left => return Ok(()),
+            };
+            let Some(event) = event else {
+                report("the daemon has ended");
+                return Ok(());
+            };
+            read = printed(&if arguments.json {
+                serde_json::to_string(&event)? + "\n"
+            } else {
+                output::event(&event, style)
+            })?;
+        }
+        Ok(())
+    })
+}
+
+/// Completes when nobody can read standard output any longer, as far as the kernel tells: for pipes
+/// and sockets. Without it, `relay-user events | head -1` would stay until the next event.
+async fn reader_left() {
+    if let Ok(stdout) = io::stdout().as_fd().try_clone_to_owned() {
+        // SAFETY: it owns the descriptor, which nobody else knows, until it is dropped.
+        let watched = unsafe { AsyncFd::register_with_interest(stdout, Interest::ERROR) };
+        // The kernel watches no plain file (EPERM, epoll_ctl(2)), which needs no reader either.
+        if let Ok(stdout) = watched
+            && stdout.ready(Interest::ERROR).await.is_ok()
+        {
+            return;
+        }
+    }
+    std::future::pending().await
 }
 
 /// Adds a pair, and gives a neighbour that was never asked before the moment it takes to answer, so
@@ -550,20 +669,28 @@ impl Form {
     }
 }
 
-/// Prints to standard output.
+/// Prints to standard output, and returns the exit code.
 fn print(text: &str) -> ExitCode {
+    match printed(text) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&words(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints to standard output; returns whether somebody still reads it.
+fn printed(text: &str) -> anyhow::Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
     {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => Ok(true),
         // The reader has seen enough, as in `relay-user list | head`.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(error) => {
-            report(&format!("cannot write to standard output: {error}"));
-            ExitCode::FAILURE
-        }
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("cannot write to standard output"),
     }
 }
 
@@ -680,6 +807,7 @@ mod tests {
                 &["list", "--socket", "/x", "--interface", "eth0"],
                 "cannot be used with",
             ),
+            (&["events", "--since", "now"], "--since"),
             (&["lst"], "list"),
         ] {
             let error = parsed(arguments).expect_err(fragment);

@@ -6,6 +6,7 @@ use std::{
     io::{self, Read as _},
     path::{Path, PathBuf},
     str::FromStr,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,19 @@ pub const MAX_STREAMS: u32 = 65_536;
 const FEWEST_STREAMS: u32 = 2;
 /// The most: kernel memory for more is better spent on a second host.
 const MOST_STREAMS: u32 = 1_048_576;
+/// Packets in a row that prove a stream, unless told otherwise.
+pub const PROOF: u8 = 8;
+/// How often the PBX hears of a phone without RTCP, unless told otherwise: a third of the shortest
+/// timeout in common use.
+pub const KEEPALIVE: Duration = Duration::from_secs(3);
+/// How long calls go on without AMI, unless told otherwise.
+pub const AMI_GRACE: Duration = Duration::from_secs(2);
+/// After how long a silent phone is told of, unless told otherwise.
+pub const SILENCE: Duration = Duration::from_secs(10);
+/// After how long a silent stream expires, unless told otherwise.
+pub const EXPIRE: Duration = Duration::from_secs(60);
+/// The longest of these times: a day.
+const LONGEST_TIME: Duration = Duration::from_secs(86_400);
 /// Longest configuration file read, in bytes. All keys together need a hundredth.
 const LONGEST_FILE: u64 = 65_536;
 /// Expedited Forwarding (RFC 3246): the class for voice.
@@ -40,6 +54,18 @@ pub struct AttachSettings {
     pub dscp: Dscp,
     /// Size of the stream table, 2 to 1,048,576; a pair takes two.
     pub max_streams: u32,
+    /// Packets in a row that prove a stream; 0 asks for no proof.
+    pub proof: u8,
+    /// How often the PBX hears of a phone without RTCP whose timeout is not known; 0 is never.
+    pub keepalive: Duration,
+    /// How long calls go on without AMI.
+    pub ami_grace: Duration,
+    /// After how long without a packet an offloaded stream is told of.
+    pub silence: Duration,
+    /// After how long without a packet a stream expires.
+    pub expire: Duration,
+    /// Whether the datapath stays, to the end of its lease, when the daemon ends.
+    pub persist: bool,
     /// Where the control socket goes.
     pub socket: PathBuf,
     /// The Asterisk to learn pairs from; none when pairs come from the API alone.
@@ -93,6 +119,14 @@ pub enum SettingError {
         "`{0}` streams are not possible: write a number from {FEWEST_STREAMS} to {MOST_STREAMS}; a pair takes two"
     )]
     MaxStreams(String),
+    /// Not a number of packets.
+    #[error(
+        "`{0}` is no number of packets: write 1 to 255, or 0 to relay what AMI says without proof"
+    )]
+    Proof(String),
+    /// Not a length of time.
+    #[error("`{0}` is no length of time: write seconds, such as 3 or 0.5, up to 86400")]
+    Time(String),
     /// Not a host and a port.
     #[error(
         "`{0}` is not HOST:PORT: write, say, 127.0.0.1:5038, pbx.example.com:5038 or [2001:db8::1]:5038"
@@ -214,6 +248,18 @@ pub struct Settings {
     pub dscp: Option<Dscp>,
     /// `--max-streams`, `max-streams`.
     pub max_streams: Option<u32>,
+    /// `--proof`, `proof`.
+    pub proof: Option<u8>,
+    /// `--keepalive`, `keepalive`.
+    pub keepalive: Option<Duration>,
+    /// `--ami-grace`, `grace` under `[ami]`.
+    pub ami_grace: Option<Duration>,
+    /// `--silence`, `silence`.
+    pub silence: Option<Duration>,
+    /// `--expire`, `expire`.
+    pub expire: Option<Duration>,
+    /// `--persist`, `persist`.
+    pub persist: Option<bool>,
     /// `--socket`, `socket`.
     pub socket: Option<PathBuf>,
     /// `--ami`, `address` under `[ami]`.
@@ -231,6 +277,12 @@ struct Merged {
     mode: Mode,
     dscp: Dscp,
     max_streams: u32,
+    proof: u8,
+    keepalive: Duration,
+    ami_grace: Duration,
+    silence: Duration,
+    expire: Duration,
+    persist: bool,
     socket: PathBuf,
     ami: Option<(String, String, SecretSource)>,
 }
@@ -277,6 +329,12 @@ pub fn load(
         mode: merged.mode,
         dscp: merged.dscp,
         max_streams: merged.max_streams,
+        proof: merged.proof,
+        keepalive: merged.keepalive,
+        ami_grace: merged.ami_grace,
+        silence: merged.silence,
+        expire: merged.expire,
+        persist: merged.persist,
         socket: merged.socket,
         ami,
     })
@@ -318,6 +376,12 @@ fn merge(
             .max_streams
             .or(file.max_streams)
             .unwrap_or(MAX_STREAMS),
+        proof: flags.proof.or(file.proof).unwrap_or(PROOF),
+        keepalive: flags.keepalive.or(file.keepalive).unwrap_or(KEEPALIVE),
+        ami_grace: flags.ami_grace.or(file.ami_grace).unwrap_or(AMI_GRACE),
+        silence: flags.silence.or(file.silence).unwrap_or(SILENCE),
+        expire: flags.expire.or(file.expire).unwrap_or(EXPIRE),
+        persist: flags.persist.or(file.persist).unwrap_or(false),
         socket: flags
             .socket
             .or(file.socket)
@@ -363,15 +427,21 @@ struct Entry<'a> {
 }
 
 /// Every key there is, with its table. What a misspelt key is compared with.
-const KEYS: [&str; 8] = [
+const KEYS: [&str; 14] = [
     "mode",
     "dscp",
     "max-streams",
+    "proof",
+    "keepalive",
+    "silence",
+    "expire",
+    "persist",
     "socket",
     "ami",
     "ami.address",
     "ami.user",
     "ami.secret-file",
+    "ami.grace",
 ];
 
 impl Document<'_> {
@@ -386,7 +456,14 @@ impl Document<'_> {
             match entry.key {
                 "mode" => settings.mode = Some(self.parse(&entry)?),
                 "dscp" => settings.dscp = Some(self.dscp(&entry)?),
-                "max-streams" => settings.max_streams = Some(self.max_streams(&entry)?),
+                "max-streams" => {
+                    settings.max_streams = Some(self.number(&entry, max_streams)?);
+                }
+                "proof" => settings.proof = Some(self.number(&entry, proof)?),
+                "keepalive" => settings.keepalive = Some(self.time(&entry, time)?),
+                "silence" => settings.silence = Some(self.time(&entry, some_time)?),
+                "expire" => settings.expire = Some(self.time(&entry, some_time)?),
+                "persist" => settings.persist = Some(self.flag(&entry)?),
                 "socket" => settings.socket = Some(self.file_path(&entry)?),
                 _ => {
                     let DeValue::Table(ami) = entry.value else {
@@ -404,6 +481,7 @@ impl Document<'_> {
             match entry.key {
                 "ami.address" => settings.ami_address = Some(self.checked(&entry, ami_address)?),
                 "ami.user" => settings.ami_user = Some(self.checked(&entry, ami_user)?),
+                "ami.grace" => settings.ami_grace = Some(self.time(&entry, time)?),
                 _ => settings.ami_secret_file = Some(self.file_path(&entry)?),
             }
         }
@@ -469,12 +547,36 @@ impl Document<'_> {
         }
     }
 
-    fn max_streams(&self, entry: &Entry<'_>) -> Result<u32, ConfigError> {
+    fn number<T>(
+        &self,
+        entry: &Entry<'_>,
+        check: impl FnOnce(&str) -> Result<T, SettingError>,
+    ) -> Result<T, ConfigError> {
         match entry.value {
             DeValue::Integer(number) => {
-                max_streams(&number.to_string()).map_err(|source| self.wrong_value(entry, source))
+                check(&number.to_string()).map_err(|source| self.wrong_value(entry, source))
             }
             _ => Err(self.wrong_type(entry, "a whole number without quotes")),
+        }
+    }
+
+    fn time(
+        &self,
+        entry: &Entry<'_>,
+        check: fn(&str) -> Result<Duration, SettingError>,
+    ) -> Result<Duration, ConfigError> {
+        let text = match entry.value {
+            DeValue::Integer(number) => number.to_string(),
+            DeValue::Float(number) => number.to_string(),
+            _ => return Err(self.wrong_type(entry, "a number of seconds without quotes")),
+        };
+        check(&text).map_err(|source| self.wrong_value(entry, source))
+    }
+
+    fn flag(&self, entry: &Entry<'_>) -> Result<bool, ConfigError> {
+        match entry.value {
+            DeValue::Boolean(flag) => Ok(*flag),
+            _ => Err(self.wrong_type(entry, "true or false, without quotes")),
         }
     }
 
@@ -546,6 +648,38 @@ pub fn max_streams(text: &str) -> Result<u32, SettingError> {
         .ok()
         .filter(|count| (FEWEST_STREAMS..=MOST_STREAMS).contains(count))
         .ok_or_else(|| SettingError::MaxStreams(printable(text)))
+}
+
+/// Reads a number of packets that prove a stream.
+///
+/// # Errors
+/// [`SettingError::Proof`].
+pub fn proof(text: &str) -> Result<u8, SettingError> {
+    text.parse()
+        .map_err(|_| SettingError::Proof(printable(text)))
+}
+
+/// Reads a length of time, in seconds.
+///
+/// # Errors
+/// [`SettingError::Time`].
+pub fn time(text: &str) -> Result<Duration, SettingError> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|time| *time <= LONGEST_TIME)
+        .ok_or_else(|| SettingError::Time(printable(text)))
+}
+
+/// Reads a length of time that is not 0, in seconds.
+///
+/// # Errors
+/// [`SettingError::Time`].
+pub fn some_time(text: &str) -> Result<Duration, SettingError> {
+    match time(text)? {
+        Duration::ZERO => Err(SettingError::Time(printable(text))),
+        time => Ok(time),
+    }
 }
 
 /// Reads a `HOST:PORT`.
@@ -699,6 +833,12 @@ mod tests {
             mode: Some(Mode::Native),
             dscp: Some(Dscp::Set(10)),
             max_streams: Some(4),
+            proof: Some(3),
+            keepalive: Some(Duration::from_secs(1)),
+            ami_grace: Some(Duration::from_secs(1)),
+            silence: Some(Duration::from_secs(1)),
+            expire: Some(Duration::from_secs(1)),
+            persist: Some(true),
             socket: Some(format!("/{tag}.sock").into()),
             ami_address: Some(format!("{tag}:5038")),
             ami_user: Some(tag.into()),
@@ -709,8 +849,9 @@ mod tests {
     #[test]
     fn every_key_is_read() {
         let settings = parsed(
-            "mode = \"generic\"\ndscp = 26\nmax-streams = 1_024\nsocket = \"/run/x.sock\"\n\
-             [ami]\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n",
+            "mode = \"generic\"\ndscp = 26\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
+             silence = 20\nexpire = 90\npersist = true\nsocket = \"/run/x.sock\"\n\
+             [ami]\ngrace = 1\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n",
         );
         assert_eq!(
             settings.expect("valid file"),
@@ -718,6 +859,12 @@ mod tests {
                 mode: Some(Mode::Generic),
                 dscp: Some(Dscp::Set(26)),
                 max_streams: Some(1024),
+                proof: Some(12),
+                keepalive: Some(Duration::from_millis(500)),
+                ami_grace: Some(Duration::from_secs(1)),
+                silence: Some(Duration::from_secs(20)),
+                expire: Some(Duration::from_secs(90)),
+                persist: Some(true),
                 socket: Some("/run/x.sock".into()),
                 ami_address: Some("pbx.example.com:5038".into()),
                 ami_user: Some("relay".into()),
@@ -787,6 +934,15 @@ mod tests {
                 "`max-streams` is a string: write a whole number",
             ),
             ("max-streams = 8.5", "a number with a fraction"),
+            ("proof = 256", "`256` is no number of packets"),
+            ("silence = -1", "`-1` is no length of time: write seconds"),
+            ("expire = 0", "`0` is no length of time"),
+            ("keepalive = nan", "is no length of time"),
+            (
+                "keepalive = \"3\"",
+                "is a string: write a number of seconds",
+            ),
+            ("persist = 1", "is a whole number: write true or false"),
             ("socket = \"\"", "the path is empty"),
             ("ami = 1", "`ami` is a whole number: write a table: [ami]"),
             ("[[ami]]\nuser = \"x\"", "`ami` is a list: write a table"),
@@ -829,6 +985,12 @@ mod tests {
                 mode: Mode::Auto,
                 dscp: Dscp::Set(46),
                 max_streams: 65_536,
+                proof: 8,
+                keepalive: Duration::from_secs(3),
+                ami_grace: Duration::from_secs(2),
+                silence: Duration::from_secs(10),
+                expire: Duration::from_secs(60),
+                persist: false,
                 socket: "/run/relay-user/eth0.sock".into(),
                 ami: None,
             }

@@ -1,28 +1,48 @@
-//! Owns registry and maps: takes events from feeds, control API and next hops one at a time, and
-//! carries out what the registry says.
+//! Owns registry and maps: takes events from feeds, control API, next hops and the datapath one at a
+//! time, and carries out what the registry says.
 
-use std::{collections::BTreeMap, process, time::Instant};
+mod feed;
+mod wire;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process,
+    time::{Duration, Instant},
+};
 
 use relay_common::{
     reason,
-    stream::{ABI_VERSION, State, mode},
+    stream::{ABI_VERSION, Address, State, Stream, StreamKey, ticks},
 };
+use tokio::sync::mpsc;
 
 use crate::{
-    ami::{CallId, FeedEvent},
+    ami::FeedCommand,
+    clock,
     config::AttachSettings,
     control::{
         Command, Reply,
         model::{
-            AmiReport, AmiState, ApiError, ErrorCode, PairReport, PairState, ReasonReport,
-            RefusalReport, StatusReport, Verdict,
+            AmiReport, AmiState, ApiError, Detached, ErrorCode, Feed, PairReport, PairState,
+            ReasonReport, RefusalReport, StatusReport, StreamState, Verdict,
         },
     },
     datapath::{Datapath, DatapathError},
+    events::{EventBus, Subject, TransitionKind},
     next_hop::{NextHops, Notice, Stopped},
     pair::Pair,
-    registry::{Change, Origin, Refusal, Registry},
+    registry::{Change, Origin, Policy, Refusal, Registry},
 };
+
+/// How far ahead the lease is pushed: what passes at most, after the controller froze or died, until
+/// every stream is the PBX's again.
+pub const LEASE: Duration = Duration::from_secs(5);
+
+/// How often [`Controller::tick`] wants to be called.
+pub const TICK: Duration = Duration::from_millis(250);
+
+/// How long AMI may take to confirm the calls that an earlier daemon left.
+const CONFIRMATION: Duration = Duration::from_secs(1);
 
 /// Registry, maps and next hops of one attached interface.
 pub struct Controller {
@@ -33,7 +53,16 @@ pub struct Controller {
     datapath: Datapath,
     next_hops: NextHops,
     registry: Registry,
+    events: EventBus,
     ami: Option<AmiReport>,
+    /// Questions to the AMI feed.
+    questions: Option<mpsc::Sender<FeedCommand>>,
+    /// Pairs of the AMI feed that Asterisk has not confirmed since it was last lost.
+    unconfirmed: BTreeSet<u64>,
+    /// When those are taken back.
+    confirm_by: Option<Instant>,
+    /// What goes on with each pair on the wire.
+    wire: wire::Watch,
     /// By the name of the rule or the error's code, which are few.
     refusals: BTreeMap<String, u64>,
 }
@@ -43,7 +72,7 @@ pub enum Handled {
     /// Served; go on.
     Done,
     /// `detach`: to be answered once everything is gone.
-    Detach(Reply<crate::control::model::Detached>),
+    Detach(Reply<Detached>),
 }
 
 /// The controller cannot go on.
@@ -55,7 +84,7 @@ pub enum ControllerError {
 }
 
 impl Controller {
-    /// Takes over an attached datapath.
+    /// Takes over an attached datapath. `questions` leads to the AMI feed, if there is one.
     #[must_use]
     pub fn new(
         settings: AttachSettings,
@@ -63,6 +92,8 @@ impl Controller {
         mode_reason: String,
         datapath: Datapath,
         next_hops: NextHops,
+        events: EventBus,
+        questions: Option<mpsc::Sender<FeedCommand>>,
     ) -> Self {
         let ami = settings.ami.as_ref().map(|ami| AmiReport {
             address: ami.address.clone(),
@@ -72,16 +103,87 @@ impl Controller {
             cause: Some("not logged in yet".to_owned()),
         });
         Self {
-            registry: Registry::new(settings.dscp, settings.max_streams),
+            registry: Registry::new(Policy {
+                dscp: settings.dscp,
+                max_streams: settings.max_streams,
+                proof: settings.proof,
+                keepalive: settings.keepalive,
+            }),
             settings,
             interface_index,
             mode_reason,
             started: Instant::now(),
             datapath,
             next_hops,
+            events,
             ami,
+            questions,
+            unconfirmed: BTreeSet::new(),
+            confirm_by: None,
+            wire: wire::Watch::default(),
             refusals: BTreeMap::new(),
         }
+    }
+
+    /// Takes over the streams that an earlier daemon left, which go on as they are. Those of the AMI
+    /// feed must be confirmed by Asterisk within a second.
+    ///
+    /// # Errors
+    /// [`ControllerError`].
+    pub async fn adopt(&mut self, streams: &[(StreamKey, Stream)]) -> Result<(), ControllerError> {
+        // Scouts have another stream's slot: a round that goes on must not end with them.
+        let (streams, scouts): (Vec<_>, Vec<_>) = streams
+            .iter()
+            .partition(|(key, _)| key.local_address != Address::default());
+        let scouts: Vec<_> = scouts
+            .iter()
+            .map(|(key, stream)| stream.spec(key))
+            .collect();
+        self.withdraw(&scouts);
+        let (heirlooms, orphans) = self
+            .registry
+            .heirlooms(&streams, |slot| self.datapath.state(slot));
+        for orphan in orphans {
+            tracing::warn!(
+                pair = orphan.pair,
+                "a stream without its opposite is removed"
+            );
+            self.apply(vec![Change::Remove(orphan)]).await?;
+        }
+        for heirloom in heirlooms {
+            let (id, leftovers) = (heirloom.id, heirloom.removal());
+            let [first, second] = Registry::paths_of(&heirloom.pair);
+            let watched = [
+                self.next_hops.watch(first).await?.into(),
+                self.next_hops.watch(second).await?.into(),
+            ];
+            match self.registry.adopt(heirloom, watched) {
+                Ok(changes) => {
+                    self.apply(changes).await?;
+                    if self.registry.is_ami(id) {
+                        self.unconfirmed.insert(id);
+                    }
+                    self.wire.begin(id, Instant::now());
+                    self.tell(
+                        id,
+                        None,
+                        TransitionKind::Adopted,
+                        "left by an earlier daemon",
+                    );
+                    self.notice(id);
+                }
+                Err(refusal) => {
+                    tracing::warn!(pair = id, %refusal, "not adopted");
+                    self.apply(leftovers.into()).await?;
+                    self.apply(vec![Change::Unwatch(first), Change::Unwatch(second)])
+                        .await?;
+                }
+            }
+        }
+        if !self.unconfirmed.is_empty() {
+            self.confirm_by = Some(Instant::now() + CONFIRMATION);
+        }
+        Ok(())
     }
 
     /// Name of the interface.
@@ -96,6 +198,76 @@ impl Controller {
         self.registry.ids().count() as u64
     }
 
+    /// Tells that every pair goes back to the PBX, as it does when this is dropped.
+    pub fn tell_end(&self, cause: &str) {
+        for id in self.registry.ids().filter(|&id| self.registry.is_held(id)) {
+            self.tell(id, None, TransitionKind::TakenBack, cause);
+        }
+    }
+
+    /// Whether the datapath is to stay when the daemon ends.
+    #[must_use]
+    pub const fn persists(&self) -> bool {
+        self.settings.persist
+    }
+
+    /// Ends the controller, and leaves the datapath to the lease.
+    pub fn leave(self) {
+        self.datapath.leave();
+    }
+
+    /// Does what is due: the lease, what the maps tell, calls that are not confirmed.
+    ///
+    /// # Errors
+    /// [`ControllerError`].
+    pub async fn tick(&mut self, now: Instant) -> Result<(), ControllerError> {
+        self.renew_lease().await?;
+        if self.confirm_by.is_some_and(|by| now >= by) {
+            let down = self.ami.as_ref().filter(|ami| ami.state == AmiState::Down);
+            let why = match down.and_then(|ami| ami.cause.as_deref()) {
+                Some(cause) => format!("AMI is down: {cause}"),
+                None => "Asterisk did not confirm it in time".to_owned(),
+            };
+            self.drop_unconfirmed(&why).await?;
+        }
+        self.look(now).await
+    }
+
+    /// Pushes the lease forward. A controller that comes late first takes everything back: what it
+    /// knows may be over, and the addresses another call's.
+    async fn renew_lease(&mut self) -> Result<(), ControllerError> {
+        // Before anything is looked at: should this process be stopped in between, the deadline
+        // that it then sets has passed already.
+        let now = clock::monotonic_now();
+        let lease = self.datapath.lease();
+        let late = lease != 0 && now >= lease;
+        if late {
+            let ids: Vec<_> = self.registry.ids().collect();
+            tracing::warn!(
+                late_ms = (now - lease) / 1_000_000,
+                pairs = ids.len(),
+                "the lease was over before it was renewed: every call must be proven again"
+            );
+            self.events.publish(
+                Subject::DAEMON,
+                TransitionKind::LeaseLost,
+                "the daemon did not run in time to renew it",
+            );
+            for id in &ids {
+                let changes = self.registry.stop(*id, "the lease was over");
+                self.apply(changes).await?;
+            }
+        }
+        self.datapath.renew_lease(now + LEASE.as_nanos() as u64);
+        if late {
+            for id in self.registry.ids().collect::<Vec<_>>() {
+                self.notice(id);
+                self.ask_now(id, Instant::now()).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Serves a client.
     ///
     /// # Errors
@@ -107,11 +279,16 @@ impl Controller {
         }
         match command {
             Command::Add { pair, reply } => {
-                let answer = match self.add(Origin::Api, pair).await? {
+                let answer = match self.add(Origin::Api, pair, [None; 2]).await? {
                     Ok(id) => self
                         .pair_report(id)
                         .ok_or_else(|| ApiError::unknown_pair(id)),
-                    Err(refusal) => Err(refusal.into()),
+                    Err(refusal) => {
+                        let subject = Subject::feed(Feed::Api);
+                        let cause = refusal.to_string();
+                        self.events.publish(subject, TransitionKind::Refused, cause);
+                        Err(refusal.into())
+                    }
                 };
                 send(reply, answer);
             }
@@ -146,122 +323,32 @@ impl Controller {
     /// Takes an operator's word: an API pair is forgotten; a call of Asterisk's stays known, and
     /// may be offered again when its bridge changes or AMI reconnects.
     async fn take_away(&mut self, id: u64, why: &str) -> Result<(), ControllerError> {
-        let changes = match self.registry.call(id).cloned() {
-            Some(call) if self.registry.held(&call).is_some() => {
+        match self.registry.call(id).cloned() {
+            Some(call) if self.registry.is_held(id) => {
                 let why = format!("{why}, until its bridge changes or AMI reconnects");
-                self.registry
-                    .set_aside(&call, None, PairState::Refused, why)
+                self.set_aside(&call, None, PairState::Refused, why).await
             }
             // Asterisk has it already, and for its own reason.
-            Some(_) => Vec::new(),
-            None => self.registry.remove(id),
-        };
-        self.apply(changes).await
-    }
-
-    /// Takes in what Asterisk says.
-    ///
-    /// # Errors
-    /// [`ControllerError`].
-    pub async fn feed(&mut self, event: FeedEvent) -> Result<(), ControllerError> {
-        match event {
-            FeedEvent::Up { asterisk } => {
-                tracing::info!(%asterisk, "AMI is up");
-                if let Some(ami) = &mut self.ami {
-                    ami.state = AmiState::Up;
-                    ami.asterisk = Some(asterisk);
-                    ami.cause = None;
-                }
-            }
-            FeedEvent::Down { cause } => {
-                tracing::warn!(%cause, "AMI is down: taking back every call");
-                if let Some(ami) = &mut self.ami {
-                    ami.state = AmiState::Down;
-                    ami.cause = Some(cause);
-                }
-                for call in self.registry.calls() {
-                    let changes = self.registry.gone(&call);
-                    self.apply(changes).await?;
-                }
-            }
-            FeedEvent::Offer {
-                call,
-                pair,
-                channels,
-            } => self.offer(call, pair, channels).await?,
-            FeedEvent::Refused {
-                call,
-                channels,
-                name,
-                cause,
-            } => {
-                tracing::debug!(%call, %cause, "left with Asterisk");
-                self.count_refusal(name.to_owned());
-                let changes =
-                    self.registry
-                        .set_aside(&call, Some(channels), PairState::Refused, cause);
-                self.apply(changes).await?;
-            }
-            FeedEvent::TakeBack { call, cause } => {
-                tracing::debug!(%call, %cause, "taken back");
-                let changes = self
-                    .registry
-                    .set_aside(&call, None, PairState::Waiting, cause);
-                self.apply(changes).await?;
-            }
-            FeedEvent::Gone { call } => {
-                let changes = self.registry.gone(&call);
-                self.apply(changes).await?;
-            }
+            Some(_) => Ok(()),
+            None => self.forget(id, TransitionKind::TakenBack, why).await,
         }
-        Ok(())
     }
 
-    async fn offer(
+    /// Forgets a pair.
+    async fn forget(
         &mut self,
-        call: CallId,
-        pair: Pair,
-        channels: [String; 2],
+        id: u64,
+        kind: TransitionKind,
+        why: &str,
     ) -> Result<(), ControllerError> {
-        if self.registry.held(&call) == Some(&pair) {
-            return Ok(());
+        if self.registry.is_held(id) {
+            self.tell(id, None, kind, why);
         }
-        for earlier in self.registry.calls_in_the_way(&pair) {
-            let why = if earlier == call {
-                "its addresses changed".to_owned()
-            } else {
-                tracing::info!(call = %earlier, by = %call, "its address went to another call");
-                format!("its address belongs to call {call} now")
-            };
-            let changes = self
-                .registry
-                .set_aside(&earlier, None, PairState::Waiting, why);
-            self.apply(changes).await?;
-        }
-        // Nothing of the earlier offer may stay, even where no address is shared.
-        let why = "its addresses changed".to_owned();
-        let changes = self
-            .registry
-            .set_aside(&call, None, PairState::Waiting, why);
-        self.apply(changes).await?;
-
-        let channels = channels.to_vec();
-        let origin = Origin::Ami {
-            call: call.clone(),
-            channels: channels.clone(),
-        };
-        match self.add(origin, pair).await? {
-            Ok(id) => tracing::debug!(%call, id, "offered by Asterisk"),
-            Err(refusal) => {
-                let cause = refusal.to_string();
-                tracing::warn!(%call, %cause, "left with Asterisk");
-                let changes =
-                    self.registry
-                        .set_aside(&call, Some(channels), PairState::Refused, cause);
-                self.apply(changes).await?;
-            }
-        }
-        Ok(())
+        let changes = self.registry.remove(id);
+        let leftovers = self.wire.end(id);
+        self.withdraw(&leftovers);
+        self.unconfirmed.remove(&id);
+        self.apply(changes).await
     }
 
     /// Takes in that a path changed.
@@ -278,6 +365,7 @@ impl Controller {
         &mut self,
         origin: Origin,
         pair: Pair,
+        rtp_timeout: [Option<Duration>; 2],
     ) -> Result<Result<u64, Refusal>, ControllerError> {
         if let Err(refusal) = self.registry.check(&pair) {
             return Ok(Err(self.refused(refusal)));
@@ -287,9 +375,11 @@ impl Controller {
             self.next_hops.watch(first).await?.into(),
             self.next_hops.watch(second).await?.into(),
         ];
-        match self.registry.add(origin, pair, watched) {
+        match self.registry.add(origin, pair, watched, rtp_timeout) {
             Ok((id, changes)) => {
                 self.apply(changes).await?;
+                self.wire.begin(id, Instant::now());
+                self.notice(id);
                 Ok(Ok(id))
             }
             Err(refusal) => {
@@ -314,22 +404,34 @@ impl Controller {
     async fn apply(&mut self, changes: Vec<Change>) -> Result<(), ControllerError> {
         for change in changes {
             let done = match change {
-                Change::Install { key, stream } => {
-                    self.datapath.reset(stream.slot);
-                    let installed = self.datapath.install(&key, &stream);
-                    if installed.is_ok() {
-                        self.datapath.set_mode(stream.slot, mode::OFFLOADED);
-                    }
-                    installed
+                Change::Install(spec) => {
+                    self.datapath.reset(spec.slot);
+                    self.datapath.install(&spec)
                 }
-                Change::Update { key, stream } => {
-                    let updated = self.datapath.install(&key, &stream);
+                Change::Update(spec) => {
+                    let updated = self.datapath.install(&spec);
                     if updated.is_err() {
-                        self.datapath.set_mode(stream.slot, mode::SUSPENDED);
+                        self.datapath.take_back(spec.slot);
                     }
                     updated
                 }
-                Change::Remove { key, slot } => self.datapath.remove(&key, slot),
+                Change::Watch { slot, epoch } => {
+                    self.datapath.watch(slot, epoch);
+                    Ok(())
+                }
+                Change::Offload {
+                    slot,
+                    epoch,
+                    payload_types,
+                } => {
+                    self.datapath.offload(slot, epoch, payload_types);
+                    Ok(())
+                }
+                Change::TakeBack { slot } => {
+                    self.datapath.take_back(slot);
+                    Ok(())
+                }
+                Change::Remove(spec) => self.datapath.remove(&spec),
                 Change::Unwatch(path) => {
                     self.next_hops.unwatch(path).await?;
                     Ok(())
@@ -344,12 +446,30 @@ impl Controller {
         Ok(())
     }
 
+    /// Publishes what has become of a pair, or of one of its streams.
+    fn tell(&self, id: u64, leg: Option<usize>, kind: TransitionKind, cause: &str) {
+        tracing::debug!(pair = id, leg, ?kind, cause, "transition");
+        let call = self.registry.call(id).map(ToString::to_string);
+        let subject = Subject {
+            pair: Some(id),
+            feed: Some(if self.registry.is_ami(id) {
+                Feed::Ami
+            } else {
+                Feed::Api
+            }),
+            call,
+            stream: leg.map(|leg| leg as u8),
+        };
+        self.events.publish(subject, kind, cause);
+    }
+
     fn state(&self) -> impl Fn(u32) -> State + '_ {
         |slot| self.datapath.state(slot)
     }
 
     fn pair_report(&self, id: u64) -> Option<PairReport> {
-        self.registry.report(id, self.state())
+        self.registry
+            .report(id, self.state(), ticks(clock::monotonic_now()))
     }
 
     fn reports(&self) -> Vec<PairReport> {
@@ -365,6 +485,7 @@ impl Controller {
             .counters()
             .map_err(|error: DatapathError| ApiError::new(ErrorCode::Internal, error))?;
         let census = self.registry.census(self.state());
+        let lease = self.datapath.lease().saturating_sub(clock::monotonic_now());
         Ok(StatusReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             abi: ABI_VERSION,
@@ -374,11 +495,13 @@ impl Controller {
             mode: self.datapath.mode(),
             mode_reason: self.mode_reason.clone(),
             dscp: self.settings.dscp,
+            proof: self.settings.proof,
             pins: self.datapath.pins().to_owned(),
             uptime_seconds: self.started.elapsed().as_secs(),
             max_streams: self.settings.max_streams,
             pairs: census.pairs,
             streams: census.streams,
+            lease_ms: lease / 1_000_000,
             offloaded: census.offloaded,
             waiting: census.waiting,
             refused: census.refused,
@@ -390,6 +513,7 @@ impl Controller {
                     verdict: match reason.verdict() {
                         reason::Verdict::Send => Verdict::Relayed,
                         reason::Verdict::Pass => Verdict::Passed,
+                        reason::Verdict::Drop => Verdict::Dropped,
                     },
                     packets: counter.packets,
                     bytes: counter.bytes,
@@ -404,6 +528,16 @@ impl Controller {
                 })
                 .collect(),
         })
+    }
+}
+
+/// The transition that a stream's new state is.
+const fn kind_of(state: StreamState) -> Option<TransitionKind> {
+    match state {
+        StreamState::Waiting => None,
+        StreamState::Watching => Some(TransitionKind::Watching),
+        StreamState::Offloaded => Some(TransitionKind::Offloaded),
+        StreamState::Suspended => Some(TransitionKind::Suspended),
     }
 }
 

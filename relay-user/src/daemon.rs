@@ -1,17 +1,20 @@
 //! The daemon behind `relay-user attach`: everything is opened in an order that leaves nothing
 //! behind when a step fails, and closed in the reverse order.
 
+use std::time::Instant;
+
 use anyhow::{Context as _, bail};
 use sd_notify::NotifyState;
 use tokio::{
     runtime,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    time::{MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    ami::{self, FeedEvent},
+    ami::{self, FeedEvent, FeedSettings, Proving},
     config::{AttachSettings, Mode},
     control::{
         Command, Reply,
@@ -19,8 +22,9 @@ use crate::{
         server,
         socket::ControlSocket,
     },
-    controller::{Controller, Handled},
-    datapath::{self, AttachMode, Datapath, DatapathError},
+    controller::{self, Controller, Handled},
+    datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events},
+    events::EventBus,
     next_hop::{self, Changes, Interface, Interfaces},
     privileges,
 };
@@ -30,6 +34,8 @@ const COMMANDS: usize = 64;
 
 /// AMI events that wait for the controller; beyond, Asterisk waits.
 const FEED: usize = 1024;
+/// Questions of the controller that wait for the AMI feed.
+const QUESTIONS: usize = 1024;
 
 /// Attaches the relay to an interface and serves until SIGTERM, SIGINT, SIGHUP or
 /// `relay-user detach`.
@@ -66,15 +72,17 @@ pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
 /// Refuses an interface that cannot be attached to, before anything is touched.
 fn check_interface(interface: &Interface) -> anyhow::Result<()> {
     let name = &interface.name;
-    if let Some(other) = interface.xdp.first() {
+    for program in &interface.xdp {
         // Detaching our own program by hand, as that error advises, would take calls from under a
         // daemon.
         datapath::check_unserved(name)?;
-        return Err(DatapathError::OtherProgram {
-            interface: name.clone(),
-            program: datapath::describe_program(other.id),
+        if !datapath::owns(name, interface.index, program.id)? {
+            return Err(DatapathError::OtherProgram {
+                interface: name.clone(),
+                program: datapath::describe_program(program.id),
+            }
+            .into());
         }
-        .into());
     }
     if interface.mac.is_none() {
         bail!(
@@ -109,7 +117,11 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         }),
         None => None,
     };
-    let (datapath, mode_reason) = attach_datapath(&settings, interface)?;
+    let Attached {
+        mut datapath,
+        adopted,
+        mode_reason,
+    } = attach_datapath(&settings, interface)?;
     privileges::keep_for_serving()?;
     let (next_hops, resolver, changes) = next_hop::open(interface.index)?;
     tracing::info!(
@@ -119,26 +131,58 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         "attached"
     );
 
+    let wire = datapath.events().context("cannot listen to the datapath")?;
+
     let stop = CancellationToken::new();
+    let bus = EventBus::new();
     let (commands_in, commands) = mpsc::channel(COMMANDS);
     let server = tokio::spawn(server::serve(
         socket,
         commands_in,
+        bus.clone(),
         stop.clone().cancelled_owned(),
     ));
     let resolver = tokio::spawn(resolver.run());
-    let (feed, events) = match session.zip(settings.ami.clone()) {
+    let (feed, events, questions) = match session.zip(settings.ami.clone()) {
         Some((session, ami)) => {
             let (events_in, events) = mpsc::channel(FEED);
-            let feed = tokio::spawn(ami::run(session, ami, events_in, stop.clone()));
-            (Some(feed), Some(events))
+            let (questions_in, questions) = mpsc::channel(QUESTIONS);
+            let proving = (settings.proof != 0).then(|| Proving {
+                own_addresses: interface.addresses(),
+            });
+            let settings = FeedSettings { ami, proving };
+            let feed = ami::run(session, settings, events_in, questions, stop.clone());
+            (Some(tokio::spawn(feed)), Some(events), Some(questions_in))
         }
-        None => (None, None),
+        None => (None, None, None),
     };
 
-    let controller = Controller::new(settings, interface.index, mode_reason, datapath, next_hops);
+    let mut controller = Controller::new(
+        settings,
+        interface.index,
+        mode_reason,
+        datapath,
+        next_hops,
+        bus,
+        questions,
+    );
+    if let Some(adopted) = adopted {
+        controller.adopt(&adopted.streams).await?;
+        tracing::info!(
+            pairs = controller.pairs(),
+            "carrying on what an earlier daemon left"
+        );
+    }
+    // Nothing is relayed before the first: there is no lease yet, or an earlier daemon's.
+    controller.tick(Instant::now()).await?;
     notify(&[NotifyState::Ready]);
-    let served = serve(controller, commands, events, changes, signalled).await;
+    let sources = Sources {
+        commands,
+        feed: events,
+        wire,
+        next_hops: changes,
+    };
+    let served = serve(controller, sources, signalled).await;
 
     notify(&[NotifyState::Stopping]);
     // The datapath is gone by now: answering the client that asked for it is all that is left.
@@ -157,37 +201,55 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
     outcome
 }
 
+/// Where the controller's events come from.
+struct Sources {
+    commands: mpsc::Receiver<Command>,
+    feed: Option<mpsc::Receiver<FeedEvent>>,
+    wire: Events,
+    next_hops: Changes,
+}
+
 /// The main loop. Dropping the controller at its end detaches the datapath.
 ///
 /// A task that ends on its own ends the loop too: a relay that nobody controls must not go on. That
 /// task's own error follows when it is awaited.
 async fn serve(
     mut controller: Controller,
-    mut commands: mpsc::Receiver<Command>,
-    mut events: Option<mpsc::Receiver<FeedEvent>>,
-    mut changes: Changes,
+    mut sources: Sources,
     signalled: impl Future<Output = &'static str>,
 ) -> anyhow::Result<Option<(Reply<Detached>, Detached)>> {
     tokio::pin!(signalled);
+    let mut ticks = interval(controller::TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             // What takes calls back comes before what may wait.
             biased;
+            _ = ticks.tick() => controller.tick(Instant::now()).await?,
             signal = &mut signalled => {
-                tracing::info!(signal, pairs = controller.pairs(), "taking everything back and detaching");
+                let pairs = controller.pairs();
+                if controller.persists() {
+                    tracing::info!(signal, pairs, "leaving the datapath to its lease");
+                    controller.leave();
+                    return Ok(None);
+                }
+                tracing::info!(signal, pairs, "taking everything back and detaching");
+                controller.tell_end(&format!("the daemon ends on {signal}"));
                 return Ok(None);
             }
-            event = next(&mut events) => match event {
+            event = next(&mut sources.feed) => match event {
                 Some(event) => controller.feed(event).await?,
                 None => bail!("the AMI feed ended"),
             },
-            change = changes.recv() => match change {
+            event = sources.wire.next() => controller.wire(&event).await?,
+            change = sources.next_hops.recv() => match change {
                 Some(notice) => controller.resolved(&notice).await?,
                 None => bail!("the next hop resolver ended"),
             },
-            command = commands.recv() => match command {
+            command = sources.commands.recv() => match command {
                 Some(command) => if let Handled::Detach(reply) = controller.command(command).await? {
                     tracing::info!(pairs = controller.pairs(), "detaching, as a client asked");
+                    controller.tell_end("detached by the operator");
                     let detached = Detached {
                         interface: controller.interface().to_owned(),
                         found: Found::Running,
@@ -209,41 +271,59 @@ async fn next(events: &mut Option<mpsc::Receiver<FeedEvent>>) -> Option<FeedEven
     }
 }
 
+/// A datapath at work, what an earlier daemon left in it, and why it runs in its mode.
+struct Attached {
+    datapath: Datapath,
+    adopted: Option<Adopted>,
+    mode_reason: String,
+}
+
 /// Attaches in the mode asked for, or in the one that works here; says why that one.
-fn attach_datapath(
-    settings: &AttachSettings,
-    interface: &Interface,
-) -> anyhow::Result<(Datapath, String)> {
+fn attach_datapath(settings: &AttachSettings, interface: &Interface) -> anyhow::Result<Attached> {
     let attach =
         |mode| Datapath::attach(&interface.name, interface.index, mode, settings.max_streams);
     // veth_xdp_flush() in drivers/net/veth.c: frames sent by XDP_TX are delivered only when the
     // peer runs an XDP program too, and lost without one.
     let veth = interface.kind.as_deref() == Some("veth");
-    match settings.mode {
+    let (attached, mode_reason) = match settings.mode {
         Mode::Native => {
-            let datapath = attach(AttachMode::Native)?;
-            Ok(if veth {
+            let attached = attach(AttachMode::Native)?;
+            if veth {
                 let reason = "asked for; loses what it relays unless the veth's peer runs an XDP program too";
                 tracing::warn!(interface = interface.name, "native XDP on veth {reason}");
-                (datapath, reason.to_owned())
+                (attached, reason.to_owned())
             } else {
-                (datapath, "asked for".to_owned())
-            })
-        }
-        Mode::Generic => Ok((attach(AttachMode::Generic)?, "asked for".to_owned())),
-        Mode::Auto if veth => Ok((
-            attach(AttachMode::Generic)?,
-            "native XDP on veth loses packets unless the peer runs an XDP program too".to_owned(),
-        )),
-        Mode::Auto => match attach(AttachMode::Native) {
-            Ok(datapath) => Ok((datapath, "the driver supports native XDP".to_owned())),
-            Err(DatapathError::NativeRefused { source, .. }) => {
-                let reason = format!("the driver refuses native XDP ({source})");
-                Ok((attach(AttachMode::Generic)?, reason))
+                (attached, "asked for".to_owned())
             }
-            Err(error) => Err(error.into()),
+        }
+        Mode::Generic => (attach(AttachMode::Generic)?, "asked for".to_owned()),
+        Mode::Auto => match datapath::attached_mode(&interface.name, interface.index)? {
+            // To try another mode, calls would have to be taken back.
+            Some(mode) => (
+                attach(mode)?,
+                "carried on from the daemon before".to_owned(),
+            ),
+            None if veth => (
+                attach(AttachMode::Generic)?,
+                "native XDP on veth loses packets unless the peer runs an XDP program too"
+                    .to_owned(),
+            ),
+            None => match attach(AttachMode::Native) {
+                Ok(attached) => (attached, "the driver supports native XDP".to_owned()),
+                Err(DatapathError::NativeRefused { source, .. }) => {
+                    let reason = format!("the driver refuses native XDP ({source})");
+                    (attach(AttachMode::Generic)?, reason)
+                }
+                Err(error) => return Err(error.into()),
+            },
         },
-    }
+    };
+    let (datapath, adopted) = attached;
+    Ok(Attached {
+        datapath,
+        adopted,
+        mode_reason,
+    })
 }
 
 /// Tells systemd, where it listens (sd_notify(3)).
@@ -253,12 +333,16 @@ fn notify(states: &[NotifyState<'_>]) {
     }
 }
 
-/// Removes the pins that a daemon which was killed left for an interface; returns whether there were
-/// any. Its program and maps went with it. Refuses while a daemon serves that interface, on whatever
+/// Removes what daemons that no longer run left for an interface, attached or pinned, of every version;
+/// returns whether there was anything. Refuses while a daemon serves that interface, on whatever
 /// socket.
 ///
 /// # Errors
 /// What kept a thing from being removed.
 pub fn remove_leftovers(interface: &str) -> anyhow::Result<bool> {
-    Ok(!datapath::remove_leftovers(interface)?.is_empty())
+    let removed = datapath::remove_leftovers(interface)?;
+    for what in &removed {
+        tracing::info!("removed {what}");
+    }
+    Ok(!removed.is_empty())
 }

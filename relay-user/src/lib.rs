@@ -4,11 +4,13 @@
 
 pub mod ami;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod controller;
 pub mod daemon;
 pub mod datapath;
+pub mod events;
 pub mod logging;
 pub mod next_hop;
 pub mod output;

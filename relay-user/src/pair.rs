@@ -13,6 +13,8 @@ pub struct Leg {
     pub local: SocketAddr,
     /// Where the phone sends from and receives at (symmetric RTP, RFC 4961).
     pub remote: SocketAddr,
+    /// Where the PBX sends from: another address than `local` on some hosts with several.
+    pub sends_from: SocketAddr,
 }
 
 /// A payload type number on the first leg, and the number the same payload has on the second.
@@ -24,13 +26,27 @@ pub struct PayloadTypes {
     pub second: u8,
 }
 
+/// What a pair is offloaded on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Proof {
+    /// The PBX is seen to forward it unchanged, and with which payload types.
+    #[default]
+    Wire,
+    /// The word of whoever added it: there may be no PBX behind the ports.
+    None,
+}
+
 /// Two legs bridged to each other: two streams.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pair {
     /// The first and the second leg. They differ in both addresses and share one family.
-    pub legs: [Leg; 2],
-    /// What is relayed; every other payload type stays with the PBX. 1 to 8 entries.
+    pub legs: Box<[Leg; 2]>,
+    /// What is relayed where no proof is asked for; every other payload type stays with the PBX. Up
+    /// to 8 entries. With proof, the wire tells.
     pub payload_types: Vec<PayloadTypes>,
+    /// What it is offloaded on.
+    pub proof: Proof,
 }
 
 /// Why a leg or a pair cannot be relayed. The text names the offender and the remedy.
@@ -97,11 +113,21 @@ pub enum PairError {
     )]
     MalformedPayloadType(String),
     /// None, or more than the datapath's table holds.
-    #[error("{0} payload types given: a pair relays 1 to {PAYLOAD_TYPES}")]
+    #[error("{0} payload types given: a pair without proof relays 1 to {PAYLOAD_TYPES}")]
     PayloadTypeCount(usize),
 }
 
 impl Leg {
+    /// A leg whose PBX sends from where it receives.
+    #[must_use]
+    pub const fn new(local: SocketAddr, remote: SocketAddr) -> Self {
+        Self {
+            local,
+            remote,
+            sends_from: local,
+        }
+    }
+
     fn check(&self) -> Result<(), PairError> {
         for address in [self.local, self.remote] {
             if address.port() == 0 {
@@ -143,10 +169,7 @@ impl FromStr for Leg {
                     leg: text.to_owned(),
                 })
         };
-        let leg = Self {
-            local: address(local)?,
-            remote: address(remote)?,
-        };
+        let leg = Self::new(address(local)?, address(remote)?);
         leg.check()?;
         Ok(leg)
     }
@@ -205,7 +228,11 @@ impl Pair {
     ///
     /// # Errors
     /// Every [`PairError`] that can be told from the pair alone.
-    pub fn new(legs: [Leg; 2], payload_types: Vec<PayloadTypes>) -> Result<Self, PairError> {
+    pub fn new(
+        legs: [Leg; 2],
+        payload_types: Vec<PayloadTypes>,
+        proof: Proof,
+    ) -> Result<Self, PairError> {
         let [first, second] = &legs;
         first.check()?;
         second.check()?;
@@ -223,7 +250,7 @@ impl Pair {
                 return Err(PairError::OwnInput(one.remote));
             }
         }
-        if payload_types.is_empty() || payload_types.len() > PAYLOAD_TYPES {
+        if payload_types.is_empty() && proof == Proof::None || payload_types.len() > PAYLOAD_TYPES {
             return Err(PairError::PayloadTypeCount(payload_types.len()));
         }
         for (index, types) in payload_types.iter().enumerate() {
@@ -242,8 +269,9 @@ impl Pair {
             }
         }
         Ok(Self {
-            legs,
+            legs: Box::new(legs),
             payload_types,
+            proof,
         })
     }
 }
@@ -257,7 +285,11 @@ mod tests {
     }
 
     fn pair(first: &str, second: &str) -> Result<Pair, PairError> {
-        Pair::new([leg(first), leg(second)], vec![PayloadTypes::same(0)])
+        Pair::new(
+            [leg(first), leg(second)],
+            vec![PayloadTypes::same(0)],
+            Proof::None,
+        )
     }
 
     #[test]
@@ -336,10 +368,11 @@ mod tests {
                 .iter()
                 .map(|text| text.parse())
                 .collect::<Result<_, _>>()?;
-            Pair::new(legs, types)
+            Pair::new(legs, types, Proof::None)
         };
         assert!(with(&["0", "101:96"]).is_ok());
         assert_eq!(with(&[]), Err(PairError::PayloadTypeCount(0)));
+        assert!(Pair::new(legs, Vec::new(), Proof::Wire).is_ok());
         assert_eq!(with(&["72"]), Err(PairError::PayloadType(72)));
         assert_eq!(with(&["128"]), Err(PairError::PayloadType(128)));
         assert_eq!(with(&["0", "0:8"]), Err(PairError::PayloadTypeTwice(0)));

@@ -6,12 +6,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::SocketAddr,
+    time::Duration,
 };
 
 use relay_common::{
     stream::{
         self, Address, DSCP_KEEP, Endpoint, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
-        StreamSpec, mode,
+        StreamSpec, feed, mode, ticks,
     },
     wire::Mac,
 };
@@ -20,39 +21,70 @@ use crate::{
     ami::CallId,
     config::Dscp,
     control::model::{
-        ApiError, ErrorCode, Feed, LegReport, NextHopReport, PairReport, PairState, StreamReport,
-        StreamState,
+        ApiError, ErrorCode, Feed, LegReport, NextHopReport, PairReport, PairState, ProofReport,
+        StreamReport, StreamState,
     },
     next_hop::{NextHop, NextHopError, Notice, Path, Resolution},
-    pair::{Leg, Pair},
+    pair::{Leg, Pair, PayloadTypes, Proof},
 };
 
 /// What the controller has to do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Put a stream into the map and let the datapath relay it.
-    Install {
-        /// Its key.
-        key: StreamKey,
-        /// Its value, which holds its slot.
-        stream: Stream,
+    /// Put a stream into the maps; it is the PBX's until it is started.
+    Install(StreamSpec),
+    /// Replace a stream that is installed.
+    Update(StreamSpec),
+    /// Begin a round of proof; the datapath offloads the stream at its end.
+    Watch {
+        /// The stream's slot.
+        slot: u32,
+        /// The number of the round.
+        epoch: u32,
     },
-    /// Replace the value of a stream that is installed.
-    Update {
-        /// Its key.
-        key: StreamKey,
-        /// Its new value, with the same slot.
-        stream: Stream,
+    /// Offload a stream without proof.
+    Offload {
+        /// The stream's slot.
+        slot: u32,
+        /// The number of the round.
+        epoch: u32,
+        /// What is relayed.
+        payload_types: [PayloadType; PAYLOAD_TYPES],
     },
-    /// Take a stream back and out of the map.
-    Remove {
-        /// Its key.
-        key: StreamKey,
-        /// Its slot, free from now on.
+    /// Take a stream back; it stays in the maps.
+    TakeBack {
+        /// The stream's slot.
         slot: u32,
     },
+    /// Take a stream back and out of the maps. Its slot is free from now on.
+    Remove(StreamSpec),
     /// End one watch of a path.
     Unwatch(Path),
+}
+
+/// A stream that changed by itself, or was told to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// The pair.
+    pub pair: u64,
+    /// The leg that the stream comes in on.
+    pub leg: usize,
+    /// What it is now.
+    pub now: StreamState,
+}
+
+/// What holds for every pair of this daemon.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// DSCP of relayed packets.
+    pub dscp: Dscp,
+    /// Size of the map.
+    pub max_streams: u32,
+    /// Packets in a row that prove a stream; 0 asks for no proof.
+    pub proof: u8,
+    /// How often a phone without RTCP is heard of by the PBX, where its timeout is not known; 0 is
+    /// never.
+    pub keepalive: Duration,
 }
 
 /// Why a pair is not taken. The text names the thing and the remedy.
@@ -136,6 +168,28 @@ pub enum Origin {
         /// The channels, in the order of the legs.
         channels: Vec<String>,
     },
+    /// Asterisk, but which call it is was known to an earlier daemon only.
+    Adopted,
+}
+
+/// A pair that an earlier daemon left in the maps.
+#[derive(Clone, Debug)]
+pub struct Heirloom {
+    /// Its number.
+    pub id: u64,
+    /// What it joins.
+    pub pair: Pair,
+    origin: Origin,
+    specs: [StreamSpec; 2],
+    epochs: [u32; 2],
+}
+
+impl Heirloom {
+    /// What removes it, if it is not adopted.
+    #[must_use]
+    pub fn removal(&self) -> [Change; 2] {
+        self.specs.map(Change::Remove)
+    }
 }
 
 /// Numbers of pairs by state.
@@ -155,15 +209,18 @@ pub struct Census {
 
 /// All pairs.
 pub struct Registry {
-    dscp: Dscp,
-    max_streams: u32,
+    policy: Policy,
     next_id: u64,
+    /// Of the latest round of proof.
+    last_epoch: u32,
     entries: BTreeMap<u64, Entry>,
     locals: HashMap<SocketAddr, (u64, usize)>,
     calls: HashMap<CallId, u64>,
     /// Which streams leave by a path: pair, and index of the leg that they come in on.
     paths: HashMap<Path, BTreeSet<(u64, usize)>>,
-    /// Oldest first: a slot just freed may still be in the hands of a packet on another CPU.
+    /// Whose state a slot holds: pair, and index of the leg that the stream comes in on.
+    slots: HashMap<u32, (u64, usize)>,
+    /// Among those of adopted streams, which are not free. Oldest first: a slot just freed may still be in the hands of a packet on another CPU.
     free_slots: VecDeque<u32>,
 }
 
@@ -175,8 +232,10 @@ struct Entry {
 enum Body {
     /// In the datapath's care, as far as next hops are known.
     Held {
+        /// As it is relayed.
         pair: Pair,
-        streams: [StreamEntry; 2],
+        claim: Claim,
+        streams: Box<[StreamEntry; 2]>,
     },
     /// Known, but the PBX's.
     Aside {
@@ -186,11 +245,29 @@ enum Body {
     },
 }
 
+/// A pair as its feed describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// What it joins. The wire may have corrected its local addresses since.
+    pub pair: Pair,
+    /// How long the PBX bears with a silent phone, by leg; none where that is not known.
+    pub rtp_timeout: [Option<Duration>; 2],
+}
+
 /// A stream of a held pair; its index is that of the leg it comes in on.
 struct StreamEntry {
     slot: u32,
     way: Watched,
-    installed: bool,
+    /// How often the PBX must hear of the phone, ticks; 0 for never.
+    keepalive: u32,
+    /// As it stands in the maps; none before its next hop is known.
+    installed: Option<StreamSpec>,
+    /// The round of proof; 0 while it is taken back.
+    epoch: u32,
+    /// Why it was taken back or suspended.
+    why: Option<String>,
+    /// What it was when last looked at.
+    last: StreamState,
 }
 
 /// What a watch of a path has told so far.
@@ -212,18 +289,19 @@ impl From<Notice> for Watched {
 }
 
 impl Registry {
-    /// Without pairs, for a map of `max_streams`.
+    /// Without pairs.
     #[must_use]
-    pub fn new(dscp: Dscp, max_streams: u32) -> Self {
+    pub fn new(policy: Policy) -> Self {
         Self {
-            dscp,
-            max_streams,
+            policy,
             next_id: 1,
+            last_epoch: 0,
             entries: BTreeMap::new(),
             locals: HashMap::new(),
             calls: HashMap::new(),
             paths: HashMap::new(),
-            free_slots: (0..max_streams).collect(),
+            slots: HashMap::new(),
+            free_slots: (0..policy.max_streams).collect(),
         }
     }
 
@@ -232,7 +310,7 @@ impl Registry {
     /// # Errors
     /// The [`Refusal`] that [`Registry::add`] would give.
     pub fn check(&self, pair: &Pair) -> Result<(), Refusal> {
-        for leg in &pair.legs {
+        for leg in pair.legs.iter() {
             if let Some(&(id, _)) = self.locals.get(&leg.local) {
                 return Err(Refusal::Duplicate {
                     local: leg.local,
@@ -240,12 +318,12 @@ impl Registry {
                 });
             }
         }
-        for leg in &pair.legs {
+        for leg in pair.legs.iter() {
             self.check_loop(pair, leg)?;
         }
-        if self.free_slots.len() < 2 {
+        if self.slots.len() + 2 > self.policy.max_streams as usize {
             return Err(Refusal::Full {
-                max_streams: self.max_streams,
+                max_streams: self.policy.max_streams,
             });
         }
         Ok(())
@@ -289,7 +367,8 @@ impl Registry {
         pair.legs.each_ref().map(path_to)
     }
 
-    /// Takes a pair whose paths are being watched; `watched` belong to its legs.
+    /// Takes a pair whose paths are being watched. `watched` and `rtp_timeout` belong to its legs; the
+    /// latter is none where the PBX's patience with a silent leg is not known.
     ///
     /// # Errors
     /// A [`Refusal`]; nothing has changed then, and the caller ends the watches.
@@ -298,6 +377,7 @@ impl Registry {
         origin: Origin,
         pair: Pair,
         watched: [Watched; 2],
+        rtp_timeout: [Option<Duration>; 2],
     ) -> Result<(u64, Vec<Change>), Refusal> {
         self.check(&pair)?;
         for way in &watched {
@@ -309,16 +389,15 @@ impl Registry {
         if vlans_differ(watched.each_ref()) && origin == Origin::Api {
             return Err(Refusal::Vlans);
         }
-        let (Some(one), Some(other)) = (self.free_slots.pop_front(), self.free_slots.pop_front())
-        else {
+        let (Some(one), Some(other)) = (self.take_slot(), self.take_slot()) else {
             return Err(Refusal::Full {
-                max_streams: self.max_streams,
+                max_streams: self.policy.max_streams,
             });
         };
 
         let id = match &origin {
             Origin::Ami { call, .. } => self.id_of(call),
-            Origin::Api => self.new_id(),
+            Origin::Api | Origin::Adopted => self.new_id(),
         };
         for (index, leg) in pair.legs.iter().enumerate() {
             self.locals.insert(leg.local, (id, index));
@@ -329,26 +408,138 @@ impl Registry {
         }
         // What comes in on one leg leaves on the other.
         let [to_first, to_second] = watched;
-        let stream = |slot, way| StreamEntry {
+        let keepalives = self.keepalives(&origin, &pair, rtp_timeout);
+        let stream = |slot, way, keepalive| StreamEntry {
             slot,
             way,
-            installed: false,
+            keepalive,
+            installed: None,
+            epoch: 0,
+            why: None,
+            last: StreamState::Waiting,
         };
-        let streams = [stream(one, to_second), stream(other, to_first)];
+        let streams = Box::new([
+            stream(one, to_second, keepalives[0]),
+            stream(other, to_first, keepalives[1]),
+        ]);
+        self.slots.insert(one, (id, 0));
+        self.slots.insert(other, (id, 1));
         self.entries.insert(
             id,
             Entry {
                 origin,
-                body: Body::Held { pair, streams },
+                body: Body::Held {
+                    claim: Claim {
+                        pair: pair.clone(),
+                        rtp_timeout,
+                    },
+                    pair,
+                    streams,
+                },
             },
         );
         Ok((
             id,
             [0, 1]
                 .into_iter()
-                .filter_map(|index| self.settle(id, index))
+                .flat_map(|index| self.settle(id, index))
                 .collect(),
         ))
+    }
+
+    fn take_slot(&mut self) -> Option<u32> {
+        loop {
+            let slot = self.free_slots.pop_front()?;
+            if !self.slots.contains_key(&slot) {
+                return Some(slot);
+            }
+        }
+    }
+
+    /// Sorts what an earlier daemon left in the maps: pairs that can be taken over, and streams that
+    /// make none. `state` reads a slot.
+    #[must_use]
+    pub fn heirlooms(
+        &self,
+        streams: &[(StreamKey, Stream)],
+        state: impl Fn(u32) -> State,
+    ) -> (Vec<Heirloom>, Vec<StreamSpec>) {
+        let mut pairs: BTreeMap<u64, Vec<StreamSpec>> = BTreeMap::new();
+        for (key, stream) in streams {
+            let spec = stream.spec(key);
+            pairs.entry(spec.pair).or_default().push(spec);
+        }
+        let (mut heirlooms, mut orphans) = (Vec::new(), Vec::new());
+        for (id, mut specs) in pairs {
+            specs.sort_unstable_by_key(|spec| spec.leg);
+            match <[StreamSpec; 2]>::try_from(specs) {
+                Ok(specs) => match heirloom(id, &specs, self.policy, &state) {
+                    Some(heirloom) => heirlooms.push(heirloom),
+                    None => orphans.extend(specs),
+                },
+                Err(specs) => orphans.extend(specs),
+            }
+        }
+        (heirlooms, orphans)
+    }
+
+    /// Takes a pair over, in which its streams go on as they are. `watched` belong to its legs.
+    ///
+    /// # Errors
+    /// A [`Refusal`]; nothing has changed then, and the caller ends the watches.
+    pub fn adopt(
+        &mut self,
+        heirloom: Heirloom,
+        watched: [Watched; 2],
+    ) -> Result<Vec<Change>, Refusal> {
+        let Heirloom {
+            id,
+            pair,
+            origin,
+            specs,
+            epochs,
+        } = heirloom;
+        self.check(&pair)?;
+        let slots = specs.map(|spec| spec.slot);
+        if slots[0] == slots[1] || slots.iter().any(|slot| self.slots.contains_key(slot)) {
+            return Err(Refusal::Full {
+                max_streams: self.policy.max_streams,
+            });
+        }
+        self.next_id = self.next_id.max(id + 1);
+        self.last_epoch = self.last_epoch.max(epochs[0]).max(epochs[1]);
+        for (index, leg) in pair.legs.iter().enumerate() {
+            self.locals.insert(leg.local, (id, index));
+            self.slots.insert(slots[index], (id, index));
+            self.paths
+                .entry(path_to(leg))
+                .or_default()
+                .insert((id, 1 - index));
+        }
+        let [to_first, to_second] = watched;
+        let stream = |index: usize, way| StreamEntry {
+            slot: slots[index],
+            way,
+            keepalive: specs[index].keepalive,
+            installed: Some(specs[index]),
+            epoch: epochs[index],
+            why: None,
+            last: StreamState::Waiting,
+        };
+        let streams = Box::new([stream(0, to_second), stream(1, to_first)]);
+        let body = Body::Held {
+            claim: Claim {
+                pair: pair.clone(),
+                rtp_timeout: [None; 2],
+            },
+            pair,
+            streams,
+        };
+        self.entries.insert(id, Entry { origin, body });
+        let mut changes: Vec<_> = (0..2).flat_map(|index| self.settle(id, index)).collect();
+        // What is in the maps already need not be written again.
+        changes.retain(|change| !matches!(change, Change::Update(spec) if specs.contains(spec)));
+        Ok(changes)
     }
 
     /// The number of a call, kept while the call is known.
@@ -367,32 +558,187 @@ impl Registry {
         id
     }
 
-    /// Brings the map in line with what is known of a stream's next hop.
-    fn settle(&mut self, id: u64, index: usize) -> Option<Change> {
+    /// A third of each leg's timeout, in ticks: two attempts may fail. A pair without proof may have
+    /// no PBX behind it that would miss the phone.
+    fn keepalives(
+        &self,
+        origin: &Origin,
+        pair: &Pair,
+        rtp_timeout: [Option<Duration>; 2],
+    ) -> [u32; 2] {
+        if *origin == Origin::Api && self.proof_of(pair) == 0 {
+            return [0; 2];
+        }
+        rtp_timeout.map(|timeout| {
+            let interval = timeout.map_or(self.policy.keepalive, |timeout| timeout / 3);
+            ticks(interval.as_nanos() as u64)
+        })
+    }
+
+    /// Packets in a row that prove a stream of this pair.
+    fn proof_of(&self, pair: &Pair) -> u8 {
+        match pair.proof {
+            Proof::Wire => self.policy.proof,
+            Proof::None => 0,
+        }
+    }
+
+    /// Brings the maps in line with what is known of a stream's next hop.
+    fn settle(&mut self, id: u64, index: usize) -> Vec<Change> {
+        let Some(entry) = self.entries.get(&id) else {
+            return Vec::new();
+        };
+        let Body::Held { pair, streams, .. } = &entry.body else {
+            return Vec::new();
+        };
+        let stream = &streams[index];
+        let next_hop = match &stream.way.resolution {
+            Resolution::Known(next_hop)
+                if !vlans_differ(streams.each_ref().map(|stream| &stream.way)) =>
+            {
+                next_hop_of(next_hop)
+            }
+            // Installed before: it stays in the map, so that its packets are counted as what they
+            // are. Never resolved: not installed.
+            _ if stream.installed.is_some() => stream::NextHop::default(),
+            _ => return Vec::new(),
+        };
+        let (into, out) = (&pair.legs[index], &pair.legs[1 - index]);
+        let spec = StreamSpec {
+            source: endpoint(into.remote),
+            local: endpoint(into.local),
+            new_source: endpoint(out.sends_from),
+            new_destination: endpoint(out.remote),
+            next_hop,
+            dscp: match self.policy.dscp {
+                Dscp::Keep => DSCP_KEEP,
+                Dscp::Set(value) => value,
+            },
+            slot: stream.slot,
+            opposite_slot: streams[1 - index].slot,
+            keepalive: stream.keepalive,
+            pair: id,
+            leg: index as u8,
+            feed: match entry.origin {
+                Origin::Api => feed::API,
+                Origin::Ami { .. } | Origin::Adopted => feed::AMI,
+            },
+            proof: self.proof_of(pair),
+        };
+        let before = self
+            .stream_mut(id, index)
+            .and_then(|stream| stream.installed.replace(spec));
+        if before.is_some() {
+            return vec![Change::Update(spec)];
+        }
+        let mut changes = vec![Change::Install(spec)];
+        changes.extend(self.start(id, index));
+        changes
+    }
+
+    fn stream_mut(&mut self, id: u64, index: usize) -> Option<&mut StreamEntry> {
+        match &mut self.entries.get_mut(&id)?.body {
+            Body::Held { streams, .. } => Some(&mut streams[index]),
+            Body::Aside { .. } => None,
+        }
+    }
+
+    /// Begins a new round with a stream that is installed.
+    fn start(&mut self, id: u64, index: usize) -> Option<Change> {
+        // 0 says "taken back".
+        self.last_epoch = self.last_epoch.checked_add(1).unwrap_or(1);
+        let epoch = self.last_epoch;
         let Some(Entry {
-            body: Body::Held { pair, streams },
+            body: Body::Held { pair, streams, .. },
             ..
         }) = self.entries.get_mut(&id)
         else {
             return None;
         };
-        let slots = [streams[index].slot, streams[1 - index].slot];
-        let differ = vlans_differ(streams.each_ref().map(|stream| &stream.way));
-        let entry = &mut streams[index];
-        let next_hop = match &entry.way.resolution {
-            Resolution::Known(next_hop) if !differ => next_hop_of(next_hop),
-            // Installed before: it stays in the map, so that its packets are counted as what they
-            // are. Never resolved: not installed.
-            _ if entry.installed => stream::NextHop::default(),
-            _ => return None,
-        };
-        let spec = spec(pair, index, slots, next_hop, self.dscp);
-        let (key, stream) = (spec.key(), spec.compile());
-        Some(if std::mem::replace(&mut entry.installed, true) {
-            Change::Update { key, stream }
+        let stream = &mut streams[index];
+        let spec = stream.installed?;
+        stream.epoch = epoch;
+        stream.why = None;
+        Some(if spec.proof == 0 {
+            Change::Offload {
+                slot: spec.slot,
+                epoch,
+                payload_types: payload_types(pair, index),
+            }
         } else {
-            Change::Install { key, stream }
+            Change::Watch {
+                slot: spec.slot,
+                epoch,
+            }
         })
+    }
+
+    /// Begins a new round with the streams of a pair that are taken back or suspended. `state` reads
+    /// a slot.
+    pub fn restart(&mut self, id: u64, state: impl Fn(u32) -> State) -> Vec<Change> {
+        (0..2)
+            .filter_map(|index| {
+                let stopped = self
+                    .stream_mut(id, index)
+                    .is_some_and(|stream| stream_state(stream, &state) == StreamState::Suspended);
+                stopped.then(|| self.start(id, index)).flatten()
+            })
+            .collect()
+    }
+
+    /// Takes a pair's streams back; they stay in the maps.
+    pub fn stop(&mut self, id: u64, why: &str) -> Vec<Change> {
+        (0..2)
+            .filter_map(|index| {
+                let stream = self.stream_mut(id, index)?;
+                stream.epoch = 0;
+                stream.why = Some(why.to_owned());
+                stream
+                    .installed
+                    .map(|spec| Change::TakeBack { slot: spec.slot })
+            })
+            .collect()
+    }
+
+    /// Remembers why the datapath suspended the streams of a pair.
+    pub fn explain(&mut self, id: u64, why: &str) {
+        for index in 0..2 {
+            if let Some(stream) = self.stream_mut(id, index) {
+                stream.why = Some(why.to_owned());
+            }
+        }
+    }
+
+    /// Begins a new round with one stream that is offloaded, as after a long silence.
+    pub fn doubt(&mut self, id: u64, leg: usize) -> Option<Change> {
+        self.start(id, leg)
+    }
+
+    /// The pair and the leg of a slot.
+    #[must_use]
+    pub fn owner(&self, slot: u32) -> Option<(u64, usize)> {
+        self.slots.get(&slot).copied()
+    }
+
+    /// The streams of a pair that are another thing than when last looked at. `state` reads a slot.
+    pub fn turns(&mut self, id: u64, state: impl Fn(u32) -> State) -> Vec<Turn> {
+        (0..2)
+            .filter_map(|leg| {
+                let stream = self.stream_mut(id, leg)?;
+                let now = stream_state(stream, &state);
+                let before = std::mem::replace(&mut stream.last, now);
+                (before != now).then_some(Turn { pair: id, leg, now })
+            })
+            .collect()
+    }
+
+    /// A stream as it stands in the maps.
+    #[must_use]
+    pub fn installed(&self, id: u64, leg: usize) -> Option<StreamSpec> {
+        match &self.entries.get(&id)?.body {
+            Body::Held { streams, .. } => streams[leg].installed,
+            Body::Aside { .. } => None,
+        }
     }
 
     /// A path that a pair leaves by has changed.
@@ -493,18 +839,16 @@ impl Registry {
             state: PairState::Waiting,
             why: String::new(),
         };
-        let Body::Held { pair, streams } = std::mem::replace(&mut entry.body, aside) else {
+        let Body::Held { pair, streams, .. } = std::mem::replace(&mut entry.body, aside) else {
             return Vec::new();
         };
         let mut changes = Vec::new();
         for (index, stream) in streams.iter().enumerate() {
             let leg = &pair.legs[index];
-            if stream.installed {
-                changes.push(Change::Remove {
-                    key: key_of(leg),
-                    slot: stream.slot,
-                });
+            if let Some(spec) = stream.installed {
+                changes.push(Change::Remove(spec));
             }
+            self.slots.remove(&stream.slot);
             self.free_slots.push_back(stream.slot);
             self.locals.remove(&leg.local);
         }
@@ -524,27 +868,51 @@ impl Registry {
         changes
     }
 
-    /// The AMI calls that hold a local address of this pair: they must be over, since Asterisk has
-    /// given the address to another.
+    /// The pairs of the AMI feed that hold a local address of this pair: they must be over, since
+    /// Asterisk has given the address to another.
     #[must_use]
-    pub fn calls_in_the_way(&self, pair: &Pair) -> Vec<CallId> {
+    pub fn in_the_way(&self, pair: &Pair) -> BTreeSet<u64> {
         pair.legs
             .iter()
             .filter_map(|leg| self.locals.get(&leg.local))
-            .filter_map(|(id, _)| match &self.entries.get(id)?.origin {
-                Origin::Ami { call, .. } => Some(call.clone()),
-                Origin::Api => None,
-            })
+            .filter(|(id, _)| self.is_ami(*id))
+            .map(|(id, _)| *id)
             .collect()
     }
 
-    /// The pair that a call is relayed as, if it is.
+    /// The number of a call that is relayed as Asterisk describes it here.
     #[must_use]
-    pub fn held(&self, call: &CallId) -> Option<&Pair> {
-        match &self.entries.get(self.calls.get(call)?)?.body {
-            Body::Held { pair, .. } => Some(pair),
+    pub fn held_as(&self, call: &CallId, pair: &Pair) -> Option<u64> {
+        let id = *self.calls.get(call)?;
+        match &self.entries.get(&id)?.body {
+            Body::Held { claim, .. } => (claim.pair == *pair).then_some(id),
             Body::Aside { .. } => None,
         }
+    }
+
+    /// Gives an adopted pair its call, if Asterisk describes one just so.
+    pub fn recognise(&mut self, call: &CallId, pair: &Pair, channels: &[String]) -> Option<u64> {
+        if self.calls.contains_key(call) {
+            return None;
+        }
+        let &(id, _) = self.locals.get(&pair.legs[0].local)?;
+        let entry = self.entries.get_mut(&id)?;
+        let Body::Held {
+            pair: held, claim, ..
+        } = &mut entry.body
+        else {
+            return None;
+        };
+        if entry.origin != Origin::Adopted || held.legs != pair.legs {
+            return None;
+        }
+        claim.pair = pair.clone();
+        entry.origin = Origin::Ami {
+            call: call.clone(),
+            channels: channels.to_vec(),
+        };
+        self.calls.insert(call.clone(), id);
+        Some(id)
     }
 
     /// The call of a pair that AMI fed.
@@ -552,14 +920,63 @@ impl Registry {
     pub fn call(&self, id: u64) -> Option<&CallId> {
         match &self.entries.get(&id)?.origin {
             Origin::Ami { call, .. } => Some(call),
-            Origin::Api => None,
+            Origin::Api | Origin::Adopted => None,
         }
     }
 
-    /// All calls of the AMI feed.
+    /// What a pair is relayed as, and what its feed said, while it is in the datapath's care.
     #[must_use]
-    pub fn calls(&self) -> Vec<CallId> {
-        self.calls.keys().cloned().collect()
+    pub fn held(&self, id: u64) -> Option<(&Pair, &Claim)> {
+        match &self.entries.get(&id)?.body {
+            Body::Held { pair, claim, .. } => Some((pair, claim)),
+            Body::Aside { .. } => None,
+        }
+    }
+
+    /// Keeps in mind what the feed said of a pair that is relayed otherwise.
+    pub fn claim(&mut self, id: u64, claimed: Claim) {
+        if let Some(Entry {
+            body: Body::Held { claim, .. },
+            ..
+        }) = self.entries.get_mut(&id)
+        {
+            *claim = claimed;
+        }
+    }
+
+    /// The channels of a pair's legs.
+    #[must_use]
+    pub fn channels(&self, id: u64) -> Vec<String> {
+        match self.entries.get(&id).map(|entry| &entry.origin) {
+            Some(Origin::Ami { channels, .. }) => channels.clone(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The number of a call.
+    #[must_use]
+    pub fn id(&self, call: &CallId) -> Option<u64> {
+        self.calls.get(call).copied()
+    }
+
+    /// Whether Asterisk fed a pair.
+    #[must_use]
+    pub fn is_ami(&self, id: u64) -> bool {
+        self.entries
+            .get(&id)
+            .is_some_and(|entry| entry.origin != Origin::Api)
+    }
+
+    /// Whether a pair is in the datapath's care.
+    #[must_use]
+    pub fn is_held(&self, id: u64) -> bool {
+        self.held(id).is_some()
+    }
+
+    /// All pairs of the AMI feed, those set aside included.
+    #[must_use]
+    pub fn ami_ids(&self) -> BTreeSet<u64> {
+        self.ids().filter(|id| self.is_ami(*id)).collect()
     }
 
     /// All pairs' numbers, ascending.
@@ -573,7 +990,10 @@ impl Registry {
         for entry in self.entries.values() {
             census.pairs += 1;
             if let Body::Held { streams, .. } = &entry.body {
-                census.streams += streams.iter().filter(|stream| stream.installed).count() as u64;
+                census.streams += streams
+                    .iter()
+                    .filter(|stream| stream.installed.is_some())
+                    .count() as u64;
             }
             match summary(&entry.body, &state).0 {
                 PairState::Offloaded => census.offloaded += 1,
@@ -584,36 +1004,44 @@ impl Registry {
         census
     }
 
-    /// A pair as the API shows it. `state` reads a slot.
-    pub fn report(&self, id: u64, state: impl Fn(u32) -> State) -> Option<PairReport> {
+    /// A pair as the API shows it. `state` reads a slot, `now` is in ticks.
+    pub fn report(&self, id: u64, state: impl Fn(u32) -> State, now: u32) -> Option<PairReport> {
         let entry = self.entries.get(&id)?;
         let (feed, call, channels) = match &entry.origin {
             Origin::Api => (Feed::Api, None, &[][..]),
+            Origin::Adopted => (Feed::Ami, None, &[][..]),
             Origin::Ami { call, channels } => {
                 (Feed::Ami, Some(call.to_string()), channels.as_slice())
             }
         };
         let (pair_state, why) = summary(&entry.body, &state);
         let (pair, streams) = match &entry.body {
-            Body::Held { pair, streams } => (Some(pair), Some(streams)),
+            Body::Held { pair, streams, .. } => (Some(pair), Some(streams)),
             Body::Aside { pair, .. } => (pair.as_ref(), None),
         };
-        let legs = pair.map_or(&[][..], |pair| &pair.legs);
+        let legs = pair.map_or(&[][..], |pair| pair.legs.as_slice());
         let streams = legs
             .iter()
-            .zip(streams.into_iter().flatten())
+            .zip(streams.into_iter().flat_map(|streams| streams.iter()))
             .enumerate()
             .map(|(index, (leg, stream))| {
-                let counted = if stream.installed {
-                    state(stream.slot)
-                } else {
-                    State::default()
+                let counted = match stream.installed {
+                    Some(spec) => state(spec.slot),
+                    None => State::default(),
                 };
+                let stream_state = stream_state(stream, &state);
                 StreamReport {
                     leg: index as u8,
                     from: leg.remote,
                     to: legs[1 - index].remote,
-                    state: stream_state(stream, &state),
+                    state: stream_state,
+                    why: why_not(stream, stream_state, &counted),
+                    proof: stream
+                        .installed
+                        .filter(|spec| spec.proof != 0)
+                        .map(|spec| progress(&counted, spec.proof)),
+                    silent_ms: (counted.last_seen != 0)
+                        .then(|| ticks_to_ms(now.wrapping_sub(counted.last_seen))),
                     packets: counted.packets,
                     bytes: counted.bytes,
                     next_hop: match &stream.way.resolution {
@@ -636,13 +1064,94 @@ impl Registry {
                 .map(|(index, leg)| LegReport {
                     local: leg.local,
                     remote: leg.remote,
+                    sends_from: leg.sends_from,
                     channel: channels.get(index).cloned(),
                 })
                 .collect(),
-            payload_types: pair.map_or_else(Vec::new, |pair| pair.payload_types.clone()),
+            proof: pair.map_or_else(Proof::default, |pair| pair.proof),
+            payload_types: self.payload_types_of(&entry.body, &state),
             streams,
         })
     }
+
+    /// What is relayed of a pair: as proven so far, or as given.
+    fn payload_types_of(&self, body: &Body, state: &impl Fn(u32) -> State) -> Vec<PayloadTypes> {
+        let (pair, streams) = match body {
+            Body::Held { pair, streams, .. } => (pair, streams),
+            Body::Aside { pair, .. } => {
+                return pair
+                    .as_ref()
+                    .map_or_else(Vec::new, |pair| pair.payload_types.clone());
+            }
+        };
+        if self.proof_of(pair) == 0 {
+            return pair.payload_types.clone();
+        }
+        let mut all = Vec::new();
+        for (index, stream) in streams.iter().enumerate() {
+            let proven = stream.installed.map(|spec| state(spec.slot));
+            let proven = proven.filter(|state| state.mode() == mode::OFFLOADED);
+            for types in proven.into_iter().flat_map(|state| state.payload_types) {
+                let [first, second] = match index {
+                    0 => [types.from, types.to],
+                    _ => [types.to, types.from],
+                };
+                let types_of_pair = PayloadTypes { first, second };
+                if types != PayloadType::UNUSED && !all.contains(&types_of_pair) {
+                    all.push(types_of_pair);
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Two streams as the pair that they make, if they do.
+fn heirloom(
+    id: u64,
+    specs: &[StreamSpec; 2],
+    policy: Policy,
+    state: impl Fn(u32) -> State,
+) -> Option<Heirloom> {
+    let address = |endpoint: Endpoint| SocketAddr::new(endpoint.address.into(), endpoint.port);
+    let [one, other] = specs;
+    let fits = |into: &StreamSpec, back: &StreamSpec| {
+        into.new_destination == back.source
+            && into.opposite_slot == back.slot
+            && into.feed == back.feed
+            && into.proof == back.proof
+            && into.slot < policy.max_streams
+    };
+    if !fits(one, other) || !fits(other, one) || [one.leg, other.leg] != [0, 1] {
+        return None;
+    }
+    let leg = |into: &StreamSpec, back: &StreamSpec| Leg {
+        local: address(into.local),
+        remote: address(into.source),
+        sends_from: address(back.new_source),
+    };
+    let states = [state(one.slot), state(other.slot)];
+    let (proof, types) = match one.proof {
+        0 => (Proof::None, states[0].payload_types),
+        _ => (Proof::Wire, [PayloadType::UNUSED; PAYLOAD_TYPES]),
+    };
+    let types = types
+        .iter()
+        .filter(|types| **types != PayloadType::UNUSED)
+        .map(|types| PayloadTypes {
+            first: types.from,
+            second: types.to,
+        });
+    Some(Heirloom {
+        id,
+        pair: Pair::new([leg(one, other), leg(other, one)], types.collect(), proof).ok()?,
+        origin: match one.feed {
+            feed::API => Origin::Api,
+            _ => Origin::Adopted,
+        },
+        specs: *specs,
+        epochs: states.map(|state| state.epoch),
+    })
 }
 
 /// State of a pair as a whole, and why it is not offloaded.
@@ -672,28 +1181,103 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
     if vlans_differ(streams.each_ref().map(|stream| &stream.way)) {
         return (PairState::Refused, Some(VLANS_DIFFER.to_owned()));
     }
-    let stopped = streams
-        .iter()
-        .map(|stream| stream_state(stream, state))
-        .find(|state| *state != StreamState::Offloaded);
+    let stopped = streams.iter().find_map(|stream| {
+        let stream_state = stream_state(stream, state);
+        (stream_state != StreamState::Offloaded)
+            .then(|| why_not(stream, stream_state, &state(stream.slot)))
+    });
     match stopped {
         None => (PairState::Offloaded, None),
-        Some(_) => (
-            PairState::Waiting,
-            Some("not relayed by the datapath".to_owned()),
-        ),
+        Some(why) => (PairState::Waiting, why),
     }
 }
 
 fn stream_state(stream: &StreamEntry, state: &impl Fn(u32) -> State) -> StreamState {
-    if !stream.installed || !matches!(stream.way.resolution, Resolution::Known(_)) {
+    let (Some(spec), Resolution::Known(_)) = (stream.installed, &stream.way.resolution) else {
         return StreamState::Waiting;
-    }
-    match state(stream.slot).mode {
+    };
+    match state(spec.slot).mode() {
         mode::OFFLOADED => StreamState::Offloaded,
         mode::SUSPENDED => StreamState::Suspended,
         _ => StreamState::Watching,
     }
+}
+
+/// Why a stream is not offloaded, in words.
+fn why_not(stream: &StreamEntry, stream_state: StreamState, state: &State) -> Option<String> {
+    let of = stream.installed.map_or(0, |spec| spec.proof);
+    match stream_state {
+        StreamState::Offloaded => None,
+        StreamState::Waiting => Some(match &stream.way.resolution {
+            Resolution::Waiting {
+                neighbour,
+                interface,
+            } => format!("waiting for neighbour {neighbour} on {interface}"),
+            Resolution::Unreachable(error) => error.to_string(),
+            Resolution::Known(_) => VLANS_DIFFER.to_owned(),
+        }),
+        StreamState::Suspended => Some(
+            stream
+                .why
+                .clone()
+                .unwrap_or_else(|| "taken back".to_owned()),
+        ),
+        StreamState::Watching if state.last_seen == 0 => {
+            Some(format!("proof 0/{of}: no packet from the phone yet"))
+        }
+        StreamState::Watching => {
+            let progress = progress(state, of);
+            let mut why = format!("proof {}/{of}", progress.equal);
+            if progress.equal == 0 && progress.unequal > 0 {
+                why.push_str(": ");
+                why.push_str(difference(state));
+            }
+            Some(why)
+        }
+    }
+}
+
+fn progress(state: &State, of: u8) -> ProofReport {
+    let (equal, unequal) = match state.mode() {
+        mode::OFFLOADED => (u16::from(of), 0),
+        _ if state.watched == state.epoch => (state.equal, state.unequal),
+        _ => (0, 0),
+    };
+    ProofReport { equal, of, unequal }
+}
+
+/// In what the PBX's packets differ from the phone's, as far as the last of each tell.
+fn difference(state: &State) -> &'static str {
+    let (heard, sent) = (&state.heard, &state.sent);
+    let number = |halves: [relay_common::wire::Be16; 2]| {
+        u32::from(halves[0].get()) << 16 | u32::from(halves[1].get())
+    };
+    // One of the two may be a few packets behind.
+    const NEAR: u32 = 16;
+    let near = |one: u32, other: u32, unit: u32| {
+        one.wrapping_sub(other).min(other.wrapping_sub(one)) <= NEAR * unit
+    };
+    let sequence = |facts: &stream::Facts| u32::from(facts.rtp.sequence.get());
+    if number(heard.rtp.ssrc) != number(sent.rtp.ssrc) {
+        "the PBX sends it with another SSRC"
+    } else if !near(sequence(heard), sequence(sent), 1) {
+        "the PBX sends it with other sequence numbers"
+    } else if !near(
+        number(heard.rtp.timestamp),
+        number(sent.rtp.timestamp),
+        6000,
+    ) {
+        "the PBX sends it with other timestamps"
+    } else if heard.length != sent.length {
+        "the PBX sends packets of another length"
+    } else {
+        "the PBX changes the payload, or sends to another address"
+    }
+}
+
+/// Milliseconds of a number of ticks.
+fn ticks_to_ms(ticks: u32) -> u64 {
+    (u64::from(ticks) << 20) / 1_000_000
 }
 
 /// Whether both ways are known, and one has more tags than the other.
@@ -718,47 +1302,17 @@ fn endpoint(address: SocketAddr) -> Endpoint {
     }
 }
 
-fn key_of(leg: &Leg) -> StreamKey {
-    let local = endpoint(leg.local);
-    StreamKey::new(local.address, local.port)
-}
-
-/// The stream that comes in on leg `index`. `slots` are its own and the opposite direction's.
-fn spec(
-    pair: &Pair,
-    index: usize,
-    slots: [u32; 2],
-    next_hop: stream::NextHop,
-    dscp: Dscp,
-) -> StreamSpec {
-    let (into, out) = (&pair.legs[index], &pair.legs[1 - index]);
+/// What is relayed of the stream that comes in on leg `index`, as given.
+fn payload_types(pair: &Pair, index: usize) -> [PayloadType; PAYLOAD_TYPES] {
     let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
     for (entry, types) in payload_types.iter_mut().zip(&pair.payload_types) {
-        *entry = match index {
-            0 => PayloadType {
-                from: types.first,
-                to: types.second,
-            },
-            _ => PayloadType {
-                from: types.second,
-                to: types.first,
-            },
+        let (from, to) = match index {
+            0 => (types.first, types.second),
+            _ => (types.second, types.first),
         };
+        *entry = PayloadType { from, to };
     }
-    StreamSpec {
-        source: endpoint(into.remote),
-        local: endpoint(into.local),
-        new_source: endpoint(out.local),
-        new_destination: endpoint(out.remote),
-        payload_types,
-        next_hop,
-        dscp: match dscp {
-            Dscp::Keep => DSCP_KEEP,
-            Dscp::Set(value) => value,
-        },
-        slot: slots[0],
-        opposite_slot: slots[1],
-    }
+    payload_types
 }
 
 fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
@@ -801,8 +1355,16 @@ mod tests {
     use crate::pair::PayloadTypes;
 
     fn registry(max_streams: u32) -> Registry {
-        Registry::new(Dscp::Set(46), max_streams)
+        Registry::new(Policy {
+            dscp: Dscp::Set(46),
+            max_streams,
+            proof: 8,
+            keepalive: Duration::from_secs(3),
+        })
     }
+
+    /// Nothing is known of the PBX's patience.
+    const UNKNOWN: [Option<Duration>; 2] = [None; 2];
 
     fn pair(first: &str, second: &str) -> Pair {
         let leg = |text: &str| text.parse().expect(text);
@@ -813,7 +1375,7 @@ mod tests {
                 second: 96,
             },
         ];
-        Pair::new([leg(first), leg(second)], types).expect("pair")
+        Pair::new([leg(first), leg(second)], types, Proof::None).expect("pair")
     }
 
     /// A pair of ports `2n` and `2n + 1` above 10,000.
@@ -872,7 +1434,8 @@ mod tests {
 
     fn offloaded(_: u32) -> State {
         State {
-            mode: mode::OFFLOADED,
+            epoch: 1,
+            proven: 1,
             packets: 7,
             bytes: 70,
             ..State::default()
@@ -887,22 +1450,29 @@ mod tests {
             "192.0.2.1:10002=192.0.2.12:30002",
         );
         let (id, changes) = registry
-            .add(Origin::Api, pair, [known(11), known(12)])
+            .add(Origin::Api, pair, [known(11), known(12)], UNKNOWN)
             .expect("room");
         let [
-            Change::Install { key, stream },
-            Change::Install {
-                key: back,
-                stream: opposite,
+            Change::Install(stream),
+            Change::Offload {
+                payload_types: there,
+                slot,
+                epoch,
+            },
+            Change::Install(opposite),
+            Change::Offload {
+                payload_types: back,
+                ..
             },
         ] = changes.as_slice()
         else {
             panic!("{changes:?}");
         };
-        assert_eq!((key.local_port, back.local_port), (10_000, 10_002));
-        assert_eq!((stream.source_port, opposite.source_port), (30_000, 30_002));
+        assert_eq!((*slot, *epoch), (stream.slot, 1));
+        assert_eq!((stream.local.port, opposite.local.port), (10_000, 10_002));
+        assert_eq!((stream.source.port, opposite.source.port), (30_000, 30_002));
         assert_eq!(
-            (stream.new_source_port, stream.new_destination_port),
+            (stream.new_source.port, stream.new_destination.port),
             (10_002, 30_002)
         );
         assert_eq!(
@@ -914,15 +1484,14 @@ mod tests {
             (stream.slot, stream.opposite_slot),
             (opposite.opposite_slot, opposite.slot)
         );
-        let renumbered =
-            |stream: &Stream| (stream.payload_types[1].from, stream.payload_types[1].to);
+        let renumbered = |types: &[PayloadType]| (types[1].from, types[1].to);
         assert_eq!(
-            (renumbered(stream), renumbered(opposite)),
+            (renumbered(there), renumbered(back)),
             ((101, 96), (96, 101))
         );
-        assert_eq!(stream.dscp, 46);
+        assert_eq!((stream.dscp, stream.keepalive), (46, 0));
 
-        let report = registry.report(id, offloaded).expect("report");
+        let report = registry.report(id, offloaded, 0).expect("report");
         assert_eq!((report.state, report.why), (PairState::Offloaded, None));
         assert_eq!(report.streams[0].packets, 7);
     }
@@ -933,19 +1502,19 @@ mod tests {
         let pair = numbered(0);
         let [_, to_second] = Registry::paths_of(&pair);
         let (id, changes) = registry
-            .add(Origin::Api, pair, [known(11), waiting()])
+            .add(Origin::Api, pair, [known(11), waiting()], UNKNOWN)
             .expect("room");
         assert!(
-            matches!(changes.as_slice(), [Change::Install { key, .. }] if key.local_port == 10_001),
+            matches!(changes.as_slice(), [Change::Install(spec), Change::Offload { .. }] if spec.local.port == 10_001),
             "only the stream towards the known leg: {changes:?}"
         );
-        let report = registry.report(id, offloaded).expect("report");
+        let report = registry.report(id, offloaded, 0).expect("report");
         assert_eq!(report.state, PairState::Waiting);
         assert!(report.why.expect("why").contains("192.0.2.12"));
 
         let changes = registry.resolved(&notice(to_second, known(12)));
         assert!(
-            matches!(changes.as_slice(), [Change::Install { key, .. }] if key.local_port == 10_000)
+            matches!(changes.as_slice(), [Change::Install(spec), Change::Offload { .. }] if spec.local.port == 10_000)
         );
         assert!(
             registry.resolved(&notice(to_second, known(12))).is_empty(),
@@ -954,7 +1523,7 @@ mod tests {
 
         let changes = registry.resolved(&notice(to_second, known(99)));
         assert!(
-            matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.destination_mac.bytes[5] == 99)
+            matches!(changes.as_slice(), [Change::Update(spec)] if spec.next_hop.destination_mac.bytes[5] == 99)
         );
         let stale = Watched {
             serial: SERIAL - 1,
@@ -966,7 +1535,7 @@ mod tests {
         );
         let changes = registry.resolved(&notice(to_second, waiting()));
         assert!(
-            matches!(changes.as_slice(), [Change::Update { stream, .. }] if stream.next_hop.known == 0),
+            matches!(changes.as_slice(), [Change::Update(spec)] if spec.next_hop.known == 0),
             "the datapath must stop using the lost neighbour: {changes:?}"
         );
     }
@@ -980,17 +1549,18 @@ mod tests {
                 Origin::Api,
                 pair("192.0.2.1:1=198.51.100.1:1", "192.0.2.1:3=198.51.100.3:3"),
                 hop(),
+                UNKNOWN,
             )
             .expect("room");
         let same = pair("192.0.2.1:5=198.51.100.5:5", "192.0.2.1:3=198.51.100.9:9");
         assert!(matches!(
-            registry.add(Origin::Api, same, hop()),
+            registry.add(Origin::Api, same, hop(), UNKNOWN),
             Err(Refusal::Duplicate { id: other, .. }) if other == id
         ));
         // Two hosts' pairs seen from one registry: each sends into the other.
         let circle = pair("198.51.100.1:1=192.0.2.1:1", "198.51.100.3:3=192.0.2.1:3");
         let error = registry
-            .add(Origin::Api, circle, hop())
+            .add(Origin::Api, circle, hop(), UNKNOWN)
             .expect_err("circle");
         assert!(
             matches!(error, Refusal::Loop { id: other, .. } if other == id),
@@ -998,16 +1568,18 @@ mod tests {
         );
         // A chain is no circle.
         let chain = pair("198.51.100.1:1=192.0.2.1:1", "198.51.100.9:9=192.0.2.99:9");
-        registry.add(Origin::Api, chain, hop()).expect("no circle");
+        registry
+            .add(Origin::Api, chain, hop(), UNKNOWN)
+            .expect("no circle");
 
         let error = registry
-            .add(Origin::Api, numbered(0), hop())
+            .add(Origin::Api, numbered(0), hop(), UNKNOWN)
             .expect_err("full");
         assert_eq!(error, Refusal::Full { max_streams: 4 });
         assert_eq!(error.code(), ErrorCode::MapFull);
         registry.remove(id);
         registry
-            .add(Origin::Api, numbered(0), hop())
+            .add(Origin::Api, numbered(0), hop(), UNKNOWN)
             .expect("room again");
     }
 
@@ -1017,12 +1589,12 @@ mod tests {
         let no_route = NextHopError::LinkDown("eth0".to_owned());
         let ways = [known(1), way(Resolution::Unreachable(no_route.clone()))];
         assert_eq!(
-            registry.add(Origin::Api, numbered(0), ways),
+            registry.add(Origin::Api, numbered(0), ways, UNKNOWN),
             Err(Refusal::NextHop(no_route))
         );
         assert_eq!(registry.ids().count(), 0);
         registry
-            .add(Origin::Api, numbered(0), [known(1), known(2)])
+            .add(Origin::Api, numbered(0), [known(1), known(2)], UNKNOWN)
             .expect("slots are still free");
     }
 
@@ -1030,7 +1602,9 @@ mod tests {
     fn a_call_set_aside_keeps_its_number_and_frees_its_streams() {
         let mut registry = registry(2);
         let hop = || [known(1), known(2)];
-        let (id, _) = registry.add(from_ami(1), numbered(0), hop()).expect("room");
+        let (id, _) = registry
+            .add(from_ami(1), numbered(0), hop(), UNKNOWN)
+            .expect("room");
         let changes = registry.set_aside(
             &call(1),
             None,
@@ -1039,23 +1613,235 @@ mod tests {
         );
         let removed = changes
             .iter()
-            .filter(|change| matches!(change, Change::Remove { .. }));
+            .filter(|change| matches!(change, Change::Remove(_)));
         assert_eq!(removed.count(), 2);
         let unwatched = changes
             .iter()
             .filter(|change| matches!(change, Change::Unwatch(_)));
         assert_eq!(unwatched.count(), 2, "every watch is ended");
-        let report = registry.report(id, offloaded).expect("still known");
+        let report = registry.report(id, offloaded, 0).expect("still known");
         assert_eq!(report.why.as_deref(), Some("leg A on hold"));
         assert_eq!(report.legs[1].channel.as_deref(), Some("PJSIP/b"));
         assert!(report.streams.is_empty());
 
         let again = registry
-            .add(from_ami(1), numbered(0), hop())
+            .add(from_ami(1), numbered(0), hop(), UNKNOWN)
             .expect("offered again");
         assert_eq!(again.0, id);
-        assert_eq!(registry.gone(&call(1)).len(), 4);
+        assert_eq!(registry.id(&call(1)), Some(id));
+        assert_eq!(registry.remove(id).len(), 4);
+        assert_eq!(registry.id(&call(1)), None);
         assert_eq!(registry.census(offloaded), Census::default());
+    }
+
+    fn proven_pair() -> Pair {
+        Pair {
+            proof: Proof::Wire,
+            payload_types: Vec::new(),
+            ..numbered(0)
+        }
+    }
+
+    #[test]
+    fn a_pair_with_proof_is_watched_and_says_how_far_it_is() {
+        let mut registry = registry(2);
+        let timeouts = [Some(Duration::from_secs(30)), None];
+        let (id, changes) = registry
+            .add(from_ami(1), proven_pair(), [known(11), known(12)], timeouts)
+            .expect("room");
+        let [
+            Change::Install(one),
+            Change::Watch { slot, epoch },
+            Change::Install(other),
+            Change::Watch { epoch: second, .. },
+        ] = changes.as_slice()
+        else {
+            panic!("{changes:?}");
+        };
+        assert_eq!((*slot, one.proof, one.feed), (one.slot, 8, feed::AMI));
+        assert_ne!(epoch, second, "each round has its own number");
+        // A third of 30 s and of the default's 3 s, in ticks.
+        assert_eq!((one.keepalive, other.keepalive), (9536, 2861));
+
+        let watching = State {
+            epoch: *epoch,
+            watched: *epoch,
+            last_seen: 1000,
+            ..State::default()
+        };
+        let words = |state: State| {
+            let report = registry.report(id, |_| state, 2000).expect("report");
+            assert_eq!(report.state, PairState::Waiting);
+            assert_eq!(
+                report.streams[0].silent_ms,
+                (state.last_seen != 0).then_some(1048)
+            );
+            report.why.expect("why")
+        };
+        assert_eq!(
+            words(State {
+                last_seen: 0,
+                ..watching
+            }),
+            "proof 0/8: no packet from the phone yet"
+        );
+        assert_eq!(
+            words(State {
+                equal: 3,
+                ..watching
+            }),
+            "proof 3/8"
+        );
+        let mut transcoded = watching;
+        transcoded.unequal = 1;
+        transcoded.sent.rtp.ssrc = [7, 7].map(relay_common::wire::Be16::new);
+        assert_eq!(
+            words(transcoded),
+            "proof 0/8: the PBX sends it with another SSRC"
+        );
+        assert!(
+            words(State {
+                unequal: 1,
+                ..watching
+            })
+            .contains("changes the payload")
+        );
+    }
+
+    #[test]
+    fn a_stream_that_was_suspended_begins_a_new_round_and_the_other_goes_on() {
+        let mut registry = registry(2);
+        let (id, changes) = registry
+            .add(from_ami(1), proven_pair(), [known(11), known(12)], UNKNOWN)
+            .expect("room");
+        let rounds: Vec<_> = changes
+            .iter()
+            .filter_map(|change| match change {
+                Change::Watch { slot, epoch } => Some((*slot, *epoch)),
+                _ => None,
+            })
+            .collect();
+        let [(one, first), (_, second)] = rounds[..] else {
+            panic!("{changes:?}");
+        };
+        let state = |slot| State {
+            epoch: if slot == one { first } else { second },
+            proven: if slot == one { first } else { second },
+            suspended: if slot == one { first } else { 0 },
+            ..State::default()
+        };
+        let turns = registry.turns(id, state);
+        assert_eq!(
+            turns.iter().map(|turn| turn.now).collect::<Vec<_>>(),
+            [StreamState::Suspended, StreamState::Offloaded]
+        );
+        assert!(registry.turns(id, state).is_empty(), "told once");
+        registry.explain(id, "talk-back");
+        let report = registry.report(id, state, 0).expect("report");
+        assert_eq!(report.why.as_deref(), Some("talk-back"));
+        assert_eq!(report.streams[1].why, None);
+
+        let changes = registry.restart(id, state);
+        assert!(
+            matches!(changes[..], [Change::Watch { slot, epoch }] if slot == one && epoch > second),
+            "{changes:?}"
+        );
+        let changes = registry.stop(id, "the lease was over");
+        assert!(matches!(
+            changes[..],
+            [Change::TakeBack { .. }, Change::TakeBack { .. }]
+        ));
+    }
+
+    #[test]
+    fn an_offer_that_still_stands_is_known_by_what_was_offered() {
+        let mut registry = registry(2);
+        let (id, _) = registry
+            .add(from_ami(1), proven_pair(), [known(11), known(12)], UNKNOWN)
+            .expect("room");
+        assert_eq!(registry.held_as(&call(1), &proven_pair()), Some(id));
+        // The wire corrected the address: the same offer is still the same.
+        let offered = Claim {
+            pair: numbered(3),
+            rtp_timeout: UNKNOWN,
+        };
+        registry.claim(id, offered);
+        assert_eq!(registry.held_as(&call(1), &numbered(3)), Some(id));
+        assert_eq!(registry.held_as(&call(1), &proven_pair()), None);
+    }
+
+    #[test]
+    fn what_an_earlier_daemon_left_is_taken_over_as_it_stands() {
+        let mut before = registry(8);
+        let mut map = Vec::new();
+        let take = |changes: Vec<Change>, map: &mut Vec<(StreamKey, Stream)>| {
+            for change in changes {
+                if let Change::Install(spec) = change {
+                    map.push((spec.key(), spec.compile()));
+                }
+            }
+        };
+        let hop = || [known(11), known(12)];
+        let (api, changes) = before
+            .add(Origin::Api, numbered(1), hop(), UNKNOWN)
+            .expect("room");
+        take(changes, &mut map);
+        let (ami, changes) = before
+            .add(from_ami(1), proven_pair(), hop(), UNKNOWN)
+            .expect("room");
+        take(changes, &mut map);
+        // A daemon that died in the middle of a change.
+        let (_, changes) = before
+            .add(Origin::Api, numbered(2), hop(), UNKNOWN)
+            .expect("room");
+        take(changes, &mut map);
+        map.pop();
+
+        let mut after = registry(8);
+        let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
+        payload_types[3] = PayloadType { from: 0, to: 8 };
+        let state = |slot: u32| State {
+            epoch: 40 + slot,
+            proven: 40 + slot,
+            payload_types,
+            ..State::default()
+        };
+        let (heirlooms, orphans) = after.heirlooms(&map, state);
+        assert_eq!(heirlooms.len(), 2);
+        assert_eq!(orphans.len(), 1);
+        for heirloom in heirlooms {
+            let changes = after.adopt(heirloom, hop()).expect("room");
+            assert_eq!(changes, [], "it goes on as it is");
+        }
+        assert!(!after.is_ami(api) && after.is_ami(ami));
+        let report = after.report(ami, state, 0).expect("adopted");
+        assert_eq!((report.state, report.call), (PairState::Offloaded, None));
+        assert_eq!(after.recognise(&call(1), &numbered(3), &[]), None);
+        let channels = ["PJSIP/a".to_owned(), "PJSIP/b".to_owned()];
+        assert_eq!(
+            after.recognise(&call(1), &proven_pair(), &channels),
+            Some(ami)
+        );
+        assert_eq!(after.held_as(&call(1), &proven_pair()), Some(ami));
+
+        let (new, changes) = after
+            .add(Origin::Api, numbered(3), hop(), UNKNOWN)
+            .expect("room for two more pairs");
+        assert!(new > ami);
+        let used: Vec<_> = map[..4].iter().map(|(_, stream)| stream.slot).collect();
+        for change in &changes {
+            match change {
+                Change::Install(spec) => assert!(!used.contains(&spec.slot)),
+                Change::Offload { epoch, .. } => assert!(*epoch > 43, "no epoch twice"),
+                _ => {}
+            }
+        }
+        after.remove(ami);
+        after
+            .add(Origin::Api, numbered(4), hop(), UNKNOWN)
+            .expect("its slots are free");
+        assert!(after.add(Origin::Api, numbered(5), hop(), UNKNOWN).is_ok());
+        assert!(after.add(Origin::Api, numbered(6), hop(), UNKNOWN).is_err());
     }
 
     #[derive(Clone, Debug)]
@@ -1105,7 +1891,7 @@ mod tests {
                             apply(changes, &mut map, &mut watches)?;
                         }
                         let paths = Registry::paths_of(&pair);
-                        match registry.add(origin, pair, hop()) {
+                        match registry.add(origin, pair, hop(), UNKNOWN) {
                             Ok((_, changes)) => {
                                 watched.extend(paths);
                                 changes
@@ -1114,7 +1900,10 @@ mod tests {
                         }
                     }
                     Event::Aside(n) => registry.set_aside(&call(n), None, PairState::Refused, String::new()),
-                    Event::Gone(n) => registry.gone(&call(n)),
+                    Event::Gone(n) => match registry.id(&call(n)) {
+                        Some(id) => registry.remove(id),
+                        None => Vec::new(),
+                    },
                     Event::Remove(id) => registry.remove(id),
                     Event::Resolved(second, hop) => {
                         let path = Registry::paths_of(&numbered(0))[usize::from(second)];
@@ -1137,7 +1926,7 @@ mod tests {
             }
             prop_assert!(map.is_empty());
             prop_assert!(watches.values().all(|&count| count == 0), "{:?}", watches);
-            prop_assert_eq!(registry.free_slots.len(), 8);
+            prop_assert!(registry.slots.is_empty());
         }
     }
 
@@ -1148,14 +1937,20 @@ mod tests {
     ) -> Result<(), TestCaseError> {
         for change in changes {
             match change {
-                Change::Install { key, stream } => {
-                    prop_assert_eq!(map.insert(key, stream.slot), None);
+                Change::Install(spec) => {
+                    prop_assert_eq!(map.insert(spec.key(), spec.slot), None);
                 }
-                Change::Update { key, stream } => {
-                    prop_assert_eq!(map.get(&key), Some(&stream.slot));
+                Change::Update(spec) => {
+                    prop_assert_eq!(map.get(&spec.key()), Some(&spec.slot));
                 }
-                Change::Remove { key, slot } => {
-                    prop_assert_eq!(map.remove(&key), Some(slot));
+                Change::Remove(spec) => {
+                    prop_assert_eq!(map.remove(&spec.key()), Some(spec.slot));
+                }
+                Change::Watch { slot, epoch } | Change::Offload { slot, epoch, .. } => {
+                    prop_assert!(epoch != 0 && map.values().any(|known| *known == slot));
+                }
+                Change::TakeBack { slot } => {
+                    prop_assert!(map.values().any(|known| *known == slot));
                 }
                 Change::Unwatch(path) => *watches.entry(path).or_default() -= 1,
             }

@@ -2,21 +2,30 @@
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
-    os::unix::{fs::PermissionsExt as _, net::UnixListener, process::CommandExt as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::PermissionsExt as _, net::UnixListener, process::CommandExt as _},
+    },
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, ChildStdout, Command, Output, Stdio},
     thread,
+    time::Duration,
 };
 
 use nix::unistd::geteuid;
-use relay_user::control::{self, server, socket::ControlSocket};
+use relay_user::{
+    control::{self, model::Feed, server, socket::ControlSocket},
+    events::{EventBus, Subject, TransitionKind},
+};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_relay-user");
 const FIRST: &str = "192.0.2.1:10000=192.0.2.11:30000";
 const SECOND: &str = "192.0.2.1:10002=192.0.2.12:30002";
+/// Longer than any of these commands takes when all is well.
+const HANG: Duration = Duration::from_secs(20);
 /// A user without rights ("nobody").
 const NOBODY: u32 = 65_534;
 
@@ -65,6 +74,7 @@ fn file(folder: &TempDir, name: &str, content: &str, mode: u32) -> String {
 struct Daemon {
     socket: PathBuf,
     folder: TempDir,
+    events: EventBus,
     thread: Option<thread::JoinHandle<()>>,
     stop: Option<oneshot::Sender<()>>,
 }
@@ -75,6 +85,8 @@ impl Daemon {
         let socket = folder.path().join("eth0.sock");
         let claimed = ControlSocket::claim(&socket).expect("claim");
         let (stop, stopped) = oneshot::channel::<()>();
+        let events = EventBus::new();
+        let bus = events.clone();
         let thread = thread::spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -90,12 +102,15 @@ impl Daemon {
                         _ = ended => {}
                     }
                 };
-                server::serve(claimed, commands, stop).await.expect("serve");
+                server::serve(claimed, commands, bus, stop)
+                    .await
+                    .expect("serve");
             });
         });
         Self {
             socket,
             folder,
+            events,
             thread: Some(thread),
             stop: Some(stop),
         }
@@ -114,6 +129,68 @@ impl Daemon {
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         assert_eq!(text(&output.stderr), "");
         text(&output.stdout)
+    }
+}
+
+/// A running `relay-user events`, ended with the test.
+struct Follower {
+    child: Child,
+    lines: BufReader<ChildStdout>,
+}
+
+impl Daemon {
+    /// Something happens to the first stream of a pair of this number.
+    fn happens(&self, pair: u64) {
+        let subject = Subject {
+            pair: Some(pair),
+            stream: Some(0),
+            ..Subject::feed(Feed::Api)
+        };
+        let kind = TransitionKind::TakenBack;
+        self.events.publish(subject, kind, "told to\nby a test");
+    }
+
+    fn follow(&self, arguments: &[&str]) -> Follower {
+        let mut child = command(&["events", "--socket"])
+            .arg(&self.socket)
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("run relay-user");
+        let lines = BufReader::new(child.stdout.take().expect("stdout"));
+        Follower { child, lines }
+    }
+
+    fn end(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("daemon");
+        }
+    }
+}
+
+impl Follower {
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).expect("read");
+        line
+    }
+
+    /// How it ended by itself: its code, and what it told on standard error.
+    fn ended(&mut self) -> (Option<i32>, String) {
+        let mut stderr = self.child.stderr.take().expect("stderr");
+        let (whole, told) = std::sync::mpsc::channel();
+        thread::spawn(move || whole.send(std::io::read_to_string(&mut stderr)));
+        let told = told.recv_timeout(HANG).expect("it ends").expect("read");
+        (self.child.wait().expect("wait").code(), told)
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -269,6 +346,7 @@ fn without_a_daemon_the_remedy_is_named() {
         &["remove", "7"],
         &["flush"],
         &["status"],
+        &["events"],
         &["add", FIRST, SECOND],
     ] {
         let mut arguments = arguments.to_vec();
@@ -365,6 +443,98 @@ fn commands_print_for_people_and_programs() {
         1,
         &["there is no pair 8: `relay-user list`"],
     );
+}
+
+#[test]
+fn events_are_followed_until_the_daemon_ends() {
+    let mut daemon = Daemon::start();
+    daemon.happens(7);
+    daemon.happens(8);
+    let mut all = daemon.follow(&["--since", "0"]);
+    let mut programs = daemon.follow(&["--json", "--since", "1"]);
+    assert!(all.line().starts_with("TIME  "));
+    for pair in 7..=9 {
+        let line = all.line();
+        let cells: Vec<_> = line.split("  ").map(str::trim).collect();
+        let cells: Vec<_> = cells.into_iter().filter(|cell| !cell.is_empty()).collect();
+        let number = pair.to_string();
+        let cause = "told to\u{fffd}by a test";
+        assert_eq!(
+            cells[1..],
+            ["taken back", &number, "first", cause],
+            "{line}"
+        );
+        // Each line is there as soon as its event has happened.
+        if pair == 8 {
+            daemon.happens(9);
+        }
+    }
+    for pair in 8..=9 {
+        let line = programs.line();
+        let event: serde_json::Value = serde_json::from_str(&line).expect(&line);
+        assert_eq!(event["serial"], pair - 6);
+        assert_eq!(event["pair"], pair);
+        assert_eq!(event["kind"], "taken_back");
+        assert_eq!(event["cause"], "told to\nby a test");
+    }
+    let mut now = daemon.follow(&[]);
+    assert!(now.line().starts_with("TIME  "));
+    daemon.happens(10);
+    assert!(now.line().contains("  10  "));
+    daemon.end();
+    for mut follower in [all, programs, now] {
+        let (code, told) = follower.ended();
+        assert_eq!(code, Some(0), "{told}");
+        assert_eq!(told, "relay-user: the daemon has ended\n");
+    }
+}
+
+#[test]
+fn events_end_quietly_when_their_reader_has_seen_enough() {
+    let daemon = Daemon::start();
+    daemon.happens(7);
+    // Once where nothing more happens, and once where a line cannot be written.
+    for more in [false, true] {
+        let mut follower = daemon.follow(&["--json", "--since", "0"]);
+        assert!(follower.line().contains("\"serial\":1,"));
+        let (reader, _) = std::io::pipe().expect("pipe");
+        drop(std::mem::replace(
+            &mut follower.lines,
+            BufReader::new(ChildStdout::from(OwnedFd::from(reader))),
+        ));
+        if more {
+            daemon.happens(8);
+        }
+        assert_eq!(follower.ended(), (Some(0), String::new()));
+    }
+}
+
+#[test]
+fn events_that_break_off_are_a_failure() {
+    let folder = folder();
+    let path = folder.path().join("eth0.sock");
+    let listener = UnixListener::bind(&path).expect("socket");
+    let head =
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+    let answers = [
+        format!("{head}3\r\n:\n\n\r\n"),
+        format!("{head}8\r\ndata: 1\n\r\n0\r\n\r\n"),
+        "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}".to_owned(),
+    ];
+    let thread = thread::spawn(move || {
+        for answer in answers {
+            let (mut stream, _) = listener.accept().expect("accept");
+            let mut request = [0; 1024];
+            let _ = stream.read(&mut request).expect("read");
+            stream.write_all(answer.as_bytes()).expect("write");
+        }
+    });
+    let socket = path.to_str().expect("path");
+    for fragment in ["broke off", "like a relay daemon", "no stream of events"] {
+        let arguments = ["events", "--json", "--socket", socket];
+        refuses(&relay(&arguments), 1, &[socket, fragment]);
+    }
+    thread.join().expect("thread");
 }
 
 #[test]

@@ -4,7 +4,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use relay_common::stream::{DSCP_KEEP, Endpoint, StreamSpec};
+use relay_common::stream::{DSCP_KEEP, Endpoint};
+
+use crate::tables::Entry;
 
 /// EtherType of IPv4.
 pub const IPV4: u16 = 0x0800;
@@ -231,7 +233,8 @@ impl Draft {
 
     /// What a packet of the stream is on its other leg.
     #[must_use]
-    pub fn relayed(&self, stream: &StreamSpec) -> Self {
+    pub fn relayed(&self, entry: &Entry) -> Self {
+        let stream = &entry.stream;
         let mut out = self.clone();
         let next_hop = &stream.next_hop;
         out.destination_mac = next_hop.destination_mac.bytes;
@@ -250,7 +253,8 @@ impl Draft {
         }
         out.hop_limit -= 1;
         let payload_type = self.payload[1] % 128;
-        let renumbered = stream
+        let renumbered = entry
+            .state
             .payload_types
             .iter()
             .find(|entry| entry.from == payload_type)

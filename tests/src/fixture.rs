@@ -7,8 +7,8 @@ use relay_common::{
     checksum::PartialChecksum,
     reason::Reason,
     stream::{
-        DSCP_EF, DSCP_KEEP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, StreamSpec, VlanTag,
-        mode,
+        DSCP_EF, DSCP_KEEP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec,
+        VlanTag, feed,
     },
     wire::Mac,
 };
@@ -166,16 +166,11 @@ pub fn sent(family: Family) -> Draft {
 /// The stream that relays [`received`] as [`sent`].
 #[must_use]
 pub fn stream(family: Family) -> StreamSpec {
-    let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
-    payload_types[0] = PayloadType { from: 0, to: 0 };
-    payload_types[1] = PayloadType { from: 101, to: 96 };
-    payload_types[PAYLOAD_TYPES - 1] = PayloadType { from: 127, to: 127 };
     StreamSpec {
         source: endpoint(near(family)),
         local: endpoint(pbx(family, 10_000)),
         new_source: endpoint(pbx(family, 10_002)),
         new_destination: endpoint(far(family)),
-        payload_types,
         next_hop: NextHop {
             destination_mac: Mac { bytes: FAR },
             source_mac: Mac { bytes: PBX },
@@ -187,6 +182,11 @@ pub fn stream(family: Family) -> StreamSpec {
         dscp: DSCP_EF,
         slot: 4,
         opposite_slot: 5,
+        keepalive: 0,
+        pair: 1,
+        leg: 0,
+        feed: feed::API,
+        proof: 0,
     }
 }
 
@@ -215,30 +215,55 @@ pub fn endpoint(address: SocketAddr) -> Endpoint {
     }
 }
 
-/// A stream that is offloaded.
+/// A stream that is offloaded: payload type 0, 101 as 96, and 127.
 #[must_use]
 pub fn offloaded(stream: StreamSpec) -> Entry {
-    let mode = mode::OFFLOADED;
-    Entry { stream, mode }
+    let mut state = State {
+        epoch: 1,
+        proven: 1,
+        watched: 1,
+        ssrc: SSRC,
+        payload_types: [PayloadType::UNUSED; PAYLOAD_TYPES],
+        ..State::default()
+    };
+    state.payload_types[0] = PayloadType { from: 0, to: 0 };
+    state.payload_types[1] = PayloadType { from: 101, to: 96 };
+    state.payload_types[PAYLOAD_TYPES - 1] = PayloadType { from: 127, to: 127 };
+    Entry { stream, state }
 }
+
+/// A stream that is watched.
+#[must_use]
+pub fn watching(stream: StreamSpec) -> Entry {
+    let mut entry = offloaded(stream);
+    entry.state.proven = 0;
+    entry
+}
+
+/// A stream that the datapath has suspended.
+#[must_use]
+pub fn suspended(stream: StreamSpec) -> Entry {
+    let mut entry = offloaded(stream);
+    entry.state.suspended = entry.state.epoch;
+    entry
+}
+
+/// A stream that the controller has taken back.
+#[must_use]
+pub fn taken_back(stream: StreamSpec) -> Entry {
+    let mut entry = offloaded(stream);
+    entry.state.epoch = 0;
+    entry
+}
+
+/// Synchronisation source of [`rtp`].
+pub const SSRC: u32 = 0xdead_beef;
 
 /// An RTP packet with `length` bytes of voice.
 #[must_use]
 pub fn rtp(payload_type: u8, length: usize) -> Vec<u8> {
-    let mut packet = vec![
-        0x80,
-        payload_type,
-        0x12,
-        0x34,
-        0,
-        0,
-        0,
-        160,
-        0xde,
-        0xad,
-        0xbe,
-        0xef,
-    ];
+    let mut packet = vec![0x80, payload_type, 0x12, 0x34, 0, 0, 0, 160];
+    packet.extend(SSRC.to_be_bytes());
     packet.extend((0..length).map(|at| (at * 7) as u8));
     packet
 }
@@ -725,8 +750,7 @@ fn not_the_streams(fixtures: &mut Vec<Fixture>, family: Family) {
             input.trailer = vec![0; 64];
         });
     }
-    // 0x80 + 72 to 76 is RTCP on the same port (RFC 5761 section 4).
-    for payload_type in [1, 100, 102, 96, 126, 200, 201, 202, 203, 204] {
+    for payload_type in [1, 100, 102, 96, 126, 128 + 63, 128 + 96] {
         let description = format!("marker and payload type {payload_type}");
         add(&description, stream, Reason::PayloadType, &|input| {
             input.payload[1] = payload_type;
@@ -779,12 +803,11 @@ fn not_the_streams(fixtures: &mut Vec<Fixture>, family: Family) {
     ));
 
     let frame = received(family).bytes();
-    for (description, mode, reason) in [
-        ("watching", mode::WATCHING, Reason::Watching),
-        ("suspended", mode::SUSPENDED, Reason::Suspended),
-        ("a mode of the future", 77, Reason::Watching),
+    for (description, entry, reason) in [
+        ("watching", watching(stream), Reason::Watching),
+        ("suspended", suspended(stream), Reason::Suspended),
+        ("taken back", taken_back(stream), Reason::Suspended),
     ] {
-        let entry = Entry { stream, mode };
         fixtures.push(passed(description, frame.clone(), vec![entry], reason));
     }
     fixtures.push(passed("no streams at all", frame, vec![], Reason::NoStream));
@@ -1106,9 +1129,10 @@ mod tests {
     #[test]
     fn the_streams_and_the_hand_written_packets_agree() {
         for family in [Family::V4, Family::V6] {
-            assert_eq!(received(family).relayed(&stream(family)), sent(family));
+            let entry = offloaded(stream(family));
+            assert_eq!(received(family).relayed(&entry), sent(family));
             let (stream, packet) = cycle(family);
-            let once = packet.relayed(&stream);
+            let once = packet.relayed(&offloaded(stream));
             assert_eq!(
                 Draft {
                     hop_limit: 255,

@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use relay_common::{
     stream::{
-        Address, DSCP_KEEP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, StreamSpec, VlanTag,
-        mode,
+        Address, DSCP_KEEP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec,
+        VlanTag, feed,
     },
     wire::Mac,
 };
@@ -102,23 +102,23 @@ impl Generator {
     pub fn table(&mut self, slots: u32) -> Vec<Entry> {
         (0..=self.below(6) as u32)
             .map(|number| {
-                let mut stream = self.stream();
-                stream.slot = (self.below(slots as usize / 8) as u32) * 8 + number;
+                let mut entry = self.entry();
+                entry.stream.slot = (self.below(slots as usize / 8) as u32) * 8 + number;
                 if self.one_in(40) {
-                    stream.slot = slots + number;
+                    entry.stream.slot = slots + number;
                 }
-                let mode = match self.below(12) {
-                    0 => mode::WATCHING,
-                    1 => mode::SUSPENDED,
-                    _ => mode::OFFLOADED,
-                };
-                Entry { stream, mode }
+                match self.below(12) {
+                    0 => entry.state.proven = 0,
+                    1 => entry.state.suspended = entry.state.epoch,
+                    _ => {}
+                }
+                entry
             })
             .collect()
     }
 
-    /// A stream that can relay packets of some size. Its slot is 0.
-    pub fn stream(&mut self) -> StreamSpec {
+    /// An offloaded stream that can relay packets of some size, unproven. Its slot is 0.
+    pub fn entry(&mut self) -> Entry {
         let v4 = self.one_in(2);
         let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
         let first = self.byte() % 64;
@@ -137,12 +137,11 @@ impl Generator {
             *vlan = VlanTag { tpid, id };
         }
         let known = u8::from(!self.one_in(20));
-        StreamSpec {
+        let stream = StreamSpec {
             source: self.endpoint(v4),
             local: self.endpoint(v4),
             new_source: self.endpoint(v4),
             new_destination: self.endpoint(v4),
-            payload_types,
             next_hop: NextHop {
                 destination_mac: Mac { bytes: self.mac() },
                 source_mac: Mac { bytes: self.mac() },
@@ -154,12 +153,26 @@ impl Generator {
             dscp: self.pick(&[DSCP_KEEP, 46, 46, 0, 63]),
             slot: 0,
             opposite_slot: 1,
-        }
+            keepalive: 0,
+            pair: self.next(),
+            leg: self.byte() % 2,
+            feed: self.pick(&[feed::API, feed::AMI]),
+            proof: 0,
+        };
+        let state = State {
+            epoch: 1,
+            proven: 1,
+            watched: 1,
+            payload_types,
+            ..State::default()
+        };
+        Entry { stream, state }
     }
 
     /// A packet that the stream relays if it is offloaded, its next hop is known, and the checksum is not
     /// [`Draft::ambiguous`].
-    pub fn packet_of(&mut self, stream: &StreamSpec) -> Draft {
+    pub fn packet_of(&mut self, entry: &Entry) -> Draft {
+        let stream = &entry.stream;
         let depth = match stream.next_hop.vlan_depth {
             0 => self.below(3),
             depth => usize::from(depth),
@@ -182,7 +195,7 @@ impl Generator {
             options: vec![],
             protocol: UDP,
             checksum: self.pick(&[Checksum::Finished, Checksum::Finished, Checksum::Unfinished]),
-            payload: self.rtp(stream),
+            payload: self.rtp(&entry.state),
             trailer: vec![],
         };
         if destination.is_ipv4() && self.one_in(6) {
@@ -205,7 +218,7 @@ impl Generator {
         draft
     }
 
-    fn rtp(&mut self, stream: &StreamSpec) -> Vec<u8> {
+    fn rtp(&mut self, state: &State) -> Vec<u8> {
         let sources = if self.one_in(4) { self.below(16) } else { 0 };
         let extension = self.one_in(4).then(|| self.below(8));
         // Fits the smallest MTU of a stream.
@@ -214,7 +227,7 @@ impl Generator {
             1 => self.below(80),
             _ => 100,
         };
-        let known: Vec<_> = stream
+        let known: Vec<_> = state
             .payload_types
             .iter()
             .filter(|entry| **entry != PayloadType::UNUSED)
@@ -239,8 +252,8 @@ impl Generator {
             let length = 14 + self.below(120);
             return self.fill(length);
         }
-        let stream = self.pick(table).stream;
-        let mut draft = self.packet_of(&stream);
+        let entry = self.pick(table);
+        let mut draft = self.packet_of(&entry);
         if self.one_in(2) {
             return draft.bytes();
         }

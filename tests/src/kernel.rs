@@ -4,20 +4,23 @@ use std::{
     io,
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, Map, PerCpuArray, PerCpuValues},
+    maps::{Array, HashMap, Map, PerCpuArray, PerCpuValues, RingBuf},
     programs::{Program, ProgramInfo},
     util::nr_cpus,
 };
+use nix::time::{ClockId, clock_gettime};
 use relay_common::{
     reason::{Reason, Verdict},
-    stream::{Counter, State, Stream, StreamKey},
+    stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey},
 };
 use relay_user::datapath::{self, AttachMode, names};
+use zerocopy::FromBytes as _;
 
 use crate::{
     fixture::Hook,
@@ -25,18 +28,22 @@ use crate::{
     tables::Entry,
 };
 
-/// `XDP_PASS` and `XDP_TX` (`enum xdp_action`), `TC_ACT_UNSPEC` and `TC_ACT_REDIRECT` (linux/pkt_cls.h).
+/// `XDP_PASS` and `XDP_TX` (`enum xdp_action`), `TC_ACT_UNSPEC`, `TC_ACT_STOLEN` and `TC_ACT_REDIRECT`
+/// (linux/pkt_cls.h).
 const XDP_PASS: u32 = 2;
 const XDP_TX: u32 = 3;
 const TC_ACT_UNSPEC: u32 = u32::MAX;
+const TC_ACT_STOLEN: u32 = 4;
 const TC_ACT_REDIRECT: u32 = 7;
 
 const KEY: usize = size_of::<StreamKey>();
 const VALUE: usize = size_of::<Stream>();
+const OUT_LEG: usize = size_of::<OutLeg>();
 const STATE: usize = size_of::<State>();
 const COUNTER: usize = size_of::<Counter>();
+const LEASE: usize = size_of::<Lease>();
 
-/// Both programs of the object, and its maps.
+/// The programs of the object, and its maps.
 pub struct Kernel {
     ebpf: Ebpf,
     slots: u32,
@@ -55,10 +62,12 @@ impl Kernel {
         let mut ebpf = datapath::load(mode, slots)?;
         datapath::load_xdp(&mut ebpf)?;
         datapath::load_tc(&mut ebpf)?;
+        datapath::load_observer(&mut ebpf)?;
         Ok(Self { ebpf, slots })
     }
 
-    /// Replaces all streams and states, and sets the counters to zero.
+    /// Replaces all streams and states, sets the counters to zero and the end of the lease to never, and forgets all
+    /// events.
     ///
     /// # Errors
     /// There are more than fit.
@@ -74,14 +83,23 @@ impl Kernel {
             let value: [u8; VALUE] = zerocopy::transmute!(entry.stream.compile());
             streams.insert(key, value, 0)?;
         }
+        let mut out_legs: HashMap<_, [u8; KEY], [u8; OUT_LEG]> =
+            HashMap::try_from(self.map_mut(names::OUT_LEGS)?)?;
+        let old: Vec<_> = out_legs.keys().collect::<Result<_, _>>()?;
+        for key in old {
+            out_legs.remove(&key)?;
+        }
+        for entry in entries.iter().filter(|entry| entry.stream.proof != 0) {
+            let (key, value) = entry.stream.out_leg();
+            let (key, value): ([u8; KEY], [u8; OUT_LEG]) =
+                (zerocopy::transmute!(key), zerocopy::transmute!(value));
+            out_legs.insert(key, value, 0)?;
+        }
         let slots = self.slots;
         let mut states: Array<_, [u8; STATE]> = Array::try_from(self.map_mut(names::STATE)?)?;
         for slot in 0..slots {
             let entry = entries.iter().find(|entry| entry.stream.slot == slot);
-            let state = State {
-                mode: entry.map_or(0, |entry| entry.mode),
-                ..State::default()
-            };
+            let state = entry.map_or_else(State::default, |entry| entry.state);
             let state: [u8; STATE] = zerocopy::transmute!(state);
             states.set(slot, state, 0)?;
         }
@@ -92,6 +110,43 @@ impl Kernel {
             let zero = PerCpuValues::try_from(vec![[0; COUNTER]; cpus])?;
             counters.set(reason as u32, zero, 0)?;
         }
+        self.set_lease(u64::MAX)?;
+        self.take_events()?;
+        Ok(())
+    }
+
+    /// Sets the end of the lease, ns.
+    ///
+    /// # Errors
+    /// The map cannot be written.
+    pub fn set_lease(&mut self, deadline: u64) -> Result<()> {
+        let mut lease: Array<_, [u8; LEASE]> = Array::try_from(self.map_mut(names::LEASE)?)?;
+        lease.set(0, deadline.to_ne_bytes(), 0)?;
+        Ok(())
+    }
+
+    /// What was reported since the last call.
+    ///
+    /// # Errors
+    /// The ring buffer cannot be read, or does not hold events.
+    pub fn take_events(&mut self) -> Result<Vec<Event>> {
+        let mut ring = RingBuf::try_from(self.map_mut(names::EVENTS)?)?;
+        let mut events = Vec::new();
+        while let Some(item) = ring.next() {
+            let event = Event::read_from_bytes(&item).ok();
+            events.push(event.context("an event of another size")?);
+        }
+        Ok(events)
+    }
+
+    /// Sets what happened to the stream of a slot.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn set_state(&mut self, slot: u32, state: State) -> Result<()> {
+        let mut states: Array<_, [u8; STATE]> = Array::try_from(self.map_mut(names::STATE)?)?;
+        let state: [u8; STATE] = zerocopy::transmute!(state);
+        states.set(slot, state, 0)?;
         Ok(())
     }
 
@@ -145,11 +200,15 @@ impl Kernel {
     /// # Errors
     /// It tells nothing.
     pub fn info(&self, hook: Hook) -> Result<ProgramInfo> {
-        Ok(match self.program(hook)? {
-            Program::Xdp(program) => program.info()?,
-            Program::SchedClassifier(program) => program.info()?,
-            _ => bail!("neither XDP nor TC"),
-        })
+        info_of(self.program(program_name(hook))?)
+    }
+
+    /// What the kernel tells of the observer.
+    ///
+    /// # Errors
+    /// It tells nothing.
+    pub fn observer_info(&self) -> Result<ProgramInfo> {
+        info_of(self.program(names::OBSERVE)?)
     }
 
     /// The descriptor of a hook's program.
@@ -157,18 +216,18 @@ impl Kernel {
     /// # Errors
     /// The object has no such program.
     pub fn descriptor(&self, hook: Hook) -> Result<BorrowedFd<'_>> {
-        Ok(match self.program(hook)? {
-            Program::Xdp(program) => program.fd()?.as_fd(),
-            Program::SchedClassifier(program) => program.fd()?.as_fd(),
-            _ => bail!("neither XDP nor TC"),
-        })
+        descriptor_of(self.program(program_name(hook))?)
     }
 
-    fn program(&self, hook: Hook) -> Result<&Program> {
-        let name = match hook {
-            Hook::NativeXdp | Hook::GenericXdp => names::XDP,
-            Hook::Tc => names::TC,
-        };
+    /// The descriptor of the observer.
+    ///
+    /// # Errors
+    /// The object has no such program.
+    pub fn observer(&self) -> Result<BorrowedFd<'_>> {
+        descriptor_of(self.program(names::OBSERVE)?)
+    }
+
+    fn program(&self, name: &str) -> Result<&Program> {
         self.ebpf
             .program(name)
             .with_context(|| format!("no program {name}"))
@@ -184,6 +243,55 @@ impl Kernel {
         self.ebpf
             .map_mut(name)
             .with_context(|| format!("no map {name}"))
+    }
+}
+
+const fn program_name(hook: Hook) -> &'static str {
+    match hook {
+        Hook::NativeXdp | Hook::GenericXdp => names::XDP,
+        Hook::Tc => names::TC,
+    }
+}
+
+fn info_of(program: &Program) -> Result<ProgramInfo> {
+    Ok(match program {
+        Program::Xdp(program) => program.info()?,
+        Program::SchedClassifier(program) => program.info()?,
+        _ => bail!("neither XDP nor TC"),
+    })
+}
+
+fn descriptor_of(program: &Program) -> Result<BorrowedFd<'_>> {
+    Ok(match program {
+        Program::Xdp(program) => program.fd()?.as_fd(),
+        Program::SchedClassifier(program) => program.fd()?.as_fd(),
+        _ => bail!("neither XDP nor TC"),
+    })
+}
+
+/// The time by the clock that the datapath reads, ns.
+///
+/// # Errors
+/// None, on Linux.
+pub fn now() -> Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)?;
+    Ok(Duration::from(now).as_nanos() as u64)
+}
+
+/// Shows a frame that leaves to the observer, once.
+///
+/// # Errors
+/// The kernel does not run it, or it returns what it never should.
+pub fn show_observer(program: BorrowedFd<'_>, frame: &[u8]) -> Result<Verdict> {
+    let mut after = vec![0; frame.len() + 64];
+    let Run {
+        verdict, length, ..
+    } = program::test_run(program, frame, &mut after, 1, 0).context("BPF_PROG_TEST_RUN")?;
+    ensure!(after[..length] == *frame, "the observer changes a packet");
+    match verdict {
+        TC_ACT_UNSPEC => Ok(Verdict::Pass),
+        TC_ACT_STOLEN => Ok(Verdict::Drop),
+        other => bail!("the observer returned {other}"),
     }
 }
 

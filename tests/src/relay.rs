@@ -5,12 +5,15 @@ use std::{
     env,
     ffi::{OsStr, OsString},
     fs::File,
+    io::{BufRead as _, BufReader},
     os::{
         fd::AsFd as _,
         unix::{fs::FileExt as _, net::UnixDatagram},
     },
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Output, Stdio},
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -53,6 +56,45 @@ pub struct Relay {
     /// `--socket PATH`, or nothing where it is in its default place.
     socket_args: Vec<OsString>,
     log: File,
+}
+
+/// A running `relay-user events`. Dropping it ends it.
+#[derive(Debug)]
+pub struct Followed {
+    events: mpsc::Receiver<String>,
+    _process: Process,
+}
+
+impl Followed {
+    /// The next event, as soon as it has happened; none when the daemon has ended.
+    ///
+    /// # Errors
+    /// Nothing happens, or what is printed is no JSON.
+    pub fn next(&self) -> Result<Option<serde_json::Value>> {
+        match self.events.recv_timeout(PATIENCE) {
+            Ok(line) => serde_json::from_str(&line).with_context(|| format!("no JSON: {line}")),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
+            Err(mpsc::RecvTimeoutError::Timeout) => bail!("nothing happens for {PATIENCE:?}"),
+        }
+    }
+
+    /// The next event of this kind, and those before it.
+    ///
+    /// # Errors
+    /// It does not come: the text holds what came.
+    pub fn until(&self, kind: &str) -> Result<Vec<serde_json::Value>> {
+        let mut events = Vec::new();
+        loop {
+            let event = self.next();
+            let event = event.with_context(|| format!("no `{kind}` after {events:#?}"))?;
+            let event = event.with_context(|| format!("the end, without `{kind}`: {events:#?}"))?;
+            let found = event["kind"] == kind;
+            events.push(event);
+            if found {
+                return Ok(events);
+            }
+        }
+    }
 }
 
 impl Relay {
@@ -276,16 +318,25 @@ impl Relay {
             .collect()
     }
 
-    /// Runs `add` with these arguments, waits until the kernel relays the pair, and returns its number.
+    /// Runs `add` with these arguments, and returns the pair. Without proof: the ports have no PBX behind them.
+    ///
+    /// # Errors
+    /// The pair is refused: the text holds what the daemon says of it.
+    pub fn add<S: AsRef<OsStr>>(
+        &self,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<serde_json::Value> {
+        let words = ["add", "--proof", "none"].map(OsString::from);
+        let args = args.into_iter().map(|arg| arg.as_ref().to_owned());
+        self.json(words.into_iter().chain(args))
+    }
+
+    /// The same, and waits until the kernel relays the pair. Returns its number.
     ///
     /// # Errors
     /// The pair is refused, or still waits after a while: the text holds what the daemon says of it.
     pub fn offload<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<u64> {
-        let args: Vec<_> = args
-            .into_iter()
-            .map(|arg| arg.as_ref().to_owned())
-            .collect();
-        let added = self.json([OsStr::new("add").to_owned()].into_iter().chain(args))?;
+        let added = self.add(args)?;
         let id = added["id"].as_u64().context("a pair without number")?;
         self.wait_state(id, "offloaded")?;
         Ok(id)
@@ -309,6 +360,35 @@ impl Relay {
                 );
             }
         }
+    }
+
+    /// Starts `relay-user events`, which tells all since the daemon attached.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn follow(&self) -> Result<Followed> {
+        let mut command = Command::new(&self.program);
+        command
+            .args(["events", "--json", "--since", "0"])
+            .args(&self.socket_args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut process = self.host.spawn(command)?;
+        let stdout = process.child_mut().stdout.take();
+        let lines = BufReader::new(stdout.context("no standard output")?).lines();
+        let (told, events) = mpsc::channel();
+        // Ends with the program, or when nobody listens any longer.
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                if told.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Followed {
+            events,
+            _process: process,
+        })
     }
 
     /// Sends a signal to the daemon.

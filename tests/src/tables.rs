@@ -1,41 +1,52 @@
 //! The maps in memory: what the decision runs on outside the kernel.
 
 use std::{
-    cell::{Cell, UnsafeCell},
+    array,
+    cell::{Cell, RefCell, UnsafeCell},
     collections::HashMap,
 };
 
 use relay_common::{
     packet::Tables,
     reason::Reason,
-    stream::{Counter, State, Stream, StreamKey, StreamSpec},
+    stream::{Counter, Event, OutLeg, State, Stream, StreamKey, StreamSpec},
 };
 
-/// A stream and its mode (see [`relay_common::stream::mode`]).
+/// A stream and how it fares.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
     /// The stream.
     pub stream: StreamSpec,
-    /// The mode its state says.
-    pub mode: u32,
+    /// Its state.
+    pub state: State,
 }
 
-/// `STREAMS`, `STATE` and `COUNTERS` of one thread.
+/// What the clock of [`MemoryTables`] shows first, ns: far from 0, and from where [`ticks`] wrap.
+///
+/// [`ticks`]: relay_common::stream::ticks
+const START: u64 = 1_000_000_000_000;
+
+/// The maps of one thread.
 #[derive(Debug)]
 pub struct MemoryTables {
     streams: HashMap<StreamKey, Stream>,
+    out_legs: HashMap<StreamKey, OutLeg>,
     states: Vec<UnsafeCell<State>>,
     counters: [Cell<Counter>; Reason::COUNT],
+    lease: Cell<u64>,
+    now: Cell<u64>,
+    events: RefCell<Vec<Event>>,
 }
 
 impl MemoryTables {
-    /// Tables with these streams and `slots` states. A stream whose slot lies beyond has no state.
+    /// Tables with these streams and `slots` states. A stream whose slot lies beyond has no state. The lease never
+    /// ends.
     #[must_use]
     pub fn new(entries: &[Entry], slots: u32) -> Self {
-        let mut states: Vec<_> = (0..slots).map(|_| State::default()).collect();
+        let mut states = vec![State::default(); slots as usize];
         for entry in entries {
             if let Some(state) = states.get_mut(entry.stream.slot as usize) {
-                state.mode = entry.mode;
+                *state = entry.state;
             }
         }
         Self {
@@ -43,9 +54,27 @@ impl MemoryTables {
                 .iter()
                 .map(|entry| (entry.stream.key(), entry.stream.compile()))
                 .collect(),
+            out_legs: entries
+                .iter()
+                .filter(|entry| entry.stream.proof != 0)
+                .map(|entry| entry.stream.out_leg())
+                .collect(),
             states: states.into_iter().map(UnsafeCell::new).collect(),
-            counters: Default::default(),
+            counters: array::from_fn(|_| Cell::default()),
+            lease: Cell::new(u64::MAX),
+            now: Cell::new(START),
+            events: RefCell::default(),
         }
+    }
+
+    /// Sets the end of the lease, ns.
+    pub fn set_lease(&self, deadline: u64) {
+        self.lease.set(deadline);
+    }
+
+    /// Sets the clock, ns.
+    pub fn set_now(&self, now: u64) {
+        self.now.set(now);
     }
 
     /// A stream's state; none where the slot lies beyond the table.
@@ -57,10 +86,24 @@ impl MemoryTables {
             .map(|state| unsafe { *state.get() })
     }
 
+    /// Changes a stream's state, as the controller does.
+    ///
+    /// # Panics
+    /// The slot lies beyond the table.
+    pub fn change(&self, slot: u32, change: impl FnOnce(&mut State)) {
+        // SAFETY: as for `state_of`; a change has no way to these tables' states but its own.
+        change(unsafe { &mut *self.states[slot as usize].get() });
+    }
+
     /// What was counted, by number of the reason.
     #[must_use]
     pub fn counters(&self) -> [Counter; Reason::COUNT] {
         self.counters.each_ref().map(Cell::get)
+    }
+
+    /// What was reported since the last call.
+    pub fn take_events(&self) -> Vec<Event> {
+        self.events.take()
     }
 }
 
@@ -69,8 +112,24 @@ impl Tables for MemoryTables {
         self.streams.get(key)
     }
 
+    fn out_leg(&self, key: &StreamKey) -> Option<&OutLeg> {
+        self.out_legs.get(key)
+    }
+
     fn state(&self, slot: u32) -> Option<*mut State> {
         self.states.get(slot as usize).map(UnsafeCell::get)
+    }
+
+    fn lease(&self) -> u64 {
+        self.lease.get()
+    }
+
+    fn now(&self) -> u64 {
+        self.now.get()
+    }
+
+    fn report(&self, event: &Event) {
+        self.events.borrow_mut().push(*event);
     }
 
     fn count(&self, reason: Reason, bytes: usize) {

@@ -680,20 +680,24 @@ fn digits_pass_complete_and_in_order_while_the_voice_is_offloaded() {
 }
 
 #[test]
-fn a_user_who_may_not_ask_is_refused_with_the_remedy() {
+fn a_user_who_may_not_ask_or_see_is_refused_with_the_remedy() {
     let _alone = alone();
     let lab = Lab::up().expect("Asterisk");
-    let mut command = Command::new(binary("relay-user", "RELAY_USER_BIN").expect("relay-user"));
-    command
-        .args(["attach", &lab.net.pbx_interface.name])
-        .args(feed(&lab, "watcher"));
-    let output = lab.net.pbx.run_to_end(command).expect("relay-user");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success(), "{said}");
-    assert!(
-        said.contains("watcher") && said.contains("write=call") && said.contains("manager.conf"),
-        "{said}"
-    );
+    for (user, lack, right) in [
+        ("watcher", "Permission denied", "write=call"),
+        ("asker", "no VarSet event", "read=call,dialplan"),
+    ] {
+        let mut command = Command::new(binary("relay-user", "RELAY_USER_BIN").expect("relay-user"));
+        command
+            .args(["attach", &lab.net.pbx_interface.name])
+            .args(feed(&lab, user));
+        let output = lab.net.pbx.run_to_end(command).expect("relay-user");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{said}");
+        for words in [user, lack, right, "manager.conf"] {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+    }
     // Nothing half-done.
     let mut command = Command::new("ip");
     command.args(["-o", "link", "show", "dev", &lab.net.pbx_interface.name]);
@@ -807,6 +811,18 @@ fn the_least_privileged_user_sees_what_the_relay_needs() {
             Some(leg.remote.to_string().as_str())
         );
     }
+    // The timeout of an endpoint, which is "0" where none is set.
+    let rtp_timeout = |client: &mut Client, endpoint: &str| {
+        let variable = format!("PJSIP_ENDPOINT({endpoint},rtp_timeout)");
+        let fields = [
+            ("Channel", pairs[0][0].channel.as_str()),
+            ("Variable", &variable),
+        ];
+        let answer = client.action("Getvar", &fields).expect("Getvar");
+        answer[0].get("Value").map(str::to_owned)
+    };
+    assert_eq!(rtp_timeout(&mut client, CALLER).as_deref(), Some("0"));
+    assert_eq!(rtp_timeout(&mut client, "caller-to").as_deref(), Some("10"));
     client
         .action("Command", &[("Command", "core show version")])
         .expect_err("no more than that");

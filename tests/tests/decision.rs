@@ -1,14 +1,9 @@
 //! The per-packet decision on the host: the fixtures, and what holds for every packet.
 
 use proptest::prelude::*;
-use relay_common::{
-    packet::Frame,
-    reason::Reason,
-    relay::relay,
-    stream::{Counter, mode},
-};
+use relay_common::{packet::Frame, reason::Reason, relay::relay, stream::Counter};
 use relay_tests::{
-    fixture::{self, Hook, SLOTS, offloaded},
+    fixture::{self, Hook, SLOTS, suspended, watching},
     generator::Generator,
     tables::{Entry, MemoryTables},
 };
@@ -107,24 +102,24 @@ proptest! {
     #[test]
     fn what_is_relayed_equals_the_packet_written_anew(seed: u64) {
         let mut generator = Generator::new(seed);
-        let mut stream = generator.stream();
-        stream.next_hop.known = 1;
-        let packet = generator.packet_of(&stream);
+        let mut entry = generator.entry();
+        entry.stream.next_hop.known = 1;
+        let packet = generator.packet_of(&entry);
         let frame = packet.bytes();
         for hook in [Hook::NativeXdp, Hook::GenericXdp] {
-            let (reason, after, _) = decide(&frame, &[offloaded(stream)], hook);
+            let (reason, after, _) = decide(&frame, &[entry], hook);
             if packet.ambiguous() {
                 prop_assert_eq!((reason, &after), (Reason::UdpChecksum, &frame));
                 continue;
             }
-            let mut expected = packet.relayed(&stream);
+            let mut expected = packet.relayed(&entry);
             if hook == Hook::NativeXdp {
                 expected = expected.completed();
             }
             prop_assert_eq!((reason, after), (Reason::Relayed, expected.bytes()));
         }
-        for mode in [mode::WATCHING, mode::SUSPENDED] {
-            let (reason, after, _) = decide(&frame, &[Entry { stream, mode }], Hook::NativeXdp);
+        for entry in [watching(entry.stream), suspended(entry.stream)] {
+            let (reason, after, _) = decide(&frame, &[entry], Hook::NativeXdp);
             prop_assert!(reason != Reason::Relayed && after == frame);
         }
     }

@@ -205,7 +205,7 @@ fn reason(status: &Value, name: &str) -> u64 {
         .expect("a count")
 }
 
-/// Waits for a state of the daemon; it has no event that tells clients.
+/// Waits for a state of the daemon, however it comes about.
 fn await_status(relay: &Relay, wanted: &str, condition: impl Fn(&Value) -> bool) {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -466,6 +466,70 @@ fn without_ami_everything_is_taken_back_and_a_resync_offloads_it_again() {
     office.assert_relayed(&relay, &calls);
     assert_eq!(streams_in_kernel(&office, &relay), 8);
     assert_perfect(&calls);
+}
+
+#[test]
+fn what_becomes_of_a_call_is_told_with_its_cause() {
+    let office = Office::open();
+    let mut relay = office.attach(&[]);
+    let events = relay.follow().expect("events");
+    let last = |kind: &str| {
+        let mut events = events.until(kind).expect(kind);
+        events.pop().expect("an event")
+    };
+    let says = |event: &Value, words: &str| {
+        let cause = event["cause"].as_str().expect("a cause");
+        assert!(cause.contains(words), "{event}");
+    };
+    let offloaded = || {
+        let mut streams = [last("offloaded"), last("offloaded")].map(|it| it["stream"].as_u64());
+        // In the order in which the phones' neighbours were resolved.
+        streams.sort_unstable();
+        assert_eq!(streams, [Some(0), Some(1)]);
+    };
+    let up = last("ami_up");
+    assert_eq!((&up["serial"], &up["pair"]), (&1.into(), &Value::Null));
+
+    let call = office.call(0);
+    offloaded();
+    let pair = relay.json(["show", "1"]).expect("show");
+    office.pbx.hold(call.line).expect("hold");
+    let back = last("taken_back");
+    assert_eq!(back["pair"], pair["id"]);
+    assert_eq!(back["call"], pair["call"]);
+    assert_eq!(back["feed"], "ami");
+    assert_eq!(back["stream"], Value::Null);
+    says(&last("refused"), "on hold");
+    office.pbx.unhold(call.line).expect("unhold");
+    offloaded();
+
+    office.pbx.stall_ami().expect("stall");
+    office.pbx.disconnect_ami().expect("disconnect");
+    let down = last("ami_down");
+    assert_eq!(down["pair"], Value::Null);
+    says(
+        &last("taken_back"),
+        down["cause"].as_str().expect("a cause"),
+    );
+    office.pbx.unstall_ami().expect("unstall");
+    last("ami_up");
+    offloaded();
+
+    office.pbx.hang_up(call.line).expect("hang up");
+    last("taken_back");
+    let other = office.call(1);
+    offloaded();
+    relay.json(["flush"]).expect("flush");
+    says(&last("taken_back"), "by the operator");
+    says(&last("refused"), "by the operator");
+    office.pbx.simple(other.line).expect("simple");
+    office.pbx.native(other.line).expect("native");
+    offloaded();
+
+    relay.signal(Signal::SIGTERM);
+    says(&last("taken_back"), "SIGTERM");
+    assert_eq!(events.next().expect("the end"), None);
+    assert!(relay.wait(PATIENCE).expect("the end").success());
 }
 
 #[test]

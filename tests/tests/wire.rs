@@ -1051,8 +1051,7 @@ fn an_unresolved_phone_waits_with_the_pbx_and_is_relayed_by_itself() {
     let pbx = Bank::new(&net.pbx).expect("sockets");
     let sockets = legs.map(|legs| Sockets::open(legs, &phones, &pbx).expect("sockets"));
     let ids = legs.map(|legs| {
-        let args = [&["add".to_owned()][..], &legs.arguments()].concat();
-        let added = relay.json(args).expect("taken");
+        let added = relay.add(legs.arguments()).expect("taken");
         assert_eq!(added["state"], "waiting", "{added:#}");
         added["id"].as_u64().expect("a number")
     });

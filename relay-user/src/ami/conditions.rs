@@ -3,14 +3,17 @@
 //! An answer that is missing, unknown or odd is a refusal, never a guess: the call then stays with
 //! Asterisk.
 
-use std::net::SocketAddr;
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use super::{
     message::Message,
     session::{Answer, PRIVILEGES},
     tracker::MAX_NAME,
 };
-use crate::pair::{Leg, Pair, PairError, PayloadTypes};
+use crate::pair::{Leg, Pair, PairError, PayloadTypes, Proof};
 
 const SRC: &str = "CHANNEL(rtp,src)";
 const DEST: &str = "CHANNEL(rtp,dest)";
@@ -114,7 +117,7 @@ pub enum Refusal {
         /// As Asterisk lists them.
         formats: String,
     },
-    /// Dynamic payload types have to be seen on the wire first.
+    /// Without proof nobody sees on the wire which dynamic payload type it has.
     #[error("codec {0} has no static payload type")]
     NoStaticPayloadType(String),
     /// A video stream is really negotiated.
@@ -198,6 +201,15 @@ impl Refusal {
     }
 }
 
+/// That a proof on the wire follows each offer, and so tells what signalling need not: the payload
+/// types, and the address that a wildcard stands for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Proving {
+    /// Addresses of the attached interface. The first of a phone's family stands in for the wildcard
+    /// until the wire shows the right one.
+    pub own_addresses: Vec<IpAddr>,
+}
+
 /// A leg that fulfils every condition of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LegFacts {
@@ -205,6 +217,9 @@ pub struct LegFacts {
     pub leg: Leg,
     /// Its one codec, in Asterisk's words.
     pub codec: String,
+    /// After how long without RTP or RTCP from its phone Asterisk hangs up. `None`: never, or
+    /// Asterisk does not tell.
+    pub rtp_timeout: Option<Duration>,
 }
 
 /// Judges the answer to `BridgeInfo`: two PJSIP channels under native_rtp. Returns them sorted, so
@@ -259,10 +274,29 @@ pub(super) struct LegAnswers {
     pub(super) status: Option<Answer>,
     /// To `Getvar`, by item.
     pub(super) items: Vec<(&'static str, Answer)>,
+    /// To `Getvar` with [`rtp_timeout_of`].
+    pub(super) rtp_timeout: Option<Answer>,
+}
+
+/// The endpoint that a PJSIP channel belongs to. `None` where the name would not survive as an
+/// argument of a function.
+pub(super) fn endpoint(channel: &str) -> Option<&str> {
+    let (endpoint, _) = channel.strip_prefix("PJSIP/")?.rsplit_once('-')?;
+    (!endpoint.is_empty() && !endpoint.contains([',', '(', ')', '"', '\\'])).then_some(endpoint)
+}
+
+/// The function that tells an endpoint's `rtp_timeout`.
+pub(super) fn rtp_timeout_of(endpoint: &str) -> String {
+    format!("PJSIP_ENDPOINT({endpoint},rtp_timeout)")
 }
 
 /// Judges all answers about one channel.
-pub(super) fn leg(call: &str, channel: &str, answers: &LegAnswers) -> Result<LegFacts, Refusal> {
+pub(super) fn leg(
+    call: &str,
+    channel: &str,
+    answers: &LegAnswers,
+    proving: Option<&Proving>,
+) -> Result<LegFacts, Refusal> {
     let status = status(call, channel, answers.status.as_ref())?;
     let item = |item| value(answers, channel, item);
     let format = |item| present(channel, item, status.variable(item));
@@ -294,12 +328,18 @@ pub(super) fn leg(call: &str, channel: &str, answers: &LegAnswers) -> Result<Leg
         }
     }
     let remote = remote(channel, item(DEST)?)?;
-    let local = address(channel, SRC, item(SRC)?)?;
+    let mut local = address(channel, SRC, item(SRC)?)?;
     if local.ip().is_unspecified() {
-        return Err(Refusal::WildcardLocal {
+        // A socket bound to `::` serves IPv4 phones too: the phone's family is the one that counts.
+        let own = proving.and_then(|proving| {
+            let mut own = proving.own_addresses.iter();
+            own.find(|own| own.is_ipv4() == remote.is_ipv4())
+        });
+        let own = own.ok_or_else(|| Refusal::WildcardLocal {
             channel: name(),
             local,
-        });
+        })?;
+        local.set_ip(*own);
     }
     match item(RECEIVED)?.parse::<u64>() {
         Ok(0) => return Err(Refusal::NothingReceived(name())),
@@ -307,28 +347,40 @@ pub(super) fn leg(call: &str, channel: &str, answers: &LegAnswers) -> Result<Leg
         Err(_) => return Err(odd(channel, RECEIVED, item(RECEIVED)?)),
     }
     Ok(LegFacts {
-        leg: Leg { local, remote },
+        leg: Leg::new(local, remote),
         codec,
+        rtp_timeout: rtp_timeout(answers.rtp_timeout.as_ref()),
     })
 }
 
-/// Joins two legs that fulfil their own conditions.
-pub(super) fn pair(first: &LegFacts, second: &LegFacts) -> Result<Pair, Refusal> {
+/// Never a reason to refuse: a user, a module or an endpoint that cannot be asked leaves it unknown.
+fn rtp_timeout(answer: Option<&Answer>) -> Option<Duration> {
+    let answer = answer.filter(|answer| answer.is_success())?;
+    let seconds: u32 = answer.response.get("Value")?.parse().ok()?;
+    (seconds > 0).then(|| Duration::from_secs(seconds.into()))
+}
+
+/// Joins two legs that fulfil their own conditions. With a proof to come, the wire tells the payload
+/// types, and none are named.
+pub(super) fn pair(first: &LegFacts, second: &LegFacts, proven: bool) -> Result<Pair, Refusal> {
     if first.codec != second.codec {
         return Err(Refusal::DifferentCodecs(
             first.codec.clone(),
             second.codec.clone(),
         ));
     }
-    let number = STATIC_PAYLOAD_TYPES
-        .iter()
-        .find(|(name, _)| *name == first.codec)
-        .map(|(_, number)| *number)
-        .ok_or_else(|| Refusal::NoStaticPayloadType(shown(&first.codec)))?;
-    Ok(Pair::new(
-        [first.leg, second.leg],
-        vec![PayloadTypes::same(number)],
-    )?)
+    let payload_types = if proven {
+        Vec::new()
+    } else {
+        let number = STATIC_PAYLOAD_TYPES
+            .iter()
+            .find(|(name, _)| *name == first.codec)
+            .map(|(_, number)| *number)
+            .ok_or_else(|| Refusal::NoStaticPayloadType(shown(&first.codec)))?;
+        vec![PayloadTypes::same(number)]
+    };
+    let proof = if proven { Proof::Wire } else { Proof::None };
+    Ok(Pair::new([first.leg, second.leg], payload_types, proof)?)
 }
 
 /// Judges the answers to [`POLL_ITEMS`] of an offered leg: is it still where it was?

@@ -8,12 +8,15 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::mpsc::Sender,
-    time::{Instant, sleep, sleep_until},
+    sync::mpsc::{Receiver, Sender},
+    time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
-pub use super::tracker::{CallId, FeedEvent};
+pub use super::{
+    conditions::Proving,
+    tracker::{CallId, FeedCommand, FeedEvent},
+};
 use super::{
     session::{AmiError, Incoming, Session, connect},
     tracker::{MAX_BRIDGES, Output, Query, Tracker},
@@ -25,6 +28,15 @@ const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// The longest wait between two attempts to connect.
 pub const MAX_WAIT: Duration = Duration::from_secs(30);
 
+/// Everything the feed needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FeedSettings {
+    /// How to reach Asterisk.
+    pub ami: AmiSettings,
+    /// Set where a proof on the wire follows each offer.
+    pub proving: Option<Proving>,
+}
+
 /// Why serving a session ended.
 enum End {
     /// Shut down, or nobody listens any more.
@@ -32,68 +44,83 @@ enum End {
     Lost(AmiError),
 }
 
+/// The feed's ends of its channels.
+struct Ends {
+    events: Sender<FeedEvent>,
+    commands: Receiver<FeedCommand>,
+    shutdown: CancellationToken,
+}
+
 /// Runs the feed until `shutdown`, or until nobody receives its events: reports what may be
 /// relayed, and connects again whenever the connection is lost. `events` may be of any capacity;
-/// while it is full the feed reads nothing, and Asterisk queues.
+/// while it is full the feed reads nothing, neither of Asterisk's, which queues, nor of `commands`.
+/// So who receives the events must not wait for room in `commands`. What is asked while the
+/// connection is lost waits for the next one, and may find there that it is being asked anyway.
 pub async fn run(
     session: Session,
-    config: AmiSettings,
+    settings: FeedSettings,
     events: Sender<FeedEvent>,
+    commands: Receiver<FeedCommand>,
     shutdown: CancellationToken,
 ) {
-    drive(session, || connect(&config), events, shutdown).await;
+    let FeedSettings { ami, proving } = settings;
+    let ends = Ends {
+        events,
+        commands,
+        shutdown,
+    };
+    drive(session, proving, || connect(&ami), ends).await;
 }
 
 /// [`run`] over any byte stream and any way to open it anew.
 async fn drive<S, C, F>(
     mut session: Session<S>,
+    proving: Option<Proving>,
     mut connect: C,
-    events: Sender<FeedEvent>,
-    shutdown: CancellationToken,
+    mut ends: Ends,
 ) where
     S: AsyncRead + AsyncWrite,
     C: FnMut() -> F,
     F: Future<Output = Result<Session<S>, AmiError>>,
 {
-    let mut tracker = Tracker::new(MAX_BRIDGES);
+    let mut tracker = Tracker::new(MAX_BRIDGES, proving);
     let mut wait = FIRST_WAIT;
     loop {
         let since = Instant::now();
-        let lost = match serve(&mut session, &mut tracker, &events, &shutdown).await {
+        let lost = match serve(&mut session, &mut tracker, &mut ends).await {
             End::Over => return,
             End::Lost(error) => error,
         };
-        tracing::warn!(error = %lost, "AMI is lost; every call goes back to the PBX");
-        if !tell(
-            &events,
-            &shutdown,
-            FeedEvent::Down {
-                cause: lost.to_string(),
-            },
-        )
-        .await
-        {
+        if !ends.tell_lost(&lost).await {
             return;
         }
-        // Only a session that held shows that the trouble is over; one that is closed right after
-        // each login must not be opened twice a second.
+        // At once after a session that held. One that is closed right after each login must not be
+        // opened over and over: only a session that held shows that the trouble is over.
+        let mut next = since + jittered(wait);
         if since.elapsed() >= MAX_WAIT {
             wait = FIRST_WAIT;
+        } else if since.elapsed() < wait {
+            wait = (wait * 2).min(MAX_WAIT);
         }
         session = loop {
             tokio::select! {
-                () = sleep(jittered(wait)) => {}
-                () = shutdown.cancelled() => return,
+                () = sleep_until(next) => {}
+                () = ends.shutdown.cancelled() => return,
             }
-            wait = (wait * 2).min(MAX_WAIT);
             let attempt = tokio::select! {
                 attempt = connect() => attempt,
-                () = shutdown.cancelled() => return,
+                () = ends.shutdown.cancelled() => return,
             };
             match attempt {
                 Ok(session) => break session,
-                Err(error) => tracing::warn!(%error, "AMI is still lost"),
+                Err(error) => {
+                    if !ends.tell_lost(&error).await {
+                        return;
+                    }
+                }
             }
+            next = Instant::now() + jittered(wait);
+            wait = (wait * 2).min(MAX_WAIT);
         };
     }
 }
@@ -103,18 +130,10 @@ async fn drive<S, C, F>(
 async fn serve<S: AsyncRead + AsyncWrite>(
     session: &mut Session<S>,
     tracker: &mut Tracker,
-    events: &Sender<FeedEvent>,
-    shutdown: &CancellationToken,
+    ends: &mut Ends,
 ) -> End {
-    if !tell(
-        events,
-        shutdown,
-        FeedEvent::Up {
-            asterisk: session.banner().to_owned(),
-        },
-    )
-    .await
-    {
+    let asterisk = session.banner().to_owned();
+    if !ends.tell(FeedEvent::Up { asterisk }).await {
         return End::Over;
     }
     tracker.up(now());
@@ -125,7 +144,7 @@ async fn serve<S: AsyncRead + AsyncWrite>(
         for output in tracker.take_outputs() {
             match output {
                 Output::Tell(event) => {
-                    if !tell(events, shutdown, event).await {
+                    if !ends.tell(event).await {
                         return End::Over;
                     }
                 }
@@ -147,7 +166,8 @@ async fn serve<S: AsyncRead + AsyncWrite>(
         }
         let deadline = tracker.deadline();
         tokio::select! {
-            () = shutdown.cancelled() => return End::Over,
+            () = ends.shutdown.cancelled() => return End::Over,
+            Some(command) = ends.commands.recv() => tracker.command(&command, now()),
             incoming = session.next() => match incoming {
                 Ok(Incoming::Event(event)) => tracker.event(&event, now()),
                 Ok(Incoming::Answer(id, answer)) => {
@@ -167,11 +187,18 @@ fn now() -> std::time::Instant {
     Instant::now().into_std()
 }
 
-/// Hands an event on. `false`: shut down, or nobody listens.
-async fn tell(events: &Sender<FeedEvent>, shutdown: &CancellationToken, event: FeedEvent) -> bool {
-    tokio::select! {
-        sent = events.send(event) => sent.is_ok(),
-        () = shutdown.cancelled() => false,
+impl Ends {
+    /// Hands an event on. `false`: shut down, or nobody listens.
+    async fn tell(&self, event: FeedEvent) -> bool {
+        tokio::select! {
+            sent = self.events.send(event) => sent.is_ok(),
+            () = self.shutdown.cancelled() => false,
+        }
+    }
+
+    async fn tell_lost(&self, error: &AmiError) -> bool {
+        let cause = error.to_string();
+        self.tell(FeedEvent::Down { cause }).await
     }
 }
 
@@ -183,11 +210,7 @@ fn jittered(wait: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use tokio::{
-        io::DuplexStream,
-        sync::mpsc::{Receiver, channel},
-        task::JoinHandle,
-    };
+    use tokio::{io::DuplexStream, sync::mpsc::channel, task::JoinHandle};
 
     use super::*;
     use crate::ami::{
@@ -200,6 +223,7 @@ mod tests {
     /// A feed whose every connection ends at a server of the test's.
     struct Feed {
         events: Receiver<FeedEvent>,
+        commands: Sender<FeedCommand>,
         servers: Receiver<Server>,
         shutdown: CancellationToken,
         task: JoinHandle<()>,
@@ -208,6 +232,7 @@ mod tests {
     async fn feed(capacity: usize) -> (Feed, Server) {
         let (session, server) = logged_in().await;
         let (sender, events) = channel(capacity);
+        let (commands, commands_out) = channel(capacity);
         let (offer_server, servers) = channel(1);
         let shutdown = CancellationToken::new();
         let connect = move || {
@@ -221,10 +246,16 @@ mod tests {
                 Session::login(stream, &config()).await
             }
         };
-        let task = tokio::spawn(drive(session, connect, sender, shutdown.clone()));
+        let ends = Ends {
+            events: sender,
+            commands: commands_out,
+            shutdown: shutdown.clone(),
+        };
+        let task = tokio::spawn(drive(session, None, connect, ends));
         (
             Feed {
                 events,
+                commands,
                 servers,
                 shutdown,
                 task,
@@ -235,7 +266,12 @@ mod tests {
 
     impl Feed {
         async fn next(&mut self) -> String {
-            in_short(&self.events.recv().await.expect("a running feed"))
+            loop {
+                match self.events.recv().await.expect("a running feed") {
+                    FeedEvent::Synced => {}
+                    event => return in_short(&event),
+                }
+            }
         }
     }
 
@@ -282,6 +318,11 @@ mod tests {
             offer = feed.next() => assert!(offer.starts_with("offer "), "{offer}"),
             () = server.serve(&pbx) => unreachable!("the feed goes on"),
         }
+        // Longer than the first wait: a session that held.
+        tokio::select! {
+            () = tokio::time::sleep(2 * FIRST_WAIT) => {}
+            () = server.serve(&pbx) => unreachable!("the feed goes on"),
+        }
         drop(server);
         assert!(
             feed.next()
@@ -289,15 +330,24 @@ mod tests {
                 .starts_with("down AMI at pbx.example:5038 closed the connection")
         );
 
-        // Attempts that fail change nothing but the wait.
+        // After a session that held the first attempt comes at once; each that fails tells its cause
+        // and makes the next one wait longer.
         let mut waits = Vec::new();
-        for _ in 0..10 {
+        for attempt in 0..10 {
             let start = Instant::now();
-            drop(feed.servers.recv().await.expect("another attempt"));
+            let mut server = feed.servers.recv().await.expect("another attempt");
             waits.push(start.elapsed());
+            server.send(&format!("attempt {attempt}\r\n")).await;
+            drop(server);
+            let down = feed.next().await;
+            assert!(
+                down.starts_with("down ") && down.contains(&format!("attempt {attempt}")),
+                "{down}"
+            );
         }
+        assert_eq!(waits[0], Duration::ZERO);
         assert!(
-            waits[0] <= FIRST_WAIT && waits[9] >= MAX_WAIT / 2,
+            waits[1] <= FIRST_WAIT && waits[9] >= MAX_WAIT / 2,
             "{waits:?}"
         );
         assert!(waits.iter().all(|wait| *wait <= MAX_WAIT), "{waits:?}");
@@ -358,6 +408,149 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_server_that_closes_each_session_at_once_is_not_logged_in_to_over_and_over() {
+        let (mut feed, server) = feed(16).await;
+        drop(server);
+        let start = Instant::now();
+        for _ in 0..20 {
+            let mut server = feed.servers.recv().await.expect("another attempt");
+            server.accept().await;
+            drop(server);
+            while !feed.next().await.starts_with("down ") {}
+        }
+        assert!(start.elapsed() >= 5 * MAX_WAIT, "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_or_silent_server_is_down_within_the_timeout() {
+        for slow in [false, true] {
+            let (mut feed, mut server) = feed(16).await;
+            feed.next().await;
+            let start = Instant::now();
+            let drip = async {
+                for byte in "Response: Success\r\nActionID: relay-4\r\n".chars().cycle() {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    if slow {
+                        server.send(&byte.to_string()).await;
+                    }
+                }
+            };
+            tokio::select! {
+                down = feed.next() => assert!(down.contains("left BridgeList without an answer for 5 s"), "{down}"),
+                () = drip => unreachable!("never ends"),
+            }
+            assert_eq!(start.elapsed(), TIMEOUT);
+            // So is one that accepts and then says nothing.
+            let mut silent = feed.servers.recv().await.expect("another attempt");
+            if slow {
+                silent.send("Asterisk").await;
+            }
+            let start = Instant::now();
+            let down = feed.next().await;
+            assert!(down.contains("sends no AMI banner within 5 s"), "{down}");
+            assert_eq!(start.elapsed(), TIMEOUT);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_controller_asks_is_answered_and_while_down_it_need_not_wait() {
+        let (mut feed, mut server) = feed(16).await;
+        let pbx = one_call();
+        let ask = || FeedCommand::Ask {
+            call: CallId::new("one").expect("a bridge id"),
+        };
+        feed.next().await;
+        let offer = tokio::select! {
+            offer = feed.next() => offer,
+            () = server.serve(&pbx) => unreachable!("the feed goes on"),
+        };
+        let start = Instant::now();
+        feed.commands.try_send(ask()).expect("room");
+        let again = tokio::select! {
+            again = feed.next() => again,
+            () = server.serve(&pbx) => unreachable!("the feed goes on"),
+        };
+        assert_eq!((again, start.elapsed()), (offer.clone(), Duration::ZERO));
+
+        drop(server);
+        assert!(feed.next().await.starts_with("down "));
+        for _ in 0..16 {
+            feed.commands.try_send(ask()).expect("room");
+        }
+        let mut server = feed.servers.recv().await.expect("another attempt");
+        server.accept().await;
+        assert!(feed.next().await.starts_with("up "));
+        let told = tokio::select! {
+            told = feed.next() => told,
+            () = server.serve(&pbx) => unreachable!("the feed goes on"),
+        };
+        assert_eq!(told, offer);
+
+        // The controller may also stop asking.
+        drop(std::mem::replace(&mut feed.commands, channel(1).0));
+        server
+            .send("Event: Hold\r\nChannel: PJSIP/a-1\r\n\r\n")
+            .await;
+        assert_eq!(feed.next().await, "back Hold (PJSIP/a-1)");
+    }
+
+    /// 10,000 events a second that concern no call, for 20 seconds.
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_events_delays_no_answer() {
+        const RATE: usize = 10_000;
+        let (mut feed, mut server) = feed(4).await;
+        let mut pbx = one_call();
+        feed.next().await;
+        let burst = "Event: Newexten\r\nPrivilege: dialplan,all\r\nChannel: PJSIP/other-9\r\n\
+                     Extension: s\r\nPriority: 1\r\nApplication: Set\r\nAppData: x=y\r\n\r\n"
+            .repeat(RATE / 100);
+        let serve = async {
+            let start = Instant::now();
+            for burst_number in 1..=20 * 100 {
+                server.send(&burst).await;
+                if burst_number == 1000 {
+                    pbx.bridge("two", "native_rtp", &["PJSIP/c-3", "PJSIP/d-4"]);
+                    for (count, channel) in [(1, "PJSIP/c-3"), (2, "PJSIP/d-4")] {
+                        server
+                            .send(&format!(
+                                "Event: BridgeEnter\r\nBridgeUniqueid: two\r\n\
+                                 BridgeNumChannels: {count}\r\nChannel: {channel}\r\n\r\n\
+                                 Event: VarSet\r\nChannel: {channel}\r\n\
+                                 Variable: BRIDGEPEER\r\nValue: x\r\n\r\n"
+                            ))
+                            .await;
+                    }
+                }
+                let next = start + Duration::from_millis(10) * burst_number;
+                while Instant::now() < next {
+                    tokio::select! {
+                        action = server.action() => {
+                            server.answer(&action.expect("the feed goes on"), &pbx).await;
+                        }
+                        () = sleep_until(next) => {}
+                    }
+                }
+            }
+        };
+        let start = Instant::now();
+        let mut told = Vec::new();
+        let listen = async {
+            loop {
+                told.push((feed.next().await, start.elapsed().as_secs()));
+            }
+        };
+        tokio::select! {
+            () = listen => unreachable!("never ends"),
+            () = serve => {}
+        }
+        let offers: Vec<_> = told
+            .iter()
+            .map(|(told, second)| (told.split(' ').next().unwrap_or_default(), *second))
+            .collect();
+        assert_eq!(offers, [("offer", 0), ("offer", 10)], "{told:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_thousand_calls_that_stand_are_all_offered() {
         let mut pbx = Pbx::default();
         for call in 0..1000 {
@@ -397,7 +590,13 @@ mod tests {
     #[test]
     fn the_feed_can_be_spawned() {
         fn sendable<F: Future + Send>(
-            _: impl Fn(Session, AmiSettings, Sender<FeedEvent>, CancellationToken) -> F,
+            _: impl Fn(
+                Session,
+                FeedSettings,
+                Sender<FeedEvent>,
+                Receiver<FeedCommand>,
+                CancellationToken,
+            ) -> F,
         ) {
         }
         sendable(run);

@@ -20,5 +20,5 @@ mod server;
 #[cfg(test)]
 mod simulation;
 
-pub use feed::{CallId, FeedEvent, run};
+pub use feed::{CallId, FeedCommand, FeedEvent, FeedSettings, Proving, run};
 pub use session::{AmiError, Session, connect};

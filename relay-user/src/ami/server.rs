@@ -9,7 +9,7 @@ use tokio::io::{
 };
 
 use super::{
-    conditions::LEG_ITEMS,
+    conditions::{LEG_ITEMS, endpoint},
     session::{AmiError, Session},
     simulation::Pbx,
     tracker::{CallId, Query},
@@ -138,9 +138,18 @@ impl<S: AsyncRead + AsyncWrite> Server<S> {
                     self.send(&answer.replace("$", id)).await;
                     self.login = action;
                 }
-                _ => {
+                "Getvar" => {
                     self.send(&format!(
                         "Response: Error\r\nActionID: {id}\r\nMessage: No such channel\r\n\r\n"
+                    ))
+                    .await;
+                }
+                _ => {
+                    let variable = &action["Variable"];
+                    self.send(&format!(
+                        "Response: Success\r\nActionID: {id}\r\nMessage: Variable Set\r\n\r\n\
+                         Event: VarSet\r\nPrivilege: dialplan,all\r\nChannel: none\r\n\
+                         Uniqueid: none\r\nVariable: {variable}\r\nValue: \r\n\r\n"
                     ))
                     .await;
                     return;
@@ -168,6 +177,14 @@ impl<S: AsyncRead + AsyncWrite> Server<S> {
                 call: call("unknown"),
                 generation: 0,
                 channel: action["Channel"].clone(),
+            },
+            "Getvar" if action["Variable"].starts_with("PJSIP_ENDPOINT") => Query::RtpTimeout {
+                call: call("unknown"),
+                generation: 0,
+                channel: action["Channel"].clone(),
+                endpoint: endpoint(&action["Channel"])
+                    .expect("a channel of an endpoint")
+                    .to_owned(),
             },
             "Getvar" => Query::Item {
                 call: call("unknown"),

@@ -21,6 +21,9 @@ use crate::config::AmiSettings;
 
 /// How long connecting, the banner, and each answer may take.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an answer may take while others keep coming. A server that is slower than this has
+/// take-backs waiting for as long, and is of no use.
+pub const SLOWEST: Duration = Duration::from_secs(15);
 /// A `Ping` goes out this often; one without an answer ends the session.
 pub const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// Requests on the way at one time. Asterisk answers them one after the other anyway.
@@ -114,12 +117,24 @@ pub enum AmiError {
         message: String,
     },
     /// A request without an answer: the connection is as good as lost.
-    #[error("AMI at {address} left {action} without an answer for {} s; the connection counts as lost", TIMEOUT.as_secs())]
+    #[error("AMI at {address} left {action} without an answer for {} s; the connection counts as lost", waited.as_secs())]
     Unanswered {
         /// As configured.
         address: String,
         /// The action.
         action: &'static str,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// Logged in, but the events that tell when to take back do not come.
+    #[error(
+        "AMI at {address} shows user {user} no VarSet event, so the end of a call's relaying would go unseen: give it {PRIVILEGES}, and no eventfilter that drops VarSet, in manager.conf"
+    )]
+    Blind {
+        /// As configured.
+        address: String,
+        /// As configured.
+        user: String,
     },
     /// An event list beyond all bounds.
     #[error("AMI at {address} answers {action} with more than {MAX_LISTS} bytes")]
@@ -189,6 +204,8 @@ pub struct Session<S = TcpStream> {
     pending: BTreeMap<u64, Pending>,
     /// When the last answer, or item of an event list, came: the others get their time from here.
     answered: Instant,
+    /// Since when a deadline is known to be over, with something left to read each time.
+    overdue: Option<Instant>,
     next_id: u64,
     list_bytes: usize,
     ping_at: Instant,
@@ -260,6 +277,7 @@ impl<S: AsyncRead + AsyncWrite> Session<S> {
             out: BytesMut::new(),
             pending: BTreeMap::new(),
             answered: Instant::now(),
+            overdue: None,
             next_id: 0,
             list_bytes: 0,
             ping_at: Instant::now() + PING_INTERVAL,
@@ -303,8 +321,45 @@ impl<S: AsyncRead + AsyncWrite> Session<S> {
                 message: probe.message().to_owned(),
             });
         }
+        session.check_events(config).await?;
         session.stage = "while it was in use";
         Ok(session)
+    }
+
+    /// Makes sure that VarSet events come. AMI does not tell what a user may read; but setting a
+    /// global variable raises the event, and an empty global one reads as one that was never set.
+    /// Of this name, because that is what an eventfilter must let through.
+    async fn check_events(&mut self, config: &AmiSettings) -> Result<(), AmiError> {
+        let set = self.submit(
+            &Action::new("Setvar")
+                .with("Variable", "BRIDGEPEER")?
+                .with("Value", "")?,
+        );
+        let (mut done, mut seen) = (false, false);
+        let come = async {
+            while !(done && seen) {
+                match self.next().await? {
+                    // Who may ask but not set is not checked here: the tracker refuses calls when
+                    // none of them brings a VarSet.
+                    Incoming::Answer(id, answer) if id == set && !answer.is_success() => break,
+                    Incoming::Answer(id, _) => done |= id == set,
+                    Incoming::Event(event) => {
+                        seen |= event.event() == Some("VarSet")
+                            && event.get("Variable") == Some("BRIDGEPEER");
+                    }
+                }
+            }
+            Ok(())
+        };
+        match timeout(TIMEOUT, come).await {
+            Ok(outcome) => outcome,
+            // Setvar itself was left without an answer.
+            Err(_) if !done => Err(self.unanswered("Setvar", TIMEOUT)),
+            Err(_) => Err(AmiError::Blind {
+                address: config.address.clone(),
+                user: config.user.clone(),
+            }),
+        }
     }
 
     async fn authenticate(&mut self, config: &AmiSettings) -> Result<Answer, AmiError> {
@@ -365,20 +420,43 @@ impl<S: AsyncRead + AsyncWrite> Session<S> {
     /// When the oldest request counts as left without an answer.
     fn deadline(&self) -> Option<Instant> {
         let (_, oldest) = self.pending.first_key_value()?;
-        Some(oldest.asked.max(self.answered) + TIMEOUT)
+        Some(self.deadline_of(oldest))
+    }
+
+    fn deadline_of(&self, oldest: &Pending) -> Instant {
+        let silent = oldest.asked.max(self.answered) + TIMEOUT;
+        silent.min(oldest.asked + SLOWEST)
     }
 
     /// Waits for the next event or complete answer; meanwhile sends what is queued, keeps the
     /// connection alive, and watches every deadline. Cancelling it loses nothing.
     ///
+    /// What has arrived is read before a deadline counts: the answer may lie there because this
+    /// process, not the server, was late. So that a flood of events cannot put off a deadline for
+    /// ever, that goes on for [`TIMEOUT`] at most.
+    ///
     /// # Errors
     /// Whatever ends the session.
     pub async fn next(&mut self) -> Result<Incoming, AmiError> {
         loop {
-            let wake = self
-                .deadline()
-                .map_or(self.ping_at, |deadline| deadline.min(self.ping_at));
+            let now = Instant::now();
+            if self.ping_at <= now {
+                self.enqueue(&Action::new("Ping"), true);
+                self.ping_at = now + PING_INTERVAL;
+            }
+            let deadline = self.deadline();
+            if deadline.is_none_or(|deadline| now < deadline) {
+                self.overdue = None;
+            } else if *self.overdue.get_or_insert(now) + TIMEOUT <= now {
+                self.check_deadline(now)?;
+            }
+            let wake = deadline.map_or(self.ping_at, |deadline| deadline.min(self.ping_at));
             tokio::select! {
+                biased;
+                // At most MAX_PENDING requests: it cannot keep the others from their turn.
+                written = self.writer.write_buf(&mut self.out), if !self.out.is_empty() => {
+                    written.map_err(|error| self.broken(CodecError::Io(error)))?;
+                }
                 frame = self.reader.next() => match frame {
                     Some(Ok(Frame::Message(message))) => {
                         if let Some(incoming) = self.sort(message)? {
@@ -389,28 +467,27 @@ impl<S: AsyncRead + AsyncWrite> Session<S> {
                     Some(Err(error)) => return Err(self.broken(error)),
                     None => return Err(self.closed()),
                 },
-                written = self.writer.write_buf(&mut self.out), if !self.out.is_empty() => {
-                    written.map_err(|error| self.broken(CodecError::Io(error)))?;
-                }
-                () = sleep_until(wake) => self.wake(Instant::now())?,
+                () = sleep_until(wake) => self.check_deadline(Instant::now())?,
             }
         }
     }
 
-    fn wake(&mut self, now: Instant) -> Result<(), AmiError> {
-        if self.deadline().is_some_and(|deadline| deadline <= now)
-            && let Some((_, pending)) = self.pending.first_key_value()
-        {
-            return Err(AmiError::Unanswered {
-                address: self.address.clone(),
-                action: pending.action,
-            });
+    /// Fails once the oldest request is past its deadline.
+    fn check_deadline(&self, now: Instant) -> Result<(), AmiError> {
+        match self.pending.first_key_value() {
+            Some((_, oldest)) if self.deadline_of(oldest) <= now => {
+                Err(self.unanswered(oldest.action, now - oldest.asked))
+            }
+            _ => Ok(()),
         }
-        if self.ping_at <= now {
-            self.enqueue(&Action::new("Ping"), true);
-            self.ping_at = now + PING_INTERVAL;
+    }
+
+    fn unanswered(&self, action: &'static str, waited: Duration) -> AmiError {
+        AmiError::Unanswered {
+            address: self.address.clone(),
+            action,
+            waited,
         }
-        Ok(())
     }
 
     /// Tells an answer, a piece of one, and an event apart.
@@ -513,6 +590,10 @@ mod tests {
     const ACCEPTED: &str =
         "Response: Success\r\nActionID: $\r\nMessage: Authentication accepted\r\n\r\n";
 
+    const NO_CHANNEL: &str = "Response: Error\r\nActionID: $\r\nMessage: No such channel\r\n\r\n";
+    const SEEN: &str = "Event: VarSet\r\nChannel: none\r\nVariable: BRIDGEPEER\r\nValue: \r\n\r\n\
+                        Response: Success\r\nActionID: $\r\nMessage: Variable Set\r\n\r\n";
+
     async fn failure(answers: &[&str]) -> String {
         login_against(answers)
             .await
@@ -535,7 +616,7 @@ mod tests {
         let unknown = "Response: Error\r\nActionID: $\r\nMessage: Invalid/unknown command: Challenge.\r\n\r\n";
         let denied = "Response: Error\r\nActionID: $\r\nMessage: No such channel\r\n\r\n";
         assert!(
-            login_against(&[BANNER, unknown, ACCEPTED, denied])
+            login_against(&[BANNER, unknown, ACCEPTED, denied, SEEN])
                 .await
                 .is_ok()
         );
@@ -564,6 +645,38 @@ mod tests {
             error.contains("does not let user relay run Getvar")
                 && error.contains("read=call,dialplan and write=call"),
             "{error}"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_user_who_sees_no_varset_is_told_at_login() {
+        let (stream, mut server) = pipe();
+        let config = config();
+        let serve = async {
+            server.send(BANNER).await;
+            let set = "Response: Success\r\nActionID: $\r\nMessage: Variable Set\r\n\r\n\
+                       Event: VarSet\r\nChannel: none\r\nVariable: OTHER\r\nValue: \r\n\r\n";
+            for answer in [CHALLENGED, ACCEPTED, NO_CHANNEL, set] {
+                let action = server.action().await.expect("an action");
+                server.send(&answer.replace("$", &action["ActionID"])).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let error = tokio::select! {
+            session = Session::login(stream, &config) => session.expect_err("blind").to_string(),
+            () = serve => unreachable!("never ends"),
+        };
+        assert!(
+            error.contains("shows user relay no VarSet event")
+                && error.contains("read=call,dialplan and write=call"),
+            "{error}"
+        );
+        // Who may not set is left to the tracker.
+        let denied = "Response: Error\r\nActionID: $\r\nMessage: Permission denied\r\n\r\n";
+        assert!(
+            login_against(&[BANNER, CHALLENGED, ACCEPTED, NO_CHANNEL, denied])
+                .await
+                .is_ok()
         );
     }
 
@@ -742,6 +855,96 @@ mod tests {
             Err(AmiError::Unanswered { action: "Ping", .. })
         ));
         drip.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_whose_answers_trickle_is_lost_in_the_end() {
+        let (mut session, mut server) = logged_in().await;
+        let start = Instant::now();
+        for _ in 0..20 {
+            session.submit(&Action::new("BridgeList"));
+        }
+        let serve = async {
+            while let Some(action) = server.action().await {
+                tokio::time::sleep(TIMEOUT - Duration::from_secs(1)).await;
+                let id = &action["ActionID"];
+                server
+                    .send(&format!("Response: Success\r\nActionID: {id}\r\n\r\n"))
+                    .await;
+            }
+        };
+        let fail = async {
+            loop {
+                if let Err(error) = session.next().await {
+                    return error;
+                }
+            }
+        };
+        let error = tokio::select! {
+            error = timeout(2 * SLOWEST, fail) => error.expect("lost"),
+            () = serve => unreachable!("the session is still open"),
+        };
+        assert!(
+            matches!(
+                error,
+                AmiError::Unanswered {
+                    action: "BridgeList",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert_eq!(start.elapsed(), SLOWEST);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_waited_for_us_is_no_lost_connection() {
+        let (mut session, mut server) = logged_in().await;
+        let ours = session.submit(&Action::new("BridgeList"));
+        let sent = async {
+            let action = server.action().await.expect("an action");
+            let id = &action["ActionID"];
+            let flood = "Event: VarSet\r\nChannel: x\r\n\r\n".repeat(100);
+            server
+                .send(&format!(
+                    "{flood}Response: Success\r\nActionID: {id}\r\n\r\n"
+                ))
+                .await;
+            server
+        };
+        // This process sleeps once the question is on its way.
+        let _server = tokio::select! {
+            biased;
+            _ = async { session.next().await.expect("live"); std::future::pending::<()>().await } => unreachable!(),
+            server = sent => server,
+        };
+        tokio::time::advance(4 * SLOWEST).await;
+        loop {
+            match session.next().await.expect("the answer is there") {
+                Incoming::Event(_) => {}
+                Incoming::Answer(id, _) => break assert_eq!(id, ours),
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_events_puts_off_no_deadline_for_ever() {
+        let (mut session, mut server) = logged_in().await;
+        session.submit(&Action::new("BridgeList"));
+        let start = Instant::now();
+        let event = "Event: VarSet\r\nChannel: x\r\n\r\n";
+        // There is always more to read.
+        server.send(&event.repeat(100)).await;
+        let error = loop {
+            server.send(event).await;
+            match session.next().await {
+                Ok(_) => assert!(start.elapsed() < 3 * TIMEOUT),
+                Err(error) => break error,
+            }
+            tokio::time::advance(Duration::from_millis(100)).await;
+        };
+        assert!(matches!(error, AmiError::Unanswered { .. }), "{error}");
+        assert_eq!(start.elapsed(), 2 * TIMEOUT);
     }
 
     #[tokio::test]

@@ -6,9 +6,10 @@ use std::{
 };
 
 use super::{
+    conditions::{self, Proving},
     message::Message,
     session::Answer,
-    tracker::{FeedEvent, Output, Query, Tracker},
+    tracker::{CallId, FeedCommand, FeedEvent, Output, Query, Tracker},
 };
 
 /// The truth about bridges and channels, told in Asterisk's words.
@@ -104,6 +105,15 @@ impl Pbx {
                     items: Vec::new(),
                 };
             }
+            Query::RtpTimeout { endpoint, .. } => {
+                let item = conditions::rtp_timeout_of(endpoint);
+                let value = self.item(endpoint, &item);
+                let text = format!("Response: Success\r\nVariable: {item}\r\nValue: {value}\r\n");
+                return Answer {
+                    response: Message::new(text.as_bytes()),
+                    items: Vec::new(),
+                };
+            }
             Query::Channel { channel, .. } => {
                 let Some(id) = self.bridge_of(channel) else {
                     return failure("No such channel");
@@ -177,9 +187,22 @@ impl Simulation {
     }
 
     pub(super) fn bounded(pbx: Pbx, max_bridges: usize) -> Self {
+        Self::with(pbx, Tracker::new(max_bridges, None))
+    }
+
+    /// With proof, on a host with these addresses.
+    pub(super) fn proving(pbx: Pbx, own_addresses: &[&str]) -> Self {
+        let own_addresses = own_addresses
+            .iter()
+            .map(|address| address.parse().expect("an address"))
+            .collect();
+        Self::with(pbx, Tracker::new(1000, Some(Proving { own_addresses })))
+    }
+
+    fn with(pbx: Pbx, tracker: Tracker) -> Self {
         let now = Instant::now();
         let mut simulation = Self {
-            tracker: Tracker::new(max_bridges),
+            tracker,
             pbx,
             start: now,
             now,
@@ -189,9 +212,15 @@ impl Simulation {
             told: Vec::new(),
             queries: Vec::new(),
         };
-        simulation.tracker.up(now);
-        simulation.carry_out();
+        simulation.up();
         simulation
+    }
+
+    /// A new session, now.
+    pub(super) fn up(&mut self) {
+        self.answers.clear();
+        self.tracker.up(self.now);
+        self.carry_out();
     }
 
     /// An event, now.
@@ -250,8 +279,24 @@ impl Simulation {
         }
     }
 
-    /// What was told since the last look, in short: `offer`, `refused CAUSE`, `back CAUSE`, `gone`.
+    /// The datapath saw something, now.
+    pub(super) fn ask(&mut self, call: &str) {
+        let call = CallId::new(call).expect("a bridge id");
+        self.tracker.command(&FeedCommand::Ask { call }, self.now);
+        self.carry_out();
+    }
+
+    /// What was told about calls since the last look, in short: `offer`, `refused CAUSE`,
+    /// `back CAUSE`, `gone`.
     pub(super) fn told(&mut self) -> Vec<String> {
+        let told = self.told.drain(..);
+        told.filter(|event| *event != FeedEvent::Synced)
+            .map(|event| in_short(&event))
+            .collect()
+    }
+
+    /// The same with `synced`.
+    pub(super) fn told_all(&mut self) -> Vec<String> {
         self.told.drain(..).map(|event| in_short(&event)).collect()
     }
 }
@@ -260,6 +305,7 @@ pub(super) fn in_short(event: &FeedEvent) -> String {
     match event {
         FeedEvent::Up { asterisk } => format!("up {asterisk}"),
         FeedEvent::Down { cause } => format!("down {cause}"),
+        FeedEvent::Synced => "synced".to_owned(),
         FeedEvent::Offer { pair, .. } => {
             let types: Vec<_> = pair.payload_types.iter().map(ToString::to_string).collect();
             format!(

@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    conditions::{self, LegAnswers, LegFacts, Refusal},
+    conditions::{self, LegAnswers, LegFacts, Proving, Refusal},
     message::{Action, ActionError, Message},
     session::Answer,
 };
@@ -22,6 +22,9 @@ use crate::pair::Pair;
 pub const DEBOUNCE: Duration = Duration::from_millis(100);
 /// How often a call is asked about that gave no reason to: where its phones are.
 pub const POLL: Duration = Duration::from_secs(2);
+/// The same for an offered call with proof: there the datapath tells of a phone that moved, on its
+/// first packet, and the poll guards against the unknown only.
+pub const PROVEN_POLL: Duration = Duration::from_secs(10);
 /// Every so many polls the technology is asked as well. Its changes raise events, so this guards
 /// against the unknown only, and costs Asterisk half as much as the poll.
 const BRIDGE_POLLS: u8 = 5;
@@ -63,19 +66,29 @@ pub enum FeedEvent {
         /// The server's greeting, such as `Asterisk Call Manager/11.0.0`.
         asterisk: String,
     },
-    /// The connection is lost: the receiver takes back every call of this feed.
+    /// The connection is lost, and with it every word about the calls of this feed: unless `Up`
+    /// comes soon, the receiver takes them back. Sent again, with the newer cause, after each attempt
+    /// to connect that failed.
     Down {
         /// In words.
         cause: String,
     },
-    /// The call may be relayed. Replaces an earlier offer of the same call.
+    /// Something was said about every bridge there was at the last `Up`, or is about to be said
+    /// because it changes just now: an earlier call that was not offered since is over. Sent once
+    /// after each `Up`.
+    Synced,
+    /// The call may be relayed. Replaces an earlier offer of the same call; the same offer again is
+    /// the answer to [`FeedCommand::Ask`], and says that it still stands.
     Offer {
         /// The call.
         call: CallId,
-        /// What to relay.
+        /// What to relay. With proof its payload types are left out: the wire tells them.
         pair: Pair,
         /// The channels, in the order of the pair's legs.
         channels: [String; 2],
+        /// After how long without RTP and RTCP from a leg's phone Asterisk hangs up. `None`: never
+        /// (`rtp_timeout=0`), or unknown.
+        rtp_timeout: [Option<Duration>; 2],
     },
     /// The call must not be relayed; also takes back.
     Refused {
@@ -97,6 +110,19 @@ pub enum FeedEvent {
     },
     /// The bridge is over. Sent for every call of which something was said before.
     Gone {
+        /// The call.
+        call: CallId,
+    },
+}
+
+/// What the receiver of the feed's events asks of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FeedCommand {
+    /// The datapath saw what signalling did not tell: ask for every condition of the call at once.
+    /// An offer is not taken back meanwhile. If it still stands it is sent again; else it is
+    /// replaced, refused or taken back. A call that is not offered is asked about at once where it
+    /// would have been later.
+    Ask {
         /// The call.
         call: CallId,
     },
@@ -134,6 +160,17 @@ pub enum Query {
         /// The function to evaluate.
         item: &'static str,
     },
+    /// The `rtp_timeout` of a channel's endpoint.
+    RtpTimeout {
+        /// The bridge.
+        call: CallId,
+        /// Its generation when asked.
+        generation: u64,
+        /// The channel.
+        channel: String,
+        /// Its endpoint.
+        endpoint: String,
+    },
 }
 
 impl Query {
@@ -153,6 +190,11 @@ impl Query {
             Self::Item { channel, item, .. } => Action::new("Getvar")
                 .with("Channel", channel)?
                 .with("Variable", item),
+            Self::RtpTimeout {
+                channel, endpoint, ..
+            } => Action::new("Getvar")
+                .with("Channel", channel)?
+                .with("Variable", &conditions::rtp_timeout_of(endpoint)),
         }
     }
 }
@@ -174,7 +216,7 @@ enum Said {
     Refused(Refusal),
     Offered {
         channels: [String; 2],
-        legs: [LegFacts; 2],
+        legs: Box<[LegFacts; 2]>,
     },
 }
 
@@ -203,6 +245,8 @@ struct Bridge {
     patience: Duration,
     /// Polls until the technology is asked again.
     polls: u8,
+    /// The receiver wants to hear whether the offer still stands.
+    confirm: bool,
     round: Option<Round>,
     said: Said,
 }
@@ -211,6 +255,7 @@ struct Bridge {
 #[derive(Debug)]
 pub struct Tracker {
     max_bridges: usize,
+    proving: Option<Proving>,
     bridges: HashMap<CallId, Bridge>,
     /// Which bridge a channel is in. A channel is in one at most.
     members: HashMap<String, CallId>,
@@ -219,6 +264,9 @@ pub struct Tracker {
     held: HashSet<String>,
     due: BTreeSet<(Instant, CallId)>,
     list_due: Option<Instant>,
+    /// The bridges of the list about which nothing is said yet; `None` before the list and after
+    /// [`FeedEvent::Synced`].
+    unsynced: Option<HashSet<CallId>>,
     last_generation: u64,
     /// Questions without an answer so far.
     unanswered: usize,
@@ -232,15 +280,18 @@ pub struct Tracker {
 }
 
 impl Tracker {
-    /// A tracker of at most this many bridges. It does nothing before [`Tracker::up`].
-    pub fn new(max_bridges: usize) -> Self {
+    /// A tracker of at most this many bridges. It does nothing before [`Tracker::up`]. Without
+    /// `proving`, signalling alone has to tell what may be relayed.
+    pub fn new(max_bridges: usize, proving: Option<Proving>) -> Self {
         Self {
             max_bridges,
+            proving,
             bridges: HashMap::new(),
             members: HashMap::new(),
             held: HashSet::new(),
             due: BTreeSet::new(),
             list_due: None,
+            unsynced: None,
             last_generation: 0,
             unanswered: 0,
             first_pair: None,
@@ -254,7 +305,7 @@ impl Tracker {
     pub fn up(&mut self, now: Instant) {
         *self = Self {
             last_generation: self.last_generation,
-            ..Self::new(self.max_bridges)
+            ..Self::new(self.max_bridges, self.proving.take())
         };
         self.list_due = Some(now);
         self.tick(now);
@@ -367,6 +418,28 @@ impl Tracker {
         self.tick(now);
     }
 
+    /// The receiver of the events wants something.
+    pub fn command(&mut self, command: &FeedCommand, now: Instant) {
+        let FeedCommand::Ask { call } = command;
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        let idle = bridge.round.is_none();
+        let wanted = match bridge.said {
+            Said::Offered { .. } => {
+                bridge.confirm = true;
+                idle
+            }
+            // Is asked about as soon as the burst of events is over.
+            Said::TakenBack => false,
+            Said::Nothing | Said::Refused(_) => idle && bridge.due.is_some(),
+        };
+        if wanted {
+            self.schedule(call, Some(now));
+        }
+        self.tick(now);
+    }
+
     /// A question was answered, or (`None`) could not even be asked.
     pub fn answer(&mut self, query: &Query, answer: Option<Answer>, now: Instant) {
         self.unanswered = self.unanswered.saturating_sub(1);
@@ -394,6 +467,16 @@ impl Tracker {
                     answers.items.extend(answer.map(|answer| (*item, answer)));
                 });
             }
+            Query::RtpTimeout {
+                call,
+                generation,
+                channel,
+                ..
+            } => {
+                self.leg_answered(call, *generation, channel, now, |answers| {
+                    answers.rtp_timeout = answer;
+                });
+            }
         }
         self.tick(now);
     }
@@ -413,6 +496,7 @@ impl Tracker {
                 due: None,
                 patience: DEBOUNCE,
                 polls: BRIDGE_POLLS,
+                confirm: false,
                 round: None,
                 said: Said::Nothing,
             };
@@ -486,6 +570,7 @@ impl Tracker {
             None if self.turned_away => self.tell(FeedEvent::Gone { call: call.clone() }),
             None => {}
         }
+        self.settled(call);
     }
 
     fn learn_member(&mut self, call: &CallId, channel: &str) {
@@ -528,6 +613,7 @@ impl Tracker {
         };
         bridge.generation = generation;
         bridge.patience = DEBOUNCE;
+        bridge.confirm = false;
         if matches!(bridge.said, Said::Offered { .. }) {
             bridge.said = Said::TakenBack;
             self.out.push(Output::Tell(FeedEvent::TakeBack {
@@ -544,6 +630,8 @@ impl Tracker {
             }
             _ => self.schedule(call, Some(now + DEBOUNCE)),
         }
+        // A bridge that changes over and over must not keep the others waiting.
+        self.settled(call);
     }
 
     fn ask_again(&mut self, channel: &str, now: Instant) {
@@ -581,17 +669,20 @@ impl Tracker {
             return;
         }
         let generation = bridge.generation;
+        let offered = match &bridge.said {
+            Said::Offered { channels, .. } if !bridge.confirm => Some(channels.clone()),
+            _ => None,
+        };
         bridge.round = Some(Round {
             generation,
             unanswered: 1,
             channels: None,
-            full: true,
+            full: offered.is_none(),
             answers: Default::default(),
         });
-        if let Said::Offered { channels, .. } = &bridge.said {
+        if let Some(channels) = offered {
             bridge.polls -= 1;
             if bridge.polls > 0 {
-                let channels = channels.clone();
                 return self.ask_channels(call, channels, false);
             }
         }
@@ -631,6 +722,7 @@ impl Tracker {
             self.list_due = Some(now + POLL);
             return;
         };
+        let mut unsynced = HashSet::new();
         for item in answer
             .items
             .iter()
@@ -655,8 +747,27 @@ impl Tracker {
             match count {
                 Some(0 | 1) => {}
                 Some(count) if count > 2 => self.refuse(&call, Refusal::ChannelCount(count)),
-                _ => self.schedule(&call, Some(now)),
+                _ => {
+                    self.schedule(&call, Some(now));
+                    unsynced.insert(call);
+                }
             }
+        }
+        if unsynced.is_empty() {
+            self.tell(FeedEvent::Synced);
+        } else {
+            self.unsynced = Some(unsynced);
+        }
+    }
+
+    /// Something was said about the bridge, or will be because it changes, or it is over.
+    fn settled(&mut self, call: &CallId) {
+        if let Some(unsynced) = &mut self.unsynced
+            && unsynced.remove(call)
+            && unsynced.is_empty()
+        {
+            self.unsynced = None;
+            self.tell(FeedEvent::Synced);
         }
     }
 
@@ -670,12 +781,13 @@ impl Tracker {
         let Some(bridge) = self.book(call, generation, now) else {
             return;
         };
+        let full = bridge.round.as_ref().is_none_or(|round| round.full);
         let offered = match &bridge.said {
             Said::Offered { channels, .. } => Some(channels.clone()),
             _ => None,
         };
         let Some(answer) = answer else {
-            return self.decide(call, now, Err(conditions::unasked("BridgeInfo")));
+            return self.decide(call, now, full, Err(conditions::unasked("BridgeInfo")));
         };
         if !answer.is_success() && answer.message().contains("not found") {
             return self.destroyed(call);
@@ -685,14 +797,14 @@ impl Tracker {
         }
         let channels = match conditions::bridge(call.as_str(), &answer) {
             Ok(channels) => channels,
-            Err(refusal) => return self.decide(call, now, Err(refusal)),
+            Err(refusal) => return self.decide(call, now, full, Err(refusal)),
         };
         if let Some(held) = channels.iter().find(|channel| self.held.contains(*channel)) {
             let refusal = Refusal::OnHold(held.clone());
-            return self.decide(call, now, Err(refusal));
+            return self.decide(call, now, full, Err(refusal));
         }
         // A poll asks only whether the offer still stands; of other channels it knows nothing.
-        let full = offered.is_none_or(|offered| offered != channels);
+        let full = full || offered.is_none_or(|offered| offered != channels);
         self.ask_channels(call, channels, full);
     }
 
@@ -710,6 +822,14 @@ impl Tracker {
                     generation,
                     channel: channel.clone(),
                 });
+                queries.extend(
+                    conditions::endpoint(channel).map(|endpoint| Query::RtpTimeout {
+                        call: call.clone(),
+                        generation,
+                        channel: channel.clone(),
+                        endpoint: endpoint.to_owned(),
+                    }),
+                );
                 &conditions::LEG_ITEMS
             } else {
                 &conditions::POLL_ITEMS
@@ -801,7 +921,7 @@ impl Tracker {
                     conditions::unmoved(&channels[leg], &legs[leg], &answers[leg])
                 });
                 match stands {
-                    Ok(()) => Ok((channels, legs.clone())),
+                    Ok(()) => Ok((channels, *legs.clone())),
                     Err(refusal) => {
                         // What it is now takes every condition again, and at once.
                         self.touch(call, now, || refusal.to_string());
@@ -809,53 +929,72 @@ impl Tracker {
                     }
                 }
             }
-            _ => conditions::leg(call.as_str(), &channels[0], &answers[0])
-                .and_then(|first| {
-                    Ok([
-                        first,
-                        conditions::leg(call.as_str(), &channels[1], &answers[1])?,
-                    ])
-                })
-                .map(|legs| (channels, legs)),
+            _ => {
+                let leg = |leg: usize| {
+                    conditions::leg(
+                        call.as_str(),
+                        &channels[leg],
+                        &answers[leg],
+                        self.proving.as_ref(),
+                    )
+                };
+                leg(0)
+                    .and_then(|first| Ok([first, leg(1)?]))
+                    .map(|legs| (channels, legs))
+            }
         };
-        self.decide(call, now, verdict);
+        self.decide(call, now, full, verdict);
     }
 
-    /// Ends a round: offers or refuses, and sets the time of the next one.
+    /// Ends a round: offers or refuses, and sets the time of the next one. `full`: the round asked
+    /// for every condition.
     fn decide(
         &mut self,
         call: &CallId,
         now: Instant,
+        full: bool,
         verdict: Result<([String; 2], [LegFacts; 2]), Refusal>,
     ) {
         let blind =
             !self.varset_seen && self.first_pair.is_some_and(|first| now >= first + DEBOUNCE);
         let verdict = match verdict {
             Ok(_) if blind => Err(Refusal::NoVarSet),
-            Ok((channels, legs)) => {
-                conditions::pair(&legs[0], &legs[1]).map(|pair| (channels, legs, pair))
-            }
+            Ok((channels, legs)) => conditions::pair(&legs[0], &legs[1], self.proving.is_some())
+                .map(|pair| (channels, legs, pair)),
             Err(refusal) => Err(refusal),
+        };
+        let poll = match self.proving {
+            Some(_) => PROVEN_POLL,
+            None => POLL,
         };
         let Some(bridge) = self.bridges.get_mut(call) else {
             return;
         };
         bridge.round = None;
+        let confirm = std::mem::take(&mut bridge.confirm);
         let wait = match verdict {
             Ok((channels, legs, pair)) => {
-                let same = matches!(&bridge.said, Said::Offered { channels: c, legs: l } if *c == channels && *l == legs);
-                if !same {
-                    bridge.said = Said::Offered {
-                        channels: channels.clone(),
-                        legs,
-                    };
-                    self.tell(FeedEvent::Offer {
-                        call: call.clone(),
-                        pair,
-                        channels,
-                    });
+                let same = matches!(&bridge.said, Said::Offered { channels: c, legs: l } if *c == channels && **l == legs);
+                if same && confirm && !full {
+                    // The question came in the middle of a poll, which answers a smaller one.
+                    bridge.confirm = true;
+                    Some(Duration::ZERO)
+                } else {
+                    if !same || confirm {
+                        let rtp_timeout = [legs[0].rtp_timeout, legs[1].rtp_timeout];
+                        bridge.said = Said::Offered {
+                            channels: channels.clone(),
+                            legs: Box::new(legs),
+                        };
+                        self.tell(FeedEvent::Offer {
+                            call: call.clone(),
+                            pair,
+                            channels,
+                            rtp_timeout,
+                        });
+                    }
+                    Some(poll)
                 }
-                Some(POLL)
             }
             // Its channels change only with an event.
             Err(refusal @ (Refusal::ChannelCount(_) | Refusal::NotPjsip(_))) => {
@@ -874,6 +1013,7 @@ impl Tracker {
             }
         };
         self.schedule(call, wait.map(|wait| now + wait));
+        self.settled(call);
     }
 
     /// Says that a call is refused, once for each cause.
@@ -923,6 +1063,8 @@ mod tests {
     const A: &str = "PJSIP/a-1";
     const B: &str = "PJSIP/b-2";
     const SECOND: Duration = Duration::from_secs(1);
+    /// The bridge; each channel, its endpoint's timeout, and its items.
+    const FULL_ROUND: usize = 1 + 2 * (2 + conditions::LEG_ITEMS.len());
 
     fn bridge_event(name: &str, bridge: &str, count: usize, channel: &str) -> String {
         format!(
@@ -1119,6 +1261,269 @@ mod tests {
         }
     }
 
+    /// A call that was there before us, on a host with these addresses whose relay proves.
+    fn proving(own_addresses: &[&str], change: impl FnOnce(&mut Pbx)) -> Simulation {
+        let mut pbx = Pbx::default();
+        pbx.bridge("one", "native_rtp", &[A, B]);
+        change(&mut pbx);
+        let mut simulation = Simulation::proving(pbx, own_addresses);
+        simulation.pass(SECOND / 10);
+        simulation
+    }
+
+    #[test]
+    fn with_proof_any_codec_will_do_and_the_wire_tells_the_payload_types() {
+        for codec in ["ulaw", "opus", "g726", "slin"] {
+            let mut simulation = proving(&[], |pbx| speak(pbx, codec));
+            let offers: Vec<_> = simulation
+                .told
+                .drain(..)
+                .filter_map(|event| match event {
+                    FeedEvent::Offer { pair, .. } => Some(pair.payload_types),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(offers, [vec![]], "{codec}");
+        }
+        let told = proving(&[], |pbx| {
+            speak(pbx, "opus");
+            pbx.set(B, "CHANNEL(audioreadformat)", "slin");
+        })
+        .told();
+        assert_eq!(told, ["refused transcoding opus→slin at PJSIP/b-2"]);
+        let told = proving(&[], |pbx| {
+            for item in ["audioreadformat", "audiowriteformat"] {
+                pbx.set(B, &format!("CHANNEL({item})"), "opus");
+            }
+            pbx.set(B, "CHANNEL(audionativeformat)", "(opus)");
+        })
+        .told();
+        assert_eq!(told, ["refused transcoding ulaw→opus"]);
+    }
+
+    #[test]
+    fn with_proof_a_wildcard_stands_for_an_address_of_the_phones_family() {
+        let wildcard = |pbx: &mut Pbx, wildcard: &str| {
+            pbx.set(A, "CHANNEL(rtp,src)", wildcard);
+            pbx.set(A, "CHANNEL(rtp,dest)", "192.0.2.11:30000");
+        };
+        let own = ["2001:db8::1", "192.0.2.7", "192.0.2.8"];
+        for address in ["0.0.0.0:4000", "[::]:4000"] {
+            let told = proving(&own, |pbx| wildcard(pbx, address)).told();
+            assert!(
+                told[0].starts_with("offer 192.0.2.7:4000=192.0.2.11:30000 "),
+                "{told:?}"
+            );
+            let told = proving(&own[..1], |pbx| wildcard(pbx, address)).told();
+            assert!(
+                told[0].starts_with("refused Asterisk names no local address for PJSIP/a-1"),
+                "{told:?}"
+            );
+        }
+        let told = proving(&own, |pbx| {
+            for (channel, remote) in [(A, "[2001:db8::11]:4"), (B, "[2001:db8::12]:4")] {
+                let local = format!("[::]:{}", channel.len() * 1000 + remote.len());
+                pbx.set(channel, "CHANNEL(rtp,src)", &local);
+                pbx.set(channel, "CHANNEL(rtp,dest)", remote);
+            }
+            pbx.set(B, "CHANNEL(rtp,src)", "[::]:4002");
+        })
+        .told();
+        assert!(
+            told[0].starts_with("offer [2001:db8::1]:") && told[0].contains("[2001:db8::1]:4002="),
+            "{told:?}"
+        );
+    }
+
+    fn timeouts(simulation: &Simulation) -> Vec<[Option<u64>; 2]> {
+        let told = simulation.told.iter();
+        told.filter_map(|event| match event {
+            FeedEvent::Offer { rtp_timeout, .. } => {
+                Some(rtp_timeout.map(|timeout| timeout.map(|timeout| timeout.as_secs())))
+            }
+            _ => None,
+        })
+        .collect()
+    }
+
+    #[test]
+    fn each_legs_rtp_timeout_is_told_and_is_never_a_reason_to_refuse() {
+        let of = |endpoint: &str| format!("PJSIP_ENDPOINT({endpoint},rtp_timeout)");
+        for (value, timeout) in [
+            ("10", Some(10)),
+            ("0", None),
+            ("", None),
+            ("-1", None),
+            ("ten", None),
+            ("99999999999", None),
+        ] {
+            let simulation = standing(|pbx| pbx.set("b", &of("b"), value));
+            assert_eq!(timeouts(&simulation), [[None, timeout]], "{value}");
+        }
+        // The name of the endpoint ends at the last hyphen.
+        let simulation = standing(|pbx| {
+            pbx.bridge("one", "native_rtp", &["PJSIP/a-b-1", "PJSIP/x,y-2"]);
+            pbx.set("a-b", &of("a-b"), "20");
+        });
+        assert_eq!(timeouts(&simulation), [[Some(20), None]]);
+        let questions = simulation.queries.iter().filter_map(|query| match query {
+            Query::RtpTimeout { endpoint, .. } => Some(endpoint.as_str()),
+            _ => None,
+        });
+        assert_eq!(questions.collect::<Vec<_>>(), ["a-b"]);
+    }
+
+    #[test]
+    fn what_stands_is_confirmed_when_asked_for_and_not_taken_back_meanwhile() {
+        let mut simulation = standing(|_| {});
+        let first = simulation.told();
+        let asked = simulation.queries.len();
+        for _ in 0..3 {
+            simulation.ask("one");
+        }
+        assert!(matches!(simulation.queries[asked], Query::Bridge { .. }));
+        simulation.ask("one");
+        simulation.pass(SECOND / 100);
+        simulation.ask("unknown");
+        assert_eq!(simulation.told(), first);
+        assert_eq!(simulation.queries.len() - asked, FULL_ROUND);
+        // Each question has its answer; without one there is nothing to say.
+        simulation.ask("one");
+        simulation.pass(4 * SECOND);
+        assert_eq!(simulation.told(), first);
+    }
+
+    #[test]
+    fn what_does_not_stand_is_refused_or_replaced_when_asked_for() {
+        let mut simulation = offered();
+        simulation.pbx.set(A, "CHANNEL(rtp,hold)", "1");
+        simulation.ask("one");
+        simulation.pass(SECOND / 100);
+        assert_eq!(simulation.told(), ["refused PJSIP/a-1 is on hold"]);
+
+        let mut simulation = offered();
+        simulation
+            .pbx
+            .set(A, "CHANNEL(rtp,dest)", "192.0.2.99:5000");
+        simulation.ask("one");
+        simulation.pass(SECOND / 100);
+        let told = simulation.told();
+        assert!(
+            told.len() == 1 && told[0].starts_with("offer ") && told[0].contains("192.0.2.99:5000"),
+            "{told:?}"
+        );
+
+        let mut simulation = offered();
+        simulation.pbx.bridges.clear();
+        simulation.ask("one");
+        simulation.pass(SECOND / 100);
+        assert_eq!(simulation.told(), ["gone"]);
+    }
+
+    #[test]
+    fn what_is_asked_for_in_the_middle_of_a_poll_gets_a_full_round_after_it() {
+        let mut simulation = standing(|_| {});
+        let first = simulation.told();
+        let offered_at = simulation.now;
+        simulation.latency = SECOND / 20;
+        // A poll is open.
+        simulation.pass(POLL - SECOND / 20);
+        let polled = simulation.queries.len();
+        while simulation.queries.len() == polled {
+            assert!(simulation.now < offered_at + 2 * POLL);
+            simulation.pass(SECOND / 100);
+        }
+        let asked = simulation.queries.len();
+        simulation.ask("one");
+        simulation.ask("one");
+        assert_eq!(simulation.queries.len(), asked);
+        // The hold begins after the poll, which would not see it.
+        simulation.pass(SECOND / 4);
+        assert_eq!(simulation.told(), first);
+        assert_eq!(simulation.queries.len() - asked, FULL_ROUND);
+    }
+
+    #[test]
+    fn a_change_wins_over_what_is_asked_for() {
+        let mut simulation = offered();
+        simulation.latency = SECOND / 20;
+        simulation.ask("one");
+        simulation.event(&channel_event("Hold", B));
+        simulation.ask("one");
+        simulation.pass(SECOND);
+        assert_eq!(
+            simulation.told(),
+            ["back Hold (PJSIP/b-2)", "refused PJSIP/b-2 is on hold"]
+        );
+    }
+
+    #[test]
+    fn what_is_refused_is_asked_about_at_once_when_asked_for() {
+        let mut simulation = standing(|pbx| pbx.set(A, "CHANNEL(rtp,hold)", "1"));
+        simulation.told.clear();
+        simulation.pbx.set(A, "CHANNEL(rtp,hold)", "0");
+        simulation.ask("one");
+        simulation.pass(SECOND / 100);
+        assert!(simulation.told()[0].starts_with("offer "));
+        // Nothing is to be asked of a conference.
+        let mut simulation = standing(|pbx| pbx.bridge("one", "softmix", &[A, B, "PJSIP/c-3"]));
+        let asked = simulation.queries.len();
+        simulation.ask("one");
+        simulation.pass(SECOND);
+        assert_eq!(simulation.queries.len(), asked);
+    }
+
+    #[test]
+    fn the_end_of_the_resync_is_told_once_and_after_every_first_word() {
+        assert_eq!(Simulation::new(Pbx::default()).told_all(), [""; 0]);
+        let mut simulation = Simulation::new(Pbx::default());
+        simulation.pass(SECOND);
+        assert_eq!(simulation.told_all(), ["synced"]);
+
+        let mut pbx = Pbx::default();
+        pbx.bridge("1", "native_rtp", &[A, B]);
+        pbx.bridge("2", "simple_bridge", &["PJSIP/c-3", "PJSIP/d-4"]);
+        pbx.bridge("3", "softmix", &["PJSIP/e-5", "PJSIP/f-6", "PJSIP/g-7"]);
+        pbx.bridge("4", "simple_bridge", &["PJSIP/h-8"]);
+        let mut simulation = Simulation::new(pbx);
+        simulation.pass(10 * SECOND);
+        let told = simulation.told_all();
+        let kinds: Vec<_> = told.iter().map(|told| told.split(' ').next()).collect();
+        assert_eq!(
+            kinds,
+            ["refused", "refused", "offer", "synced"].map(Some),
+            "{told:?}"
+        );
+        // Once after each Up.
+        simulation.pbx.bridges.clear();
+        simulation.up();
+        simulation.pass(SECOND);
+        assert_eq!(simulation.told_all(), ["synced"]);
+    }
+
+    #[test]
+    fn the_end_of_the_resync_does_not_wait_for_a_bridge_that_keeps_changing() {
+        let mut pbx = Pbx::default();
+        pbx.bridge("one", "native_rtp", &[A, B]);
+        pbx.bridge("two", "native_rtp", &["PJSIP/c-3", "PJSIP/d-4"]);
+        pbx.bridge("three", "native_rtp", &["PJSIP/e-5", "PJSIP/f-6"]);
+        let mut simulation = Simulation::new(pbx);
+        simulation.latency = SECOND / 20;
+        simulation.pass(SECOND / 50);
+        simulation.pbx.bridges.remove("three");
+        simulation.event(&bridge_event("BridgeDestroy", "three", 0, ""));
+        for _ in 0..20 {
+            simulation.event(&bridge_event("BridgeLeave", "one", 1, A));
+            simulation.event(&bridge_event("BridgeEnter", "one", 2, A));
+            simulation.pass(SECOND / 50);
+        }
+        let told = simulation.told_all();
+        assert!(
+            told.len() == 2 && told[0].starts_with("offer ") && told[1] == "synced",
+            "{told:?}"
+        );
+    }
+
     #[test]
     fn what_is_not_yet_is_asked_again_soon() {
         let mut simulation = standing(|pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", "0"));
@@ -1236,11 +1641,7 @@ mod tests {
             simulation.pass(Duration::from_millis(2));
         }
         simulation.pass(SECOND / 2);
-        // The bridge; each channel, and its items.
-        assert_eq!(
-            simulation.queries.len() - asked,
-            1 + 2 * (1 + conditions::LEG_ITEMS.len())
-        );
+        assert_eq!(simulation.queries.len() - asked, FULL_ROUND);
     }
 
     #[test]
@@ -1267,6 +1668,28 @@ mod tests {
             }
         )));
         assert_eq!(simulation.told(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn with_proof_the_poll_is_five_times_cheaper() {
+        let mut simulation = proving(&[], |_| {});
+        simulation.told.clear();
+        let asked = simulation.queries.len();
+        simulation.pass(PROVEN_POLL * u32::from(BRIDGE_POLLS) * 10);
+        let polls = 10 * usize::from(BRIDGE_POLLS);
+        let questions = simulation.queries.len() - asked;
+        // Both phones at each poll, and the bridge at every fifth; or a poll fewer.
+        assert!(
+            (polls * 2 + 9 - 2..=polls * 2 + 10).contains(&questions),
+            "{questions}"
+        );
+        assert_eq!(simulation.told(), Vec::<String>::new());
+        // What is refused is asked about as often as without.
+        let mut simulation = proving(&[], |pbx| pbx.set(A, "CHANNEL(rtp,secure)", "1"));
+        simulation.told.clear();
+        simulation.pbx.set(A, "CHANNEL(rtp,secure)", "0");
+        simulation.pass(POLL);
+        assert!(simulation.told()[0].starts_with("offer "));
     }
 
     #[test]
@@ -1466,6 +1889,8 @@ mod tests {
         HangUp(usize),
         Hold(usize, bool),
         Burst(usize),
+        /// The datapath saw something in the bridge.
+        Ask(usize),
         Pass(u64),
         Latency(u64),
     }
@@ -1480,6 +1905,7 @@ mod tests {
             (0..5usize).prop_map(Step::HangUp),
             (0..5usize, any::<bool>()).prop_map(|(channel, held)| Step::Hold(channel, held)),
             (0..5usize).prop_map(Step::Burst),
+            (0..3usize).prop_map(Step::Ask),
             (0..250u64).prop_map(Step::Pass),
             (0..250u64).prop_map(Step::Pass),
             (1..400u64).prop_map(Step::Latency),
@@ -1493,6 +1919,7 @@ mod tests {
         bridges: HashMap<String, Vec<String>>,
         held: Vec<String>,
         incarnation: [usize; 3],
+        synced: usize,
         standing: HashMap<String, [String; 2]>,
     }
 
@@ -1577,13 +2004,14 @@ mod tests {
                     }
                 }
                 Step::Burst(channel) => events.push(varset(&name(channel))),
-                Step::Pass(_) | Step::Latency(_) => {}
+                Step::Ask(_) | Step::Pass(_) | Step::Latency(_) => {}
             }
             simulation.pbx = self.pbx();
             for event in events {
                 simulation.event(&event);
             }
             match step {
+                Step::Ask(bridge) => simulation.ask(&self.id(*bridge)),
                 Step::Pass(millis) => simulation.pass(Duration::from_millis(*millis)),
                 Step::Latency(millis) => simulation.latency = Duration::from_millis(*millis),
                 _ => {}
@@ -1612,6 +2040,7 @@ mod tests {
                     | FeedEvent::Gone { call } => {
                         self.standing.remove(call.as_str());
                     }
+                    FeedEvent::Synced => self.synced += 1,
                     FeedEvent::Up { .. } | FeedEvent::Down { .. } => {}
                 }
             }
@@ -1637,7 +2066,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(300))]
 
         /// After every event: an offer stands only for two channels that are alone together and
-        /// not held. And once it is quiet, every such pair is offered.
+        /// not held. And once it is quiet, every such pair is offered, and is confirmed when asked for.
         #[test]
         fn no_offer_outlives_its_bridge(steps in proptest::collection::vec(step(), 1..80)) {
             let mut world = World::default();
@@ -1652,6 +2081,15 @@ mod tests {
             simulation.pass(10 * SECOND);
             world.listen(&mut simulation);
             prop_assert_eq!(&world.standing, &world.pairs());
+            prop_assert_eq!(world.synced, 1);
+
+            // Whatever stands is confirmed.
+            simulation.told.clear();
+            for call in world.standing.keys() {
+                simulation.ask(call);
+            }
+            simulation.pass(2 * SECOND);
+            prop_assert_eq!(simulation.told().len(), world.standing.len());
         }
 
         /// Whatever the server says, the tracker neither panics nor forgets to be bounded.
@@ -1665,7 +2103,7 @@ mod tests {
             )
         ) {
             let now = Instant::now();
-            let mut tracker = Tracker::new(1);
+            let mut tracker = Tracker::new(1, None);
             tracker.up(now);
             for (index, text) in texts.iter().enumerate() {
                 let now = now + Duration::from_millis(60 * index as u64);

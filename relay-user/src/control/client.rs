@@ -7,7 +7,12 @@ use std::{
 };
 
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, body::Bytes, client::conn::http1, header};
+use hyper::{
+    Method, Request, Response,
+    body::{Bytes, Incoming},
+    client::conn::http1,
+    header,
+};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::{
@@ -19,10 +24,12 @@ use super::{
     model::{AddRequest, ApiError, Detached, ErrorBody, PairList, PairReport, StatusReport},
     socket::{self, Occupant},
 };
-use crate::pair::Pair;
+use crate::{events::Event, pair::Pair};
 
 /// Longer than the server takes for any answer, so that its own words arrive first.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// Longer than any line that the daemon sends as an event.
+const LONGEST_LINE: usize = 64 * 1024;
 /// How long an ending daemon has to give its socket up.
 const ENDING: Duration = Duration::from_secs(10);
 
@@ -142,6 +149,29 @@ impl Client {
         self.request(Method::GET, "/v1/status", Vec::new()).await
     }
 
+    /// What happens from now on, or after event number `since`.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn events(&self, since: Option<u64>) -> Result<Events, ClientError> {
+        let path = match since {
+            Some(since) => format!("/v1/events?since={since}"),
+            None => "/v1/events".to_owned(),
+        };
+        let response = timeout(PATIENCE, self.send(Method::GET, &path, Vec::new()))
+            .await
+            .map_err(|_| ClientError::Silent(self.socket.clone()))??;
+        let kind = response.headers().get(header::CONTENT_TYPE);
+        if kind.is_none_or(|kind| kind != "text/event-stream") {
+            return Err(self.answer_error("no stream of events".to_owned()));
+        }
+        Ok(Events {
+            client: self.clone(),
+            body: response.into_body(),
+            received: Vec::new(),
+        })
+    }
+
     /// Ends the daemon; returns when its socket is free for the next.
     ///
     /// # Errors
@@ -176,16 +206,25 @@ impl Client {
         path: &str,
         body: Vec<u8>,
     ) -> Result<T, ClientError> {
-        let broken = |source| ClientError::Broken {
-            path: self.socket.clone(),
-            source,
-        };
+        let body = self.collect(self.send(method, path, body).await?).await?;
+        serde_json::from_slice(&body).map_err(|error| self.answer_error(error.to_string()))
+    }
+
+    /// Sends a request on a connection of its own; returns the answer if it is a success.
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.socket)
             .await
             .map_err(|error| self.connect_error(error))?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
-            .map_err(broken)?;
+            .map_err(|error| self.broken(error))?;
+        // It ends with the answer. How it ended, who reads the answer learns too.
+        tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -193,26 +232,30 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|error| self.answer_error(error.to_string()))?;
-        let exchange = async {
-            let response = sender.send_request(request).await?;
-            let status = response.status();
-            Ok((status, response.into_body().collect().await?.to_bytes()))
-        };
-        tokio::pin!(connection);
-        tokio::pin!(exchange);
-        let (status, body) = tokio::select! {
-            outcome = &mut exchange => outcome,
-            // How the connection ended, the exchange knows better.
-            _ = &mut connection => exchange.await,
-        }
-        .map_err(broken)?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| self.broken(error))?;
+        let status = response.status();
         if status.is_success() {
-            return serde_json::from_slice(&body)
-                .map_err(|error| self.answer_error(error.to_string()));
+            return Ok(response);
         }
+        let body = self.collect(response).await?;
         match serde_json::from_slice::<ErrorBody>(&body) {
             Ok(body) => Err(body.error.into()),
             Err(_) => Err(self.answer_error(format!("HTTP status {status}"))),
+        }
+    }
+
+    async fn collect(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
+        let body = response.into_body().collect().await;
+        Ok(body.map_err(|error| self.broken(error))?.to_bytes())
+    }
+
+    fn broken(&self, source: hyper::Error) -> ClientError {
+        ClientError::Broken {
+            path: self.socket.clone(),
+            source,
         }
     }
 
@@ -234,5 +277,57 @@ impl Client {
             path: self.socket.clone(),
             what,
         }
+    }
+}
+
+/// What the daemon tells as it happens.
+#[derive(Debug)]
+pub struct Events {
+    client: Client,
+    body: Incoming,
+    /// What follows the last whole line.
+    received: Vec<u8>,
+}
+
+impl Events {
+    /// The next event; none when the daemon has ended.
+    ///
+    /// # Errors
+    /// [`ClientError::Broken`], [`ClientError::Silent`] and [`ClientError::Answer`].
+    pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
+        loop {
+            while let Some(line) = self.line() {
+                // The data repeats number and kind; a comment says only that the daemon lives.
+                if let Some(data) = line.strip_prefix(b"data:") {
+                    let event = serde_json::from_slice(data)
+                        .map_err(|error| self.client.answer_error(error.to_string()))?;
+                    return Ok(Some(event));
+                }
+            }
+            if self.received.len() > LONGEST_LINE {
+                let what = "an event without end".to_owned();
+                return Err(self.client.answer_error(what));
+            }
+            let frame = timeout(PATIENCE, self.body.frame())
+                .await
+                .map_err(|_| ClientError::Silent(self.client.socket.clone()))?;
+            match frame {
+                Some(Ok(frame)) => {
+                    if let Some(data) = frame.data_ref() {
+                        self.received.extend_from_slice(data);
+                    }
+                }
+                Some(Err(error)) => return Err(self.client.broken(error)),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The first whole line received, without its end.
+    fn line(&mut self) -> Option<Vec<u8>> {
+        let end = self.received.iter().position(|&byte| byte == b'\n')?;
+        let mut line: Vec<_> = self.received.drain(..=end).collect();
+        line.pop();
+        Some(line)
     }
 }

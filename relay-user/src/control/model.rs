@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     config::Dscp,
     datapath::AttachMode,
-    pair::{Leg, Pair, PairError, PayloadTypes},
+    pair::{Leg, Pair, PairError, PayloadTypes, Proof},
 };
 
 /// Body of `POST /v1/pairs`.
@@ -19,9 +19,13 @@ use crate::{
 pub struct AddRequest {
     /// The first and the second leg.
     pub legs: [LegAddresses; 2],
-    /// What is relayed; payload type 0 on both legs when absent.
+    /// What is relayed where no proof is asked for; payload type 0 on both legs when absent. With
+    /// proof, the wire tells.
     #[serde(default = "pcmu")]
     pub payload_types: Vec<PayloadTypes>,
+    /// What the pair is offloaded on; `wire` when absent.
+    #[serde(default)]
+    pub proof: Proof,
 }
 
 /// One leg of an [`AddRequest`], as written by the client.
@@ -92,7 +96,10 @@ pub struct PairReport {
     pub why: Option<String>,
     /// Both legs, first and second; empty for a call refused before its addresses were known.
     pub legs: Vec<LegReport>,
-    /// What is relayed.
+    /// What it is offloaded on.
+    pub proof: Proof,
+    /// What is relayed, as proven so far in either direction, or as given where no proof is asked
+    /// for.
     pub payload_types: Vec<PayloadTypes>,
     /// Both streams, in the order of the legs they come in on; empty while the pair is refused or
     /// taken back.
@@ -106,6 +113,8 @@ pub struct LegReport {
     pub local: SocketAddr,
     /// Where the phone sends from and receives at.
     pub remote: SocketAddr,
+    /// Where the PBX sends from; differs from `local` on some hosts with several addresses.
+    pub sends_from: SocketAddr,
     /// The PBX's name of the leg, such as `PJSIP/alice-00000001`; none for `api`.
     pub channel: Option<String>,
 }
@@ -121,12 +130,31 @@ pub struct StreamReport {
     pub to: SocketAddr,
     /// What the datapath does with it.
     pub state: StreamState,
+    /// Why it is not offloaded, in words; none when it is.
+    pub why: Option<String>,
+    /// The proof's progress: equal packets in a row, of those that are asked for; none where no proof
+    /// is asked for.
+    pub proof: Option<ProofReport>,
+    /// Milliseconds since the phone's last packet; none before the first, and while it is not
+    /// looked at.
+    pub silent_ms: Option<u64>,
     /// Packets relayed in the kernel.
     pub packets: u64,
     /// Bytes relayed in the kernel, Ethernet header included.
     pub bytes: u64,
     /// How it leaves the host; none until that is resolved.
     pub next_hop: Option<NextHopReport>,
+}
+
+/// How far the proof of a stream is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProofReport {
+    /// Packets that came out of the PBX equal, in a row, of the payload type being proven.
+    pub equal: u16,
+    /// How many it takes.
+    pub of: u8,
+    /// Packets that came out of the PBX unlike any that went in, in this round of proof.
+    pub unequal: u32,
 }
 
 /// How a relayed packet leaves the host.
@@ -168,6 +196,8 @@ pub struct StatusReport {
     pub mode_reason: String,
     /// DSCP of relayed packets: `ef`, `keep` or a number, as a string.
     pub dscp: Dscp,
+    /// Packets in a row that prove a stream; 0 when no proof is asked for.
+    pub proof: u8,
     /// Folder of the pinned maps.
     pub pins: PathBuf,
     /// Seconds since the daemon attached.
@@ -178,6 +208,8 @@ pub struct StatusReport {
     pub pairs: u64,
     /// Streams in the table.
     pub streams: u64,
+    /// Milliseconds that the lease still runs; 0 when it is over.
+    pub lease_ms: u64,
     /// Pairs in state `offloaded`.
     pub offloaded: u64,
     /// Pairs in state `waiting`.
@@ -223,8 +255,10 @@ pub struct AmiReport {
 pub enum Verdict {
     /// The kernel sent it to the other phone.
     Relayed,
-    /// It went to the kernel's stack, and so to the PBX.
+    /// It went to the kernel's stack, and so to the PBX; or, sent by the PBX, to the phone.
     Passed,
+    /// It was taken away.
+    Dropped,
 }
 
 /// Packets the datapath saw, by reason.
@@ -302,7 +336,7 @@ pub enum ErrorCode {
     Internal,
     /// The daemon is ending.
     Stopping,
-    /// The daemon did not answer in time.
+    /// The daemon did not answer in time, or has no place for another who follows events.
     Busy,
     /// No room for two more streams.
     MapFull,
@@ -403,6 +437,7 @@ impl From<&Pair> for AddRequest {
         Self {
             legs: pair.legs.each_ref().map(LegAddresses::from),
             payload_types: pair.payload_types.clone(),
+            proof: pair.proof,
         }
     }
 }
@@ -414,7 +449,11 @@ impl TryFrom<AddRequest> for Pair {
         // Through the text form, whose errors quote what the client wrote.
         let leg = |leg: &LegAddresses| format!("{}={}", leg.local, leg.remote).parse::<Leg>();
         let [first, second] = &request.legs;
-        Self::new([leg(first)?, leg(second)?], request.payload_types)
+        Self::new(
+            [leg(first)?, leg(second)?],
+            request.payload_types,
+            request.proof,
+        )
     }
 }
 
@@ -493,6 +532,7 @@ mod tests {
                 first: 101,
                 second: 96,
             }],
+            Proof::None,
         )
         .expect("pair");
         assert_eq!(Pair::try_from(AddRequest::from(&pair)), Ok(pair));

@@ -1,18 +1,26 @@
 //! Serves the control API on its socket.
 //!
-//! It only turns requests into [`Command`]s and answers into JSON. What a client does or omits to do
-//! costs at most its own connection: number, size and duration of everything are bounded.
+//! It only turns requests into [`Command`]s and answers into JSON, and the [`EventBus`] into streams.
+//! What a client does or omits to do costs at most its own connection: number and size of everything
+//! are bounded, and the duration of everything but a stream of events.
 
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::Future,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
-    Router,
-    body::Body,
-    extract::{Request, State},
-    http::{StatusCode, Uri, header},
+    Extension, Router,
+    body::{Body, Bytes},
+    extract::{Query, Request, State, rejection::QueryRejection},
+    http::{HeaderMap, StatusCode, Uri, header},
     response::Response,
     routing::{get, post},
 };
+use futures_util::stream;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -20,25 +28,29 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use nix::unistd::geteuid;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::{mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     task::{JoinSet, spawn_blocking},
     time::{sleep, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Command, Reply,
     model::{AddRequest, ApiError, ErrorBody, ErrorCode, PairList},
     socket::ControlSocket,
 };
-use crate::pair::Pair;
+use crate::{
+    events::{Event, EventBus, Lagged, Subscription},
+    pair::Pair,
+};
 
 /// What one client may take of the daemon.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    /// Connections served at once; more wait in the kernel's queue.
+    /// Connections served at once, without streams of events; more wait in the kernel's queue.
     connections: usize,
     /// Longest body of a request, in bytes.
     body: usize,
@@ -48,8 +60,11 @@ struct Limits {
     arrival: Duration,
     /// For the controller to answer.
     answer: Duration,
-    /// For a connection from first to last, so also for the client to read the answer.
+    /// For a connection from first to last, so also for the client to read the answer; not for a
+    /// stream of events.
     connection: Duration,
+    /// Between signs of life in a stream of events.
+    heartbeat: Duration,
     /// For answers under way when the server ends.
     ending: Duration,
 }
@@ -61,38 +76,54 @@ const LIMITS: Limits = Limits {
     arrival: Duration::from_secs(5),
     answer: Duration::from_secs(10),
     connection: Duration::from_secs(30),
+    heartbeat: Duration::from_secs(15),
     ending: Duration::from_secs(1),
 };
 
-/// Serves until `stop` completes, then finishes the answers under way and removes the socket.
+/// Serves until `stop` completes, then finishes the answers under way, tells followers of `events`
+/// what has happened until then, and removes the socket.
 ///
 /// # Errors
 /// When the socket cannot be listened on. What goes wrong with a client is no error of the server.
 pub async fn serve(
     socket: ControlSocket,
     commands: mpsc::Sender<Command>,
+    events: EventBus,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    serve_within(LIMITS, socket, commands, stop).await
+    serve_within(LIMITS, socket, commands, events, stop).await
 }
 
 async fn serve_within(
     limits: Limits,
     socket: ControlSocket,
     commands: mpsc::Sender<Command>,
+    events: EventBus,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(socket.listener()?)?;
-    let routes = routes(Arc::new(Api { commands, limits }));
+    let ending = CancellationToken::new();
+    let routes = routes(Arc::new(Api {
+        commands,
+        events,
+        ending: ending.clone(),
+        limits,
+    }));
+    let places = Arc::new(Semaphore::new(limits.connections));
     let mut connections = JoinSet::new();
     tokio::pin!(stop);
     loop {
+        let accepted = async {
+            let place = places.clone().acquire_owned().await;
+            (listener.accept().await, place.ok())
+        };
         tokio::select! {
             () = &mut stop => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            accepted = listener.accept(), if connections.len() < limits.connections => match accepted {
+            (accepted, place) = accepted => match accepted {
                 Ok((stream, _)) => {
-                    connections.spawn(connection(limits, stream, routes.clone()));
+                    let place = Place(Arc::new(Mutex::new(place)));
+                    connections.spawn(connection(limits, stream, routes.clone(), place));
                 }
                 Err(error) => {
                     // Out of file descriptors, most likely, and then the next try fails at once too.
@@ -102,6 +133,7 @@ async fn serve_within(
             },
         }
     }
+    ending.cancel();
     let finish = async { while connections.join_next().await.is_some() {} };
     if timeout(limits.ending, finish).await.is_err() {
         tracing::debug!("cut off control connections that did not finish");
@@ -109,13 +141,32 @@ async fn serve_within(
     Ok(())
 }
 
-async fn connection(limits: Limits, stream: UnixStream, routes: Router) {
+/// A connection's share of [`Limits::connections`], until it becomes a stream of events: those are
+/// counted by the [`EventBus`] and last as long as their clients like.
+#[derive(Clone)]
+struct Place(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+
+impl Place {
+    fn release(&self) {
+        drop(self.permit().take());
+    }
+
+    fn is_released(&self) -> bool {
+        self.permit().is_none()
+    }
+
+    fn permit(&self) -> impl std::ops::DerefMut<Target = Option<OwnedSemaphorePermit>> + '_ {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn connection(limits: Limits, stream: UnixStream, routes: Router, place: Place) {
     // The socket's mode keeps others out already; this holds if somebody changes it.
     let allowed = stream
         .peer_cred()
         .is_ok_and(|peer| may_control(peer.uid(), geteuid().as_raw()));
     let routes = if allowed {
-        routes
+        routes.layer(Extension(place.clone()))
     } else {
         Router::new().fallback(forbidden)
     };
@@ -127,7 +178,12 @@ async fn connection(limits: Limits, stream: UnixStream, routes: Router) {
         .header_read_timeout(limits.arrival)
         .max_buf_size(limits.head)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
-    match timeout(limits.connection, served).await {
+    tokio::pin!(served);
+    let outcome = match timeout(limits.connection, &mut served).await {
+        Err(_) if place.is_released() => Ok(served.await),
+        outcome => outcome,
+    };
+    match outcome {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "control connection broke"),
         Err(_) => tracing::debug!("control connection took too long"),
@@ -141,6 +197,9 @@ const fn may_control(peer: u32, own: u32) -> bool {
 
 struct Api {
     commands: mpsc::Sender<Command>,
+    events: EventBus,
+    /// Cancelled when the server ends.
+    ending: CancellationToken,
     limits: Limits,
 }
 
@@ -149,6 +208,7 @@ fn routes(api: Arc<Api>) -> Router {
         .route("/v1/pairs", get(list).post(add).delete(flush))
         .route("/v1/pairs/{id}", get(show).delete(remove))
         .route("/v1/status", get(status))
+        .route("/v1/events", get(events))
         .route("/v1/detach", post(detach))
         .fallback(unknown_path)
         .method_not_allowed_fallback(method_not_allowed)
@@ -206,6 +266,88 @@ async fn remove(State(api): State<Arc<Api>>, uri: Uri) -> Response {
 
 async fn status(State(api): State<Arc<Api>>) -> Response {
     answer(StatusCode::OK, api.ask(|reply| Command::Status { reply })).await
+}
+
+/// Where a stream of events begins.
+#[derive(Deserialize)]
+struct Since {
+    since: Option<u64>,
+}
+
+async fn events(
+    State(api): State<Arc<Api>>,
+    Extension(place): Extension<Place>,
+    headers: HeaderMap,
+    query: Result<Query<Since>, QueryRejection>,
+) -> Response {
+    let subscribed = since(&headers, query).and_then(|since| {
+        api.events
+            .subscribe(since)
+            .map_err(|crowded| ApiError::new(ErrorCode::Busy, crowded))
+    });
+    let subscription = match subscribed {
+        Ok(subscription) => subscription,
+        Err(error) => return refuse(&error),
+    };
+    place.release();
+    let follow = stream::unfold((api, subscription), async |(api, mut subscription)| {
+        let text = told(&api, &mut subscription).await?;
+        Some((Ok::<_, Infallible>(text), (api, subscription)))
+    });
+    let mut response = Response::new(Body::from_stream(follow));
+    for (name, value) in [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-cache"),
+    ] {
+        let value = header::HeaderValue::from_static(value);
+        response.headers_mut().insert(name, value);
+    }
+    response
+}
+
+/// The number that a stream is to begin after. The header is what a client sends when it connects
+/// again, with the query that it began with.
+fn since(
+    headers: &HeaderMap,
+    query: Result<Query<Since>, QueryRejection>,
+) -> Result<Option<u64>, ApiError> {
+    let invalid = |what: &str, wrong: &dyn std::fmt::Display| {
+        ApiError::new(
+            ErrorCode::InvalidRequest,
+            format_args!("{what} is not the number of an event: {wrong}"),
+        )
+    };
+    let Query(Since { since }) = query.map_err(|error| invalid("`since`", &error.body_text()))?;
+    match headers.get("last-event-id") {
+        Some(last) if !last.is_empty() => {
+            let number = last.to_str().ok().and_then(|text| text.parse().ok());
+            number
+                .map(Some)
+                .ok_or_else(|| invalid("`Last-Event-ID`", &"write digits alone"))
+        }
+        _ => Ok(since),
+    }
+}
+
+/// The next piece of a stream of events; none at its end.
+async fn told(api: &Api, subscription: &mut Subscription) -> Option<Bytes> {
+    let event = tokio::select! {
+        event = subscription.next() => event?,
+        // What was published before the end is still told.
+        () = api.ending.cancelled() => subscription.ready()?,
+        () = sleep(api.limits.heartbeat) => return Some(Bytes::from_static(b":\n\n")),
+    };
+    // Numbers and strings: writing them cannot fail.
+    let data = serde_json::to_string(&event).unwrap_or_default();
+    let text = match event {
+        Event::Transition(transition) => format!(
+            "id: {}\nevent: {}\ndata: {data}\n\n",
+            transition.serial,
+            transition.kind.name()
+        ),
+        Event::Lagged(_) => format!("event: {}\ndata: {data}\n\n", Lagged::NAME),
+    };
+    Some(text.into())
 }
 
 async fn detach(State(api): State<Arc<Api>>) -> Response {

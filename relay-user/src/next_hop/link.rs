@@ -1,9 +1,12 @@
 //! Interfaces as the kernel describes them.
 
+use std::net::IpAddr;
+
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
     LinkXdp, XdpAttached,
 };
+use nix::ifaddrs::getifaddrs;
 
 use super::netlink::{Kernel, NetlinkError};
 
@@ -72,6 +75,31 @@ impl Interface {
     /// Whether packets can leave through it.
     pub fn usable(&self) -> bool {
         self.up && self.carrier
+    }
+
+    /// Its addresses, those that a host on another machine can send to first.
+    ///
+    /// An interface without any, or one that is gone, has none.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let mut addresses: Vec<IpAddr> = getifaddrs()
+            .into_iter()
+            .flatten()
+            .filter(|entry| entry.interface_name == self.name)
+            .filter_map(|entry| {
+                let address = entry.address?;
+                match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+                    (Some(v4), _) => Some(v4.ip().into()),
+                    (_, Some(v6)) => Some(v6.ip().into()),
+                    _ => None,
+                }
+            })
+            .collect();
+        addresses.sort_by_key(|address| match address {
+            IpAddr::V4(v4) => v4.is_link_local(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        });
+        addresses
     }
 
     /// Reads a link message.
@@ -215,6 +243,11 @@ impl Interfaces {
                 name: name.to_owned(),
                 known: self.0.iter().map(|known| known.name.clone()).collect(),
             })
+    }
+
+    /// The interface of that index, if there is one.
+    pub fn indexed(&self, index: u32) -> Option<&Interface> {
+        self.0.iter().find(|interface| interface.index == index)
     }
 
     /// The VLAN devices directly on the interface of this index.

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use serde_json::Value;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::UnixStream,
     sync::{mpsc, oneshot},
     task::JoinHandle,
@@ -14,11 +14,12 @@ use tokio::{
 use super::*;
 use crate::{
     control::{
-        client::{Client, ClientError},
+        client::{Client, ClientError, Events},
         model::{Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport},
     },
     datapath::AttachMode,
-    pair::{Leg, PayloadTypes},
+    events::{KEPT, SUBSCRIBERS, Subject, TransitionKind},
+    pair::{Leg, PayloadTypes, Proof},
 };
 
 /// Cuts off what does not arrive, and nothing else in the time of a test.
@@ -34,6 +35,7 @@ const HANG: Duration = Duration::from_secs(20);
 /// A served socket in a folder of its own.
 struct Served {
     client: Client,
+    events: EventBus,
     stop: Option<oneshot::Sender<()>>,
     server: JoinHandle<io::Result<()>>,
     folder: tempfile::TempDir,
@@ -44,13 +46,21 @@ impl Served {
         let folder = tempfile::tempdir().expect("temporary directory");
         let socket = ControlSocket::claim(&folder.path().join("eth0.sock")).expect("claim");
         let client = Client::new(socket.path().to_owned());
+        let events = EventBus::new();
         let (stop, stopped) = oneshot::channel::<()>();
-        let server = tokio::spawn(serve_within(limits, socket, commands, async {
-            // A dropped sender stops too.
-            let _ = stopped.await;
-        }));
+        let server = tokio::spawn(serve_within(
+            limits,
+            socket,
+            commands,
+            events.clone(),
+            async {
+                // A dropped sender stops too.
+                let _ = stopped.await;
+            },
+        ));
         Self {
             client,
+            events,
             stop: Some(stop),
             server,
             folder,
@@ -127,9 +137,11 @@ fn report(id: u64, pair: &Pair) -> PairReport {
             .map(|leg| LegReport {
                 local: leg.local,
                 remote: leg.remote,
+                sends_from: leg.sends_from,
                 channel: None,
             })
             .collect(),
+        proof: pair.proof,
         payload_types: pair.payload_types.clone(),
         streams: Vec::new(),
     }
@@ -138,18 +150,20 @@ fn report(id: u64, pair: &Pair) -> PairReport {
 fn status_report() -> StatusReport {
     StatusReport {
         version: "0.1.0".into(),
-        abi: 1,
+        abi: 2,
         pid: 1,
         interface: "eth0".into(),
         ifindex: 2,
         mode: AttachMode::Generic,
         mode_reason: "asked for".into(),
         dscp: crate::config::Dscp::Set(46),
-        pins: "/sys/fs/bpf/relay/v1/eth0".into(),
+        proof: 8,
+        pins: "/sys/fs/bpf/relay/v2/eth0".into(),
         uptime_seconds: 1,
         max_streams: 2,
         pairs: 0,
         streams: 0,
+        lease_ms: 5000,
         offloaded: 0,
         waiting: 0,
         refused: 0,
@@ -211,6 +225,7 @@ fn pair(remote_port: usize) -> Pair {
                 second: 96,
             },
         ],
+        Proof::Wire,
     )
     .expect("pair")
 }
@@ -316,6 +331,9 @@ async fn bad_requests_are_refused() {
         ("GET /v1/pairs/%ff", "", 400, "invalid_request"),
         ("PUT /v1/pairs", "", 405, "method_not_allowed"),
         ("GET /v1/detach", "", 405, "method_not_allowed"),
+        ("POST /v1/events", "", 405, "method_not_allowed"),
+        ("GET /v1/events?since=", "", 400, "invalid_request"),
+        ("GET /v1/events?since=-1", "", 400, "invalid_request"),
         ("POST /v1/pairs", "", 400, "invalid_request"),
         ("POST /v1/pairs", "{", 400, "invalid_request"),
         ("POST /v1/pairs", "[]", 400, "invalid_request"),
@@ -564,6 +582,200 @@ async fn answers_under_way_are_finished_at_the_end() {
             .count(),
         0
     );
+}
+
+impl Served {
+    /// Something happens to a pair of this number.
+    fn happens(&self, pair: u64) {
+        let subject = Subject {
+            pair: Some(pair),
+            ..Subject::feed(Feed::Api)
+        };
+        self.events
+            .publish(subject, TransitionKind::Offloaded, "told to");
+    }
+
+    /// Asks for events by hand; returns the connection after the head of the answer.
+    async fn follow(&self, request: &str) -> BufReader<UnixStream> {
+        let mut stream = self.connect().await;
+        let request = format!("GET {request}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("write");
+        let mut stream = BufReader::new(stream);
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            let read = timeout(HANG, stream.read_line(&mut head)).await;
+            assert_ne!(read.expect("a head").expect("read"), 0, "{head}");
+        }
+        assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+        assert!(
+            head.contains("\r\ncontent-type: text/event-stream\r\n"),
+            "{head}"
+        );
+        stream
+    }
+}
+
+/// The serial of what is told next.
+async fn serial(events: &mut Events) -> u64 {
+    match told(events).await {
+        Some(Event::Transition(transition)) => transition.serial,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn told(events: &mut Events) -> Option<Event> {
+    timeout(HANG, events.next())
+        .await
+        .expect("told")
+        .expect("events")
+}
+
+#[tokio::test]
+async fn events_are_told_as_they_happen() {
+    let served = Served::with_controller(LIMITS);
+    served.happens(7);
+    let mut now = served.client.events(None).await.expect("events");
+    let mut all = served.client.events(Some(0)).await.expect("events");
+    assert_eq!(serial(&mut all).await, 1);
+    for serial_then in 2..5 {
+        served.happens(8);
+        assert_eq!(serial(&mut now).await, serial_then);
+        assert_eq!(serial(&mut all).await, serial_then);
+    }
+    let mut later = served.client.events(Some(3)).await.expect("events");
+    assert_eq!(serial(&mut later).await, 4);
+}
+
+#[tokio::test]
+async fn events_are_server_sent_events() {
+    let served = Served::with_controller(LIMITS);
+    (1..=9).for_each(|pair| served.happens(pair));
+    for (request, serial) in [
+        ("/v1/events?since=7 HTTP/1.1", 8),
+        // Connected again: the query is still that of the first time.
+        ("/v1/events?since=0 HTTP/1.1\r\nLast-Event-ID: 8", 9),
+        ("/v1/events?since=7 HTTP/1.1\r\nLast-Event-ID:", 8),
+    ] {
+        let mut stream = served.follow(request).await;
+        let mut lines = Vec::new();
+        while lines.last().is_none_or(|line| line != "\n") {
+            let mut line = String::new();
+            let read = timeout(HANG, stream.read_line(&mut line)).await;
+            assert_ne!(read.expect("an event").expect("read"), 0, "{lines:?}");
+            // Lines of the chunked encoding end otherwise.
+            if !line.ends_with("\r\n") {
+                lines.push(line);
+            }
+        }
+        let [id, event, data, _] = &lines[..] else {
+            panic!("{lines:?}")
+        };
+        assert_eq!(*id, format!("id: {serial}\n"));
+        assert_eq!(event, "event: offloaded\n");
+        let data = data.strip_prefix("data: ").expect("data");
+        let data: Value = serde_json::from_str(data).expect("JSON");
+        assert_eq!(data["serial"], serial);
+        assert_eq!(data["pair"], serial);
+        assert_eq!(data["call"], Value::Null);
+    }
+    let request = "GET /v1/events HTTP/1.1\r\nhost: x\r\nlast-event-id: seven\r\n\r\n";
+    let refused = refusal(&served.raw(request.as_bytes()).await);
+    assert_eq!(refused, (400, "invalid_request".to_owned()));
+}
+
+#[tokio::test]
+async fn events_outlast_every_other_connection() {
+    let limits = Limits {
+        connection: Duration::from_millis(50),
+        heartbeat: Duration::from_millis(20),
+        ..LIMITS
+    };
+    let served = Served::with_controller(limits);
+    let mut events = served.client.events(None).await.expect("events");
+    let mut stream = served.follow("/v1/events HTTP/1.1").await;
+    let mut heartbeats = 0;
+    while heartbeats < 10 {
+        let mut line = String::new();
+        let read = timeout(HANG, stream.read_line(&mut line)).await;
+        assert_ne!(read.expect("alive").expect("read"), 0, "cut off");
+        heartbeats += u32::from(line == ":\n");
+    }
+    served.happens(7);
+    assert_eq!(serial(&mut events).await, 1);
+}
+
+#[tokio::test]
+async fn followers_are_bounded_and_take_no_place_of_a_request() {
+    let limits = Limits {
+        connections: 2,
+        ..LIMITS
+    };
+    let served = Served::with_controller(limits);
+    let mut followers = Vec::new();
+    for _ in 0..SUBSCRIBERS {
+        let follower = timeout(HANG, served.client.events(None)).await;
+        followers.push(follower.expect("a place").expect("events"));
+    }
+    let crowded = served.client.events(None).await.expect_err("one too many");
+    assert!(
+        matches!(&crowded, ClientError::Refused(error) if error.code == ErrorCode::Busy),
+        "{crowded}"
+    );
+    let status = timeout(HANG, served.client.status()).await;
+    status.expect("a place").expect("status");
+    followers.pop();
+    let room = async {
+        while served.client.events(None).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(HANG, room).await.expect("room again");
+}
+
+#[tokio::test]
+async fn who_does_not_read_misses_events_and_delays_nobody() {
+    let served = Served::with_controller(LIMITS);
+    let mut deaf = served.client.events(None).await.expect("events");
+    let mut keen = served.client.events(None).await.expect("events");
+    // Far more than the socket's buffers and the bus hold.
+    let last = 20_000;
+    for happened in 1..=last {
+        served.happens(7);
+        if happened % 100 == 0 {
+            for expected in happened - 99..=happened {
+                assert_eq!(serial(&mut keen).await, expected);
+            }
+        }
+    }
+    let (mut next, mut missed) = (1, 0);
+    while next <= last {
+        match told(&mut deaf).await {
+            Some(Event::Transition(transition)) => {
+                assert_eq!(transition.serial, next);
+                next += 1;
+            }
+            Some(Event::Lagged(gap)) => {
+                missed += gap.missed;
+                next += gap.missed;
+            }
+            None => panic!("ended after {next}"),
+        }
+    }
+    assert!(missed > 0 && missed <= last - KEPT as u64, "{missed}");
+}
+
+#[tokio::test]
+async fn events_end_with_the_daemon_after_its_last() {
+    let mut served = Served::with_controller(LIMITS);
+    let mut events = served.client.events(None).await.expect("events");
+    // In this order, so that the server knows of its end before it has told anything.
+    served.stop.take();
+    (1..=500).for_each(|pair| served.happens(pair));
+    for expected in 1..=500 {
+        assert_eq!(serial(&mut events).await, expected);
+    }
+    assert_eq!(told(&mut events).await, None);
+    served.server.await.expect("task").expect("server");
 }
 
 #[test]

@@ -1,0 +1,295 @@
+//! Proof and talk-back: what goes into the PBX, compared with what comes out.
+//!
+//! The receiver notes a digest of each packet that it passes up. The observer, at the egress, looks
+//! each RTP packet of the PBX's up in those notes. docs/proof.md explains it to operators.
+
+use crate::{
+    digest::digest,
+    packet::{Packet, Tables},
+    parse::parse,
+    reason::Reason,
+    relay::{payload, rtp, u32_of},
+    state::{load, store},
+    stream::{
+        Address, Event, Facts, NOTES, OutLeg, PAYLOAD_TYPES, PayloadType, State, StreamKey, event,
+        mode, ticks,
+    },
+    wire::Rtp,
+};
+
+/// How fresh the last packet of a stream is while the stream flows, ticks.
+const FLOWING: u32 = ticks(1_000_000_000);
+
+/// In the second byte of RTP.
+const MARKER: u8 = 0x80;
+
+/// Ends an offload on the spot.
+#[inline(always)]
+pub(crate) fn suspend(state: *mut State, epoch: u32) {
+    store!(state, epoch, suspended);
+}
+
+/// The number that a payload type has on the other leg.
+#[inline(always)]
+pub(crate) fn renumbered(state: *mut State, payload_type: u8) -> Option<u8> {
+    let mut index = 0;
+    while index < PAYLOAD_TYPES {
+        let entry = load!(state, payload_types[index]);
+        if entry.from == payload_type {
+            return Some(entry.to);
+        }
+        index += 1;
+    }
+    None
+}
+
+/// Keeps in mind a packet that is passed up.
+///
+/// One too long for a digest is counted all the same: it will not come out as anything known, and
+/// the stream waits for what follows it.
+#[inline(always)]
+pub(crate) fn note<P: Packet + ?Sized>(
+    packet: &mut P,
+    state: *mut State,
+    at: usize,
+    length: usize,
+    rtp: &Rtp,
+) {
+    let noted = load!(state, noted);
+    let digest = digest(packet, at, length).unwrap_or(0);
+    let index = noted as usize & (NOTES - 1);
+    store!(state, digest | u64::from(rtp.marker_type), notes[index]);
+    store!(state, Facts::new(rtp, length), heard);
+    store!(state, u32_of(rtp.ssrc), ssrc);
+    store!(state, noted.wrapping_add(1), noted);
+}
+
+impl Facts {
+    #[inline(always)]
+    const fn new(rtp: &Rtp, length: usize) -> Self {
+        Self {
+            rtp: *rtp,
+            length: length as u16,
+            padding: [0; 2],
+        }
+    }
+}
+
+/// Looks at a packet that leaves the host, and draws the conclusions. None: it is no RTP of a
+/// stream that is watched or offloaded.
+#[inline(always)]
+pub fn observe<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Reason> {
+    let bytes = packet.length();
+    let reason = judge(packet, tables)?;
+    tables.count(reason, bytes);
+    Some(reason)
+}
+
+#[inline(always)]
+fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Reason> {
+    let parsed = parse(packet).ok()?;
+    let key = StreamKey::new(parsed.source, parsed.source_port);
+    let to = (parsed.key.local_address, parsed.key.local_port);
+    let Some(out) = tables.out_leg(&key) else {
+        sent_from(&key, to, tables);
+        return None;
+    };
+    let state = tables.state(out.slot)?;
+    let now = tables.now();
+    if now >= tables.lease() {
+        return None;
+    }
+    let epoch = load!(state, epoch);
+    let mode = mode::of(epoch, load!(state, proven), load!(state, suspended));
+    if mode == mode::SUSPENDED {
+        return None;
+    }
+    let (at, length) = payload(&parsed);
+    packet.pull(at + length);
+    // RTCP, STUN and DTLS are the PBX's own business.
+    let rtp = rtp(packet, at, length).ok()?;
+    if load!(state, watched) != epoch {
+        begin(state, epoch);
+    }
+
+    let expected = to.0.is(&out.remote) && to.1 == out.remote_port;
+    if expected
+        && let Some(digest) = digest(packet, at, length)
+        && let Some((number, from)) = recall(state, digest)
+        && let Some(learned) = learn(state, out, number, from, rtp.marker_type, mode)
+    {
+        if let Learned::Proven(payload_type) = learned {
+            store!(state, epoch, proven);
+            tables.report(&Event {
+                kind: event::PROVEN,
+                slot: out.slot,
+                epoch,
+                payload_type,
+                ..Event::at(now)
+            });
+        }
+        return Some(Reason::Echo);
+    }
+
+    if mode == mode::OFFLOADED && is_keepalive(&rtp, length) {
+        // Asterisk sends it because it has not sent for a while. Where the stream flows it has only
+        // not seen it flow, and a number out of sequence would confuse the phone. Where the phone
+        // at the other end is silent, it would have sent this without us too.
+        let age = ticks(now).wrapping_sub(load!(state, last_seen));
+        return (age < FLOWING).then_some(Reason::ComfortNoise);
+    }
+    store!(state, Facts::new(&rtp, length), sent);
+    store!(state, load!(state, unequal).wrapping_add(1), unequal);
+    store!(state, 0, equal);
+    if mode == mode::WATCHING {
+        return Some(Reason::Unequal);
+    }
+    suspend(state, epoch);
+    // Where the PBX has begun to speak, it may also have begun to listen.
+    if let Some(opposite) = tables.state(out.opposite_slot) {
+        suspend(opposite, load!(opposite, epoch));
+    }
+    tables.report(&Event {
+        kind: event::TALK_BACK,
+        slot: out.slot,
+        epoch,
+        address: to.0,
+        port: to.1,
+        payload_type: PayloadType {
+            from: PayloadType::UNUSED.from,
+            to: rtp.marker_type & !MARKER,
+        },
+        ..Event::at(now)
+    });
+    Some(Reason::TalkBack)
+}
+
+/// The PBX may send from another address than assumed.
+#[inline(always)]
+fn sent_from(key: &StreamKey, to: (Address, u16), tables: &impl Tables) {
+    let any = StreamKey::new(Address::default(), key.local_port);
+    let Some(out) = tables.out_leg(&any) else {
+        return;
+    };
+    let Some(state) = tables.state(out.slot) else {
+        return;
+    };
+    if to.0.is(&out.remote) && to.1 == out.remote_port {
+        tables.report(&Event {
+            kind: event::SENT_FROM,
+            slot: out.slot,
+            epoch: load!(state, epoch),
+            address: key.local_address,
+            port: key.local_port,
+            ..Event::at(tables.now())
+        });
+    }
+}
+
+/// A new round of proof: what the last one taught is not proven any more.
+#[inline(always)]
+fn begin(state: *mut State, epoch: u32) {
+    store!(state, [PayloadType::UNUSED; PAYLOAD_TYPES], payload_types);
+    store!(state, PayloadType::UNUSED, trial);
+    store!(state, 0, equal);
+    store!(state, 0, unequal);
+    store!(state, epoch, watched);
+}
+
+/// Finds the note of a packet and strikes it out: its number, counted as in [`State::noted`], and
+/// its marker and payload type.
+#[inline(always)]
+fn recall(state: *mut State, digest: u64) -> Option<(u32, u8)> {
+    let noted = load!(state, noted);
+    let mut index = 0;
+    while index < NOTES {
+        let note = load!(state, notes[index]);
+        if (note ^ digest) >> 8 == 0 {
+            store!(state, 0, notes[index]);
+            let last = noted.wrapping_sub(1);
+            let age = last.wrapping_sub(index as u32) & (NOTES as u32 - 1);
+            return Some((noted.wrapping_sub(age), note as u8));
+        }
+        index += 1;
+    }
+    None
+}
+
+/// What an echo teaches.
+enum Learned {
+    /// Nothing new, or not enough yet.
+    Nothing,
+    /// This payload type may be relayed from now on.
+    Proven(PayloadType),
+}
+
+/// Draws the conclusions from a packet that came out equal but for its marker and payload type.
+/// None: those contradict what is known.
+#[inline(always)]
+fn learn(
+    state: *mut State,
+    out: &OutLeg,
+    number: u32,
+    from: u8,
+    to: u8,
+    mode: u32,
+) -> Option<Learned> {
+    // Asterisk sets a marker on the first packet that it forwards. It takes none away.
+    let marked = to & MARKER != from & MARKER;
+    if marked && from & MARKER != 0 {
+        return None;
+    }
+    let payload_type = PayloadType {
+        from: from & !MARKER,
+        to: to & !MARKER,
+    };
+    let known = renumbered(state, payload_type.from);
+    if known.is_some_and(|known| known != payload_type.to) {
+        return None;
+    }
+    let echoed = load!(state, echoed);
+    let in_a_row = number == echoed.wrapping_add(1);
+    // An echo that comes late has been overtaken already.
+    if number.wrapping_sub(echoed) as i32 > 0 {
+        store!(state, number, echoed);
+    }
+    if known.is_some() {
+        return Some(Learned::Nothing);
+    }
+    if marked && mode == mode::WATCHING {
+        store!(state, 0, equal);
+        return Some(Learned::Nothing);
+    }
+    let trial = load!(state, trial);
+    let mut equal = 1;
+    if in_a_row && trial.from == payload_type.from && trial.to == payload_type.to {
+        equal = load!(state, equal).saturating_add(1);
+    }
+    store!(state, payload_type, trial);
+    store!(state, equal, equal);
+    if equal >= u16::from(out.proof) && append(state, payload_type) {
+        return Some(Learned::Proven(payload_type));
+    }
+    Some(Learned::Nothing)
+}
+
+/// Adds a payload type to those that are relayed; `false` when there is no room.
+#[inline(always)]
+fn append(state: *mut State, payload_type: PayloadType) -> bool {
+    let mut index = 0;
+    while index < PAYLOAD_TYPES {
+        if load!(state, payload_types[index]).from == PayloadType::UNUSED.from {
+            store!(state, payload_type, payload_types[index]);
+            return true;
+        }
+        index += 1;
+    }
+    false
+}
+
+/// Asterisk's `rtp_keepalive`: comfort noise (RFC 3389) of one byte, its level.
+#[inline(always)]
+const fn is_keepalive(rtp: &Rtp, length: usize) -> bool {
+    const COMFORT_NOISE: u8 = 13;
+    rtp.marker_type & !MARKER == COMFORT_NOISE && length == Rtp::LEN + 1
+}

@@ -1,0 +1,36 @@
+//! The one clock that the controller and the datapath share.
+
+use nix::time::{ClockId, clock_gettime};
+
+/// `CLOCK_MONOTONIC` in nanoseconds: what the lease is written in, and what ticks are made of.
+///
+/// It does not jump when the time of day is set. It stands still while the machine is suspended, as
+/// the datapath does.
+///
+/// # Panics
+/// On a kernel without that clock, which there is not.
+#[must_use]
+pub fn monotonic_now() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock");
+    let (seconds, nanoseconds) = (now.tv_sec().cast_unsigned(), now.tv_nsec().cast_unsigned());
+    seconds * 1_000_000_000 + nanoseconds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_the_clock_that_the_kernel_shows() {
+        let uptime = || {
+            let text = std::fs::read_to_string("/proc/timer_list").ok()?;
+            let now = text.lines().find_map(|line| line.strip_prefix("now at "))?;
+            now.split(' ').next()?.parse::<u64>().ok()
+        };
+        let before = monotonic_now();
+        if let Some(kernel) = uptime() {
+            assert!(before <= kernel && kernel <= monotonic_now(), "{kernel}");
+        }
+        assert!(before <= monotonic_now());
+    }
+}

@@ -1,0 +1,427 @@
+//! What the wire tells: the datapath's events, the states in its map, and the questions that follow.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use relay_common::stream::{Address, Event, State, StreamSpec, event, mode, ticks};
+
+use super::{Controller, ControllerError, kind_of};
+use crate::{
+    ami::FeedCommand,
+    clock,
+    control::model::{PairState, StreamState},
+    events::TransitionKind,
+    registry::Origin,
+};
+
+/// How often the states of all streams are looked at, for what no event told.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Least time between two questions about a pair whose phone sends from elsewhere.
+const ASK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The first wait before a pair that was suspended again may be proven again; doubled each time.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+
+/// The longest such wait.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// A pair that stayed offloaded for so long has a clean record again.
+const FORGIVEN: Duration = Duration::from_secs(60);
+
+/// What goes on with each pair.
+#[derive(Default)]
+pub(super) struct Watch {
+    pairs: BTreeMap<u64, Vigil>,
+    looked: Option<Instant>,
+}
+
+/// What goes on with a pair.
+struct Vigil {
+    since: Instant,
+    /// When to ask whether it may be proven again, or whether its addresses changed.
+    ask_at: Option<Instant>,
+    asked: Option<Instant>,
+    /// Suspensions, each within [`FORGIVEN`] of the one before.
+    relapses: u32,
+    suspended: Option<Instant>,
+    /// Streams whose silence was told of, by leg.
+    silent: [bool; 2],
+    /// Entries of the maps that look for a stream at any local address, by leg.
+    scouts: [Option<StreamSpec>; 2],
+}
+
+impl Watch {
+    /// A pair is in the datapath's care from now on.
+    pub(super) fn begin(&mut self, id: u64, now: Instant) {
+        self.pairs.insert(
+            id,
+            Vigil {
+                since: now,
+                ask_at: None,
+                asked: None,
+                relapses: 0,
+                suspended: None,
+                silent: [false; 2],
+                scouts: [None; 2],
+            },
+        );
+    }
+
+    /// A pair is no longer in its care. Returns what is left of it in the maps.
+    pub(super) fn end(&mut self, id: u64) -> Vec<StreamSpec> {
+        let vigil = self.pairs.remove(&id);
+        vigil
+            .into_iter()
+            .flat_map(|vigil| vigil.scouts)
+            .flatten()
+            .collect()
+    }
+}
+
+impl Vigil {
+    fn ask(&mut self, at: Instant) {
+        self.ask_at = Some(self.ask_at.map_or(at, |earlier| earlier.min(at)));
+    }
+
+    /// A stream of the pair was suspended: when to ask. At once the first time; a PBX that keeps
+    /// talking back is asked ever more rarely.
+    fn relapse(&mut self, now: Instant) {
+        if self.suspended.is_none_or(|last| now >= last + FORGIVEN) {
+            self.relapses = 0;
+        }
+        let wait = match self.relapses {
+            0 => Duration::ZERO,
+            n => (FIRST_WAIT * 2_u32.saturating_pow(n - 1)).min(LONGEST_WAIT),
+        };
+        self.relapses += 1;
+        self.suspended = Some(now);
+        self.ask(now + wait);
+    }
+}
+
+impl Controller {
+    /// Takes in what the datapath tells.
+    ///
+    /// # Errors
+    /// [`ControllerError`].
+    pub async fn wire(&mut self, event: &Event) -> Result<(), ControllerError> {
+        let now = Instant::now();
+        let Some((id, leg)) = self.registry.owner(event.slot) else {
+            return Ok(());
+        };
+        // Of a round that is over, or of a stream that had the slot before.
+        if self.datapath.state(event.slot).epoch != event.epoch {
+            return Ok(());
+        }
+        let address = SocketAddr::new(IpAddr::from(event.address), event.port);
+        match event.kind {
+            event::PROVEN => {
+                let types = event.payload_type;
+                let cause = if types.from == types.to {
+                    format!(
+                        "payload type {} came out of the PBX as it went in",
+                        types.from
+                    )
+                } else {
+                    format!(
+                        "payload type {} came out of the PBX as it went in, renumbered {}",
+                        types.from, types.to
+                    )
+                };
+                self.tell(id, Some(leg), TransitionKind::Proven, &cause);
+                self.notice(id);
+            }
+            event::TALK_BACK => {
+                let cause = format!(
+                    "talk-back: the PBX itself sent RTP to {address}, payload type {}",
+                    event.payload_type.to
+                );
+                self.suspended(id, &cause, now).await?;
+            }
+            event::ECHO_MISSING => {
+                let cause = "packets passed up did not come out of the PBX";
+                self.suspended(id, cause, now).await?;
+            }
+            event::UNEXPECTED_SOURCE => {
+                let cause = format!("a packet came from {address}");
+                self.tell(id, Some(leg), TransitionKind::UnexpectedSource, &cause);
+                if let Some(vigil) = self.wire.pairs.get_mut(&id) {
+                    let earliest = vigil.asked.map_or(now, |asked| asked + ASK_INTERVAL);
+                    vigil.ask(earliest.max(now));
+                }
+                self.ask_what_is_due(id, now).await?;
+            }
+            event::RECEIVED_AT => self.correct(id, leg, Some(address.ip()), None).await?,
+            event::SENT_FROM => self.correct(id, leg, None, Some(address.ip())).await?,
+            kind => tracing::debug!(kind, "the datapath told of something unknown"),
+        }
+        Ok(())
+    }
+
+    /// The datapath has suspended a stream of the pair.
+    async fn suspended(
+        &mut self,
+        id: u64,
+        cause: &str,
+        now: Instant,
+    ) -> Result<(), ControllerError> {
+        tracing::info!(pair = id, cause, "suspended");
+        self.registry.explain(id, cause);
+        self.notice(id);
+        if let Some(vigil) = self.wire.pairs.get_mut(&id) {
+            vigil.relapse(now);
+        }
+        self.ask_what_is_due(id, now).await
+    }
+
+    /// Publishes how the streams of a pair have changed since they were last looked at.
+    pub(super) fn notice(&mut self, id: u64) {
+        let datapath = &self.datapath;
+        for turn in self.registry.turns(id, |slot| datapath.state(slot)) {
+            let why = self
+                .pair_report(id)
+                .and_then(|report| report.streams.into_iter().nth(turn.leg)?.why);
+            if let Some(kind) = kind_of(turn.now) {
+                self.tell(id, Some(turn.leg), kind, why.as_deref().unwrap_or_default());
+            }
+        }
+    }
+
+    /// Looks at every stream once a second, and at what is due more often.
+    pub(super) async fn look(&mut self, now: Instant) -> Result<(), ControllerError> {
+        let due: Vec<_> = self
+            .wire
+            .pairs
+            .iter()
+            .filter(|(_, vigil)| vigil.ask_at.is_some_and(|at| now >= at))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in due {
+            self.ask_what_is_due(id, now).await?;
+        }
+        if self.wire.looked.is_some_and(|last| now < last + LOOK) {
+            return Ok(());
+        }
+        self.wire.looked = Some(now);
+        for id in self.wire.pairs.keys().copied().collect::<Vec<_>>() {
+            self.look_at(id, now).await?;
+        }
+        Ok(())
+    }
+
+    async fn look_at(&mut self, id: u64, now: Instant) -> Result<(), ControllerError> {
+        let datapath = &self.datapath;
+        let turns = self.registry.turns(id, |slot| datapath.state(slot));
+        for turn in turns {
+            match turn.now {
+                // Its event is lost, or still to come.
+                StreamState::Suspended => {
+                    let cause = "the PBX did something else with it";
+                    self.tell(id, Some(turn.leg), TransitionKind::Suspended, cause);
+                    if let Some(vigil) = self.wire.pairs.get_mut(&id) {
+                        vigil.relapse(now);
+                    }
+                }
+                other => {
+                    if let Some(kind) = kind_of(other) {
+                        self.tell(id, Some(turn.leg), kind, "");
+                    }
+                }
+            }
+        }
+        let Some(vigil) = self.wire.pairs.get(&id) else {
+            return Ok(());
+        };
+        let age = now.saturating_duration_since(vigil.since);
+        let now_ticks = ticks(clock::monotonic_now());
+        let mut silence = [age; 2];
+        let mut offloaded = [false; 2];
+        for leg in 0..2 {
+            let Some(spec) = self.registry.installed(id, leg) else {
+                continue;
+            };
+            let state = self.datapath.state(spec.slot);
+            self.scout(id, leg, &spec, &state, age);
+            offloaded[leg] = state.mode() == mode::OFFLOADED;
+            if state.last_seen != 0 {
+                // The datapath's clock may be a tick ahead.
+                let ticks = now_ticks.wrapping_sub(state.last_seen) as i32;
+                silence[leg] = Duration::from_nanos((ticks.max(0) as u64) << 20);
+            }
+        }
+        for leg in 0..2 {
+            self.tell_of_silence(id, leg, silence[leg], offloaded[leg]);
+        }
+        self.expire(id, silence, offloaded).await
+    }
+
+    /// Looks for a stream at any local address of the host, where it is not seen at the one that
+    /// Asterisk names: bound to the wildcard address, it may not know better.
+    fn scout(&mut self, id: u64, leg: usize, spec: &StreamSpec, state: &State, age: Duration) {
+        let Some(vigil) = self.wire.pairs.get_mut(&id) else {
+            return;
+        };
+        let heard = state.last_seen != 0;
+        let answered = state.echoed != 0 || state.unequal != 0;
+        let lost = !heard || state.noted != 0 && !answered;
+        if self.registry.is_ami(id) && spec.proof != 0 && lost && age >= LOOK {
+            if vigil.scouts[leg].is_none() {
+                let mut scout = *spec;
+                scout.local.address = Address::default();
+                scout.new_source.address = Address::default();
+                match self.datapath.install(&scout) {
+                    Ok(()) => vigil.scouts[leg] = Some(scout),
+                    Err(error) => tracing::debug!(pair = id, %error, "no scout"),
+                }
+            }
+        } else if let Some(scout) = vigil.scouts[leg].take() {
+            self.withdraw(&[scout]);
+        }
+    }
+
+    /// Takes entries of the maps away whose state belongs to another.
+    pub(super) fn withdraw(&mut self, specs: &[StreamSpec]) {
+        for spec in specs {
+            if let Err(error) = self.datapath.withdraw(spec) {
+                tracing::error!(%error, "the datapath refused a change");
+            }
+        }
+    }
+
+    /// The wire shows another local address of a leg than Asterisk does: the phone sends to
+    /// `received_at`, or the stream that came in on `leg` leaves from `sent_from`.
+    async fn correct(
+        &mut self,
+        id: u64,
+        leg: usize,
+        received_at: Option<IpAddr>,
+        sent_from: Option<IpAddr>,
+    ) -> Result<(), ControllerError> {
+        let (Some(call), Some((pair, claim))) =
+            (self.registry.call(id).cloned(), self.registry.held(id))
+        else {
+            return Ok(());
+        };
+        let (mut corrected, claim) = (pair.clone(), claim.clone());
+        if let Some(address) = received_at {
+            corrected.legs[leg].local.set_ip(address);
+        }
+        if let Some(address) = sent_from {
+            corrected.legs[1 - leg].sends_from.set_ip(address);
+        }
+        if corrected == *pair {
+            return Ok(());
+        }
+        let why = "its local address is another than Asterisk says".to_owned();
+        tracing::info!(pair = id, legs = ?corrected.legs, why);
+        let channels = self.registry.channels(id);
+        self.set_aside(&call, None, PairState::Waiting, why).await?;
+        let origin = Origin::Ami {
+            call: call.clone(),
+            channels,
+        };
+        match self.add(origin, corrected, claim.rtp_timeout).await? {
+            Ok(id) => self.registry.claim(id, claim),
+            Err(refusal) => {
+                let why = refusal.to_string();
+                self.set_aside(&call, None, PairState::Refused, why).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn tell_of_silence(&mut self, id: u64, leg: usize, silence: Duration, offloaded: bool) {
+        let Some(vigil) = self.wire.pairs.get_mut(&id) else {
+            return;
+        };
+        let is_silent = offloaded && silence >= self.settings.silence;
+        let was_silent = std::mem::replace(&mut vigil.silent[leg], is_silent);
+        if is_silent == was_silent {
+            return;
+        }
+        if is_silent {
+            let cause = format!("no packet for {} s", silence.as_secs());
+            tracing::warn!(pair = id, leg, cause, "an offloaded phone is silent");
+            self.tell(id, Some(leg), TransitionKind::Silent, &cause);
+        } else if silence < self.settings.silence {
+            self.tell(id, Some(leg), TransitionKind::Resumed, "packets come again");
+        }
+    }
+
+    /// What no phone has used for long is not trusted any longer: a stream must be proven again, and
+    /// a pair that a client added is forgotten.
+    async fn expire(
+        &mut self,
+        id: u64,
+        silence: [Duration; 2],
+        offloaded: [bool; 2],
+    ) -> Result<(), ControllerError> {
+        let limit = self.settings.expire;
+        let why = || format!("no packet for {} s", limit.as_secs());
+        if !self.registry.is_ami(id) && silence.iter().all(|silence| *silence >= limit) {
+            tracing::info!(pair = id, "expired");
+            return self.forget(id, TransitionKind::Expired, &why()).await;
+        }
+        for leg in 0..2 {
+            if silence[leg] < limit || !offloaded[leg] {
+                continue;
+            }
+            if let Some(change) = self.registry.doubt(id, leg) {
+                self.tell(id, Some(leg), TransitionKind::Expired, &why());
+                self.apply(vec![change]).await?;
+                self.notice(id);
+                if let Some(vigil) = self.wire.pairs.get_mut(&id) {
+                    vigil.ask(Instant::now());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks about a pair as soon as possible.
+    pub(super) async fn ask_now(&mut self, id: u64, now: Instant) -> Result<(), ControllerError> {
+        if let Some(vigil) = self.wire.pairs.get_mut(&id) {
+            vigil.ask(now);
+        }
+        self.ask_what_is_due(id, now).await
+    }
+
+    /// Asks Asterisk about a call; a pair without a PBX to ask is proven again at once.
+    async fn ask_what_is_due(&mut self, id: u64, now: Instant) -> Result<(), ControllerError> {
+        let Some(vigil) = self.wire.pairs.get_mut(&id) else {
+            return Ok(());
+        };
+        if vigil.ask_at.is_none_or(|at| now < at) {
+            return Ok(());
+        }
+        if !self.registry.is_ami(id) {
+            vigil.ask_at = None;
+            return self.restart(id).await;
+        }
+        let (Some(call), Some(questions)) = (self.registry.call(id), &self.questions) else {
+            return Ok(());
+        };
+        // A feed with so many questions open is asked again at the next tick.
+        if questions
+            .try_send(FeedCommand::Ask { call: call.clone() })
+            .is_ok()
+        {
+            vigil.ask_at = None;
+            vigil.asked = Some(now);
+        }
+        Ok(())
+    }
+
+    /// Lets the proof of a pair's suspended streams start again.
+    pub(super) async fn restart(&mut self, id: u64) -> Result<(), ControllerError> {
+        let datapath = &self.datapath;
+        let changes = self.registry.restart(id, |slot| datapath.state(slot));
+        self.apply(changes).await?;
+        self.notice(id);
+        Ok(())
+    }
+}

@@ -1,0 +1,268 @@
+//! BPF links, which hold a program at its hook also when no process lives that knows of it, and
+//! what else the BPF file system names.
+//!
+//! By system calls, because aya tells neither which interface a link is on nor detaches a link that
+//! is pinned, and where the kernel refuses a link it attaches XDP in a manner that no pin can hold.
+
+use std::{
+    ffi::CString,
+    fs, io,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+    ptr,
+};
+
+use aya::maps::MapInfo;
+use aya_obj::generated::{
+    BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd, bpf_link_type,
+};
+use nix::libc;
+
+use super::{AttachMode, names};
+
+/// A program at a hook of an interface, for as long as someone holds or has pinned the link.
+pub(super) struct Link(OwnedFd);
+
+/// Where a link's program sits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Hook {
+    /// XDP, in whatever mode.
+    Xdp,
+    /// TCX, in either direction.
+    Tcx,
+}
+
+/// What the kernel says of a link.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LinkInfo {
+    /// Number of the link.
+    pub(super) id: u32,
+    /// Number of its program.
+    pub(super) program: u32,
+    /// Where it sits; none of ours otherwise.
+    pub(super) hook: Option<Hook>,
+    /// Index of its interface; 0 once that is gone.
+    pub(super) interface: u32,
+}
+
+impl Link {
+    /// Attaches a program to XDP.
+    pub(super) fn xdp(program: BorrowedFd<'_>, index: u32, mode: AttachMode) -> io::Result<Self> {
+        let flags = match mode {
+            AttachMode::Native => XDP_FLAGS_DRV_MODE,
+            AttachMode::Generic => XDP_FLAGS_SKB_MODE,
+        };
+        Self::create(program, index, bpf_attach_type::BPF_XDP, flags)
+    }
+
+    /// Attaches a program to the TC egress, before all others that are there.
+    pub(super) fn egress(program: BorrowedFd<'_>, index: u32) -> io::Result<Self> {
+        // Before nothing named: before all.
+        Self::create(
+            program,
+            index,
+            bpf_attach_type::BPF_TCX_EGRESS,
+            BPF_F_BEFORE,
+        )
+    }
+
+    fn create(
+        program: BorrowedFd<'_>,
+        target: u32,
+        hook: bpf_attach_type,
+        flags: u32,
+    ) -> io::Result<Self> {
+        /// `struct { … } link_create` of `union bpf_attr`.
+        #[repr(C)]
+        struct Create {
+            program: i32,
+            target: u32,
+            hook: u32,
+            flags: u32,
+        }
+        let mut create = Create {
+            program: program.as_raw_fd(),
+            target,
+            hook: hook as u32,
+            flags,
+        };
+        bpf_descriptor(bpf_cmd::BPF_LINK_CREATE, &mut create).map(Self)
+    }
+
+    /// Replaces the program: a packet sees the old one or the new one. All pins stay the link's.
+    pub(super) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        /// `struct { … } link_update` of `union bpf_attr`.
+        #[repr(C)]
+        struct Update {
+            link: i32,
+            program: i32,
+            flags: u32,
+            old_program: u32,
+        }
+        let mut update = Update {
+            link: self.0.as_raw_fd(),
+            program: program.as_raw_fd(),
+            flags: 0,
+            old_program: 0,
+        };
+        bpf(bpf_cmd::BPF_LINK_UPDATE, &mut update).map(drop)
+    }
+
+    /// Detaches the program at once, whoever has pinned the link: the kernel releases a removed pin
+    /// only a while later (`bpf_free_inode()` in kernel/bpf/inode.c runs after a grace period).
+    pub(super) fn detach(&self) -> io::Result<()> {
+        /// `struct { … } link_detach` of `union bpf_attr`.
+        #[repr(C)]
+        struct Detach {
+            link: i32,
+        }
+        let mut detach = Detach {
+            link: self.0.as_raw_fd(),
+        };
+        bpf(bpf_cmd::BPF_LINK_DETACH, &mut detach).map(drop)
+    }
+
+    /// Gives it a name in the BPF file system, besides those it has.
+    pub(super) fn pin(&self, path: &Path) -> io::Result<()> {
+        let name = name_of(path)?;
+        let mut pin = PinnedObject {
+            path: name.as_ptr().addr() as u64,
+            descriptor: self.0.as_raw_fd(),
+            flags: 0,
+        };
+        bpf(bpf_cmd::BPF_OBJ_PIN, &mut pin).map(drop)
+    }
+
+    pub(super) fn info(&self) -> io::Result<LinkInfo> {
+        /// `struct bpf_link_info`, as far as it matters; the kernel fills in as much as is asked for.
+        #[repr(C)]
+        #[derive(Default)]
+        struct Info {
+            kind: u32,
+            id: u32,
+            program: u32,
+            padding: u32,
+            // Of XDP and TCX links; the beginning of something else in others.
+            interface: u32,
+            attach_type: u32,
+        }
+        /// `struct { … } info` of `union bpf_attr`.
+        #[repr(C)]
+        struct Ask {
+            descriptor: i32,
+            length: u32,
+            info: u64,
+        }
+        let mut info = Info::default();
+        let mut ask = Ask {
+            descriptor: self.0.as_raw_fd(),
+            length: size_of::<Info>() as u32,
+            info: ptr::from_mut(&mut info).addr() as u64,
+        };
+        bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut ask)?;
+        let hook = match bpf_link_type::try_from(info.kind) {
+            Ok(bpf_link_type::BPF_LINK_TYPE_XDP) => Some(Hook::Xdp),
+            Ok(bpf_link_type::BPF_LINK_TYPE_TCX) => Some(Hook::Tcx),
+            _ => None,
+        };
+        Ok(LinkInfo {
+            id: info.id,
+            program: info.program,
+            hook,
+            interface: if hook.is_some() { info.interface } else { 0 },
+        })
+    }
+}
+
+/// What stands behind a name in the BPF file system.
+pub(super) enum Pinned {
+    /// A map.
+    Map(MapInfo),
+    /// A program, by its name in the kernel.
+    Program(String),
+    /// A link.
+    Link(Link, LinkInfo),
+}
+
+impl Pinned {
+    /// Opens a pin.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let name = name_of(path)?;
+        let mut get = PinnedObject {
+            path: name.as_ptr().addr() as u64,
+            descriptor: 0,
+            flags: 0,
+        };
+        let descriptor = bpf_descriptor(bpf_cmd::BPF_OBJ_GET, &mut get)?;
+        // Which type it is tells only the name of its anonymous file.
+        let link = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+        match fs::read_link(link)?.to_str() {
+            Some("anon_inode:bpf-map") => MapInfo::from_pin(path)
+                .map(Self::Map)
+                .map_err(io::Error::other),
+            Some("anon_inode:bpf-prog") => {
+                let info = aya::programs::ProgramInfo::from_pin(path).map_err(io::Error::other)?;
+                Ok(Self::Program(
+                    info.name_as_str().unwrap_or_default().to_owned(),
+                ))
+            }
+            // The latter for the descriptor that created the link.
+            Some("anon_inode:bpf-link" | "anon_inode:bpf_link") => {
+                let link = Link(descriptor);
+                let info = link.info()?;
+                Ok(Self::Link(link, info))
+            }
+            _ => Err(io::Error::other("of an unknown type")),
+        }
+    }
+
+    /// Whether the relay, in any version, has pinned this as `name`. Maps have their own names there,
+    /// programs begin with `relay_`; a link's program cannot be seen without CAP_SYS_ADMIN, so the
+    /// name of the pin decides.
+    pub(super) fn is_ours(&self, name: &str) -> bool {
+        match self {
+            Self::Map(info) => info.name_as_str() == Some(name),
+            Self::Program(program) => program.starts_with(names::PROGRAM_PREFIX),
+            Self::Link(_, info) => info.hook.is_some() && name.ends_with(names::LINK_SUFFIX),
+        }
+    }
+}
+
+/// `BPF_OBJ_*` of `union bpf_attr`.
+#[repr(C)]
+struct PinnedObject {
+    path: u64,
+    descriptor: i32,
+    flags: u32,
+}
+
+fn name_of(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// A `bpf` command that returns a descriptor.
+fn bpf_descriptor<T>(command: bpf_cmd, attributes: &mut T) -> io::Result<OwnedFd> {
+    let descriptor = i32::try_from(bpf(command, attributes)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+fn bpf<T>(command: bpf_cmd, attributes: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: the kernel reads and writes `size_of::<T>()` bytes of `attributes`, whose pointers
+    // describe live buffers.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as libc::c_long,
+            ptr::from_mut(attributes),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}

@@ -1,0 +1,230 @@
+//! The maps of an instance, and what they must look like to be carried on.
+
+use std::{
+    os::fd::AsFd as _,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use aya::{
+    Ebpf,
+    maps::{HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf},
+};
+use aya_obj::Object;
+use memmap2::{MmapOptions, MmapRaw};
+use nix::libc;
+use relay_common::stream::{
+    Counter, Lease, OutLeg, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
+};
+
+use super::{DatapathError, load::OBJECT, names};
+
+pub(super) const KEY: usize = size_of::<StreamKey>();
+pub(super) const VALUE: usize = size_of::<Stream>();
+pub(super) const OUT_LEG: usize = size_of::<OutLeg>();
+const COUNTER: usize = size_of::<Counter>();
+
+/// The maps of a loaded object.
+pub(super) struct Maps {
+    pub(super) max_streams: u32,
+    pub(super) streams: HashMap<MapData, [u8; KEY], [u8; VALUE]>,
+    pub(super) out_legs: HashMap<MapData, [u8; KEY], [u8; OUT_LEG]>,
+    pub(super) state: StateMap,
+    pub(super) lease: LeaseMap,
+    pub(super) counters: PerCpuArray<MapData, [u8; COUNTER]>,
+    /// Until its reader takes it.
+    pub(super) events: Option<RingBuf<MapData>>,
+}
+
+impl Maps {
+    /// Takes them out of the object.
+    pub(super) fn take(ebpf: &mut Ebpf, max_streams: u32) -> Result<Self, DatapathError> {
+        Ok(Self {
+            max_streams,
+            state: StateMap::new(map(ebpf, names::STATE)?, max_streams)?,
+            lease: LeaseMap::new(map(ebpf, names::LEASE)?)?,
+            streams: take(ebpf, names::STREAMS)?,
+            out_legs: take(ebpf, names::OUT_LEGS)?,
+            counters: take(ebpf, names::COUNTERS)?,
+            events: Some(take(ebpf, names::EVENTS)?),
+        })
+    }
+}
+
+/// What tells one map from another to the programs that use it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub(super) name: &'static str,
+    kind: Option<u32>,
+    key_size: u32,
+    value_size: u32,
+    entries: u32,
+    flags: u32,
+}
+
+/// Of all maps, as this version makes them.
+pub(super) fn layouts(max_streams: u32) -> Result<Vec<Layout>, DatapathError> {
+    let object = Object::parse(OBJECT).map_err(|error| DatapathError::Object(error.to_string()))?;
+    let layout = |name| {
+        let map = object.maps.get(name);
+        let map = map.ok_or_else(|| DatapathError::Object(format!("no map {name}")))?;
+        Ok(Layout {
+            name,
+            kind: Some(map.map_type()),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            entries: if names::SIZED.contains(&name) {
+                max_streams
+            } else {
+                map.max_entries()
+            },
+            flags: map.map_flags(),
+        })
+    };
+    names::MAPS.into_iter().map(layout).collect()
+}
+
+/// Of a map in the kernel.
+pub(super) fn layout(name: &'static str, info: &MapInfo) -> Layout {
+    Layout {
+        name,
+        kind: info.map_type().ok().map(|kind| kind as u32),
+        key_size: info.key_size(),
+        value_size: info.value_size(),
+        entries: info.max_entries(),
+        flags: info.map_flags(),
+    }
+}
+
+/// A map of the object.
+pub(super) fn map<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a MapData, DatapathError> {
+    match ebpf.map(name) {
+        Some(
+            Map::HashMap(data) | Map::Array(data) | Map::PerCpuArray(data) | Map::RingBuf(data),
+        ) => Ok(data),
+        _ => Err(DatapathError::Object(format!("no map {name}"))),
+    }
+}
+
+/// A map of the object, typed; its key and value sizes are checked by aya.
+fn take<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, DatapathError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let map = ebpf
+        .take_map(name)
+        .ok_or_else(|| DatapathError::Object(format!("no map {name}")))?;
+    T::try_from(map).map_err(|source| DatapathError::Map {
+        map: name,
+        source: Box::new(source),
+    })
+}
+
+/// What a removal came to: a key that is not there is no error.
+pub(super) fn removed(
+    map: &'static str,
+    outcome: Result<(), MapError>,
+) -> Result<(), DatapathError> {
+    match outcome {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        Err(source) => Err(DatapathError::Map {
+            map,
+            source: Box::new(source),
+        }),
+    }
+}
+
+/// `LEASE`, mapped into memory.
+pub(super) struct LeaseMap(MmapRaw);
+
+impl LeaseMap {
+    pub(super) fn new(map: &MapData) -> Result<Self, DatapathError> {
+        mapped(names::LEASE, map, size_of::<Lease>()).map(Self)
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        let lease: *mut Lease = self.0.as_mut_ptr().cast();
+        // SAFETY: an aligned word inside the mapping, which lives as long as `self`.
+        unsafe { AtomicU64::from_ptr(&raw mut (*lease).deadline) }
+    }
+
+    pub(super) fn deadline(&self) -> u64 {
+        self.word().load(Ordering::Relaxed)
+    }
+
+    pub(super) fn renew(&self, deadline: u64) {
+        self.word().store(deadline, Ordering::Release);
+    }
+}
+
+/// Maps a map's elements into memory.
+fn mapped(name: &'static str, map: &MapData, length: usize) -> Result<MmapRaw, DatapathError> {
+    MmapOptions::new()
+        .len(length)
+        .map_raw(&map.fd().as_fd())
+        .map_err(|source| DatapathError::Mmap { map: name, source })
+}
+
+/// `STATE`, mapped into memory: reading 100,000 streams costs no system call.
+pub(super) struct StateMap {
+    memory: MmapRaw,
+    entries: u32,
+}
+
+impl StateMap {
+    pub(super) fn new(map: &MapData, entries: u32) -> Result<Self, DatapathError> {
+        let length = entries as usize * size_of::<State>();
+        let memory = mapped(names::STATE, map, length)?;
+        Ok(Self { memory, entries })
+    }
+
+    fn slot(&self, slot: u32) -> *mut State {
+        assert!(slot < self.entries, "slot {slot} of {}", self.entries);
+        // SAFETY: within the mapping, as just checked.
+        unsafe { self.memory.as_mut_ptr().cast::<State>().add(slot as usize) }
+    }
+
+    fn epoch(&self, slot: u32) -> &AtomicU32 {
+        let state = self.slot(slot);
+        // SAFETY: an aligned word inside the mapping, which lives as long as `self`. The datapath
+        // reads it on other CPUs.
+        unsafe { AtomicU32::from_ptr(&raw mut (*state).epoch) }
+    }
+
+    pub(super) fn set_epoch(&self, slot: u32, epoch: u32) {
+        self.epoch(slot).store(epoch, Ordering::Release);
+    }
+
+    pub(super) fn offload(
+        &self,
+        slot: u32,
+        epoch: u32,
+        payload_types: [PayloadType; PAYLOAD_TYPES],
+    ) {
+        let state = self.slot(slot);
+        // SAFETY: inside the mapping. Without proof these fields are the controller's alone, and
+        // nothing reads them before the epoch is set.
+        unsafe {
+            (&raw mut (*state).payload_types).write_volatile(payload_types);
+            (&raw mut (*state).proven).write_volatile(epoch);
+        }
+        self.set_epoch(slot, epoch);
+    }
+
+    pub(super) fn reset(&self, slot: u32) {
+        self.set_epoch(slot, 0);
+        // SAFETY: inside the mapping. No entry of a map names the slot yet, so that the datapath
+        // does not touch it.
+        unsafe { self.slot(slot).write_volatile(State::default()) };
+    }
+
+    pub(super) fn read(&self, slot: u32) -> State {
+        // SAFETY: inside the mapping. The datapath writes meanwhile: each word is what it was at
+        // some time, which is all that is claimed, and any bits are valid.
+        unsafe { self.slot(slot).read_volatile() }
+    }
+}

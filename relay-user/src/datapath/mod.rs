@@ -1,0 +1,588 @@
+//! The datapath as the controller sees it: load, attach, adopt, and the maps.
+
+mod error;
+mod events;
+mod links;
+mod load;
+mod maps;
+mod observer;
+mod pins;
+
+use std::{
+    collections::HashSet,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+};
+
+use aya::{
+    Ebpf,
+    maps::MapError,
+    programs::{ProgramInfo, SchedClassifier},
+};
+use nix::libc;
+use relay_common::{
+    reason::Reason,
+    stream::{Counter, OutLeg, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, StreamSpec},
+};
+use serde::{Deserialize, Serialize};
+
+pub use self::{
+    error::DatapathError,
+    events::Events,
+    load::{OBJECT, load, load_observer, load_tc, load_xdp},
+    pins::{attached_mode, check_unserved, ensure_bpffs, owns, remove_leftovers},
+};
+use self::{
+    links::Link,
+    maps::{KEY, Maps, OUT_LEG, VALUE, removed},
+    observer::Observer,
+    pins::{AttachedLink, Directory, Pins},
+};
+
+/// Names of what the object defines; nothing else in userspace spells them.
+pub mod names {
+    /// XDP entry point.
+    pub const XDP: &str = "relay_xdp";
+    /// TC entry point.
+    pub const TC: &str = "relay_tc";
+    /// Observer of what leaves, at the TC egress.
+    pub const OBSERVE: &str = "relay_observe";
+    /// Streams by local address.
+    pub const STREAMS: &str = "STREAMS";
+    /// What may leave, by the address that the PBX sends from.
+    pub const OUT_LEGS: &str = "OUT_LEGS";
+    /// What happened to each stream.
+    pub const STATE: &str = "STATE";
+    /// Packets and bytes by reason.
+    pub const COUNTERS: &str = "COUNTERS";
+    /// Until when anything is relayed.
+    pub const LEASE: &str = "LEASE";
+    /// Rare facts for the controller.
+    pub const EVENTS: &str = "EVENTS";
+    /// Load-time constant: 1 in generic XDP.
+    pub const GENERIC: &str = "GENERIC";
+    /// All maps that are pinned, by their own names.
+    pub const MAPS: [&str; 6] = [STREAMS, OUT_LEGS, STATE, COUNTERS, LEASE, EVENTS];
+    /// Those that hold as many entries as there may be streams.
+    pub const SIZED: [&str; 3] = [STREAMS, OUT_LEGS, STATE];
+    /// Pin of the XDP program's link.
+    pub const XDP_LINK: &str = "xdp_link";
+    /// Pin of the observer's link.
+    pub const OBSERVER_LINK: &str = "observer_link";
+    /// How the names of all pinned links end.
+    pub const LINK_SUFFIX: &str = "_link";
+    /// How the names of all programs begin.
+    pub const PROGRAM_PREFIX: &str = "relay_";
+}
+
+/// How XDP runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachMode {
+    /// In the driver, before a socket buffer exists.
+    Native,
+    /// In the stack's receive path, on every interface.
+    Generic,
+}
+
+impl AttachMode {
+    /// As in `--mode`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+}
+
+/// A loaded and attached datapath. Dropping it detaches the programs and removes every pin.
+pub struct Datapath {
+    mode: AttachMode,
+    maps: Maps,
+    xdp: Link,
+    observer: Observer,
+    // Last: its lock says that a daemon runs, so it goes when the programs are detached.
+    pins: Pins,
+}
+
+/// What an earlier daemon left to this one, and which is carried on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Adopted {
+    /// All streams, in no order.
+    pub streams: Vec<(StreamKey, Stream)>,
+    /// Until when they are relayed, unless this daemon renews the lease.
+    pub lease: u64,
+}
+
+/// The programs and maps of one instance, in the kernel but not at work.
+struct Loaded(Ebpf);
+
+impl Loaded {
+    /// On maps of its own or, to carry an instance on, on those pinned.
+    fn new(
+        mode: AttachMode,
+        max_streams: u32,
+        pinned: Option<&Path>,
+    ) -> Result<Self, DatapathError> {
+        let mut ebpf = load::load_onto(mode, max_streams, pinned)?;
+        load_observer(&mut ebpf)?;
+        load_xdp(&mut ebpf)?;
+        Ok(Self(ebpf))
+    }
+
+    fn xdp(&self) -> Result<BorrowedFd<'_>, DatapathError> {
+        let program = self.0.program(names::XDP);
+        let program =
+            program.ok_or_else(|| DatapathError::Object(format!("no program {}", names::XDP)))?;
+        let descriptor = program.fd();
+        descriptor
+            .map(AsFd::as_fd)
+            .map_err(|error| DatapathError::Object(error.to_string()))
+    }
+
+    fn observer(&mut self) -> Result<&mut SchedClassifier, DatapathError> {
+        load::program(&mut self.0, names::OBSERVE)
+    }
+}
+
+impl Datapath {
+    /// Attaches the datapath to an interface. What an earlier daemon left attached there, and no
+    /// daemon serves, is carried on where that can be: same maps, same mode. Otherwise it is replaced,
+    /// and nothing is relayed until the lease is renewed.
+    ///
+    /// # Errors
+    /// Every [`DatapathError`] about loading, attaching and pinning. Nothing new is left behind then.
+    /// An earlier instance stays, to the end of its lease, unless it was already being replaced.
+    pub fn attach(
+        interface: &str,
+        index: u32,
+        mode: AttachMode,
+        max_streams: u32,
+    ) -> Result<(Self, Option<Adopted>), DatapathError> {
+        let pins = Pins::claim(interface)?;
+        let others = pins::others(interface)?;
+        let directories = [pins.path()]
+            .into_iter()
+            .chain(others.iter().map(Directory::path));
+        let earlier = pins::attached(directories, index)?;
+        let layouts = maps::layouts(max_streams)?;
+        let observer = match &earlier {
+            Some(earlier) if earlier.mode == mode => {
+                pins.adoptable(&earlier.info, interface, &layouts)?
+            }
+            _ => None,
+        };
+        match (earlier, observer) {
+            (Some(earlier), Some(observer)) => {
+                Self::adopt(interface, earlier, observer, max_streams, pins, &others)
+                    .map(|(datapath, adopted)| (datapath, Some(adopted)))
+            }
+            (earlier, _) => {
+                Self::replace(interface, index, mode, max_streams, earlier, pins, &others)
+                    .map(|datapath| (datapath, None))
+            }
+        }
+    }
+
+    /// Carries an earlier instance on: its maps stay, its programs are replaced in their places.
+    fn adopt(
+        interface: &str,
+        earlier: AttachedLink,
+        observer: Observer,
+        max_streams: u32,
+        mut pins: Pins,
+        others: &[Directory],
+    ) -> Result<(Self, Adopted), DatapathError> {
+        // An error must not take what is at work.
+        pins.leave();
+        let mut loaded = Loaded::new(earlier.mode, max_streams, Some(pins.path()))?;
+        let maps = Maps::take(&mut loaded.0, max_streams)?;
+        let not_replaced = |source| DatapathError::NotReplaced {
+            interface: interface.to_owned(),
+            source,
+        };
+        observer
+            .update(loaded.observer()?, interface)
+            .map_err(not_replaced)?;
+        earlier.link.update(loaded.xdp()?).map_err(not_replaced)?;
+        let id = earlier.info.id;
+        pins.unstage(Some(id))?;
+        remove_others(others, id)?;
+        let mut datapath = Self {
+            mode: earlier.mode,
+            maps,
+            xdp: earlier.link,
+            observer,
+            pins,
+        };
+        let adopted = datapath.adopted()?;
+        datapath.pins.hold();
+        Ok((datapath, adopted))
+    }
+
+    /// Attaches a new instance, then removes what was there before.
+    fn replace(
+        interface: &str,
+        index: u32,
+        mode: AttachMode,
+        max_streams: u32,
+        earlier: Option<AttachedLink>,
+        mut pins: Pins,
+        others: &[Directory],
+    ) -> Result<Self, DatapathError> {
+        pins.unstage(earlier.as_ref().map(|earlier| earlier.info.id))?;
+        let mut loaded = Loaded::new(mode, max_streams, None)?;
+        pins.stage(&loaded.0)?;
+        let maps = Maps::take(&mut loaded.0, max_streams)?;
+        // Before XDP: nothing may be relayed unobserved.
+        let observer =
+            Observer::attach(loaded.observer()?, interface, index).map_err(|source| {
+                DatapathError::ObserverRefused {
+                    interface: interface.to_owned(),
+                    source,
+                }
+            })?;
+        let settled = loaded.xdp().and_then(|program| {
+            let xdp = take_over(
+                program, interface, index, mode, earlier, &observer, &mut pins,
+            )?;
+            settle(interface, index, &xdp, &observer, &pins, others)?;
+            Ok(xdp)
+        });
+        match settled {
+            Ok(xdp) => Ok(Self {
+                mode,
+                maps,
+                xdp,
+                observer,
+                pins,
+            }),
+            Err(error) => {
+                // XDP first, as ever.
+                drop(pins);
+                if let Err(error) = observer.detach() {
+                    tracing::error!(interface, %error, "observer not detached");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// What an earlier daemon left in the maps.
+    fn adopted(&mut self) -> Result<Adopted, DatapathError> {
+        let failed = |map| {
+            move |source| DatapathError::Map {
+                map,
+                source: Box::new(source),
+            }
+        };
+        let streams: Vec<(StreamKey, Stream)> = self
+            .maps
+            .streams
+            .iter()
+            .map(|entry| {
+                let (key, stream) = entry.map_err(failed(names::STREAMS))?;
+                Ok((zerocopy::transmute!(key), zerocopy::transmute!(stream)))
+            })
+            .collect::<Result<_, DatapathError>>()?;
+        // That daemon may have been killed between the two entries of a stream. What is left would
+        // blame the PBX's packets on whichever stream has the slot next.
+        let used: HashSet<(StreamKey, u32)> = streams
+            .iter()
+            .filter(|(_, stream)| stream.proof != 0)
+            .map(|(_, stream)| {
+                (
+                    StreamKey::new(stream.new_source, stream.new_source_port),
+                    stream.slot,
+                )
+            })
+            .collect();
+        let out_legs: Vec<_> = self
+            .maps
+            .out_legs
+            .iter()
+            .collect::<Result<_, _>>()
+            .map_err(failed(names::OUT_LEGS))?;
+        for (key, out_leg) in out_legs {
+            let out_leg: OutLeg = zerocopy::transmute!(out_leg);
+            if !used.contains(&(zerocopy::transmute!(key), out_leg.slot)) {
+                removed(names::OUT_LEGS, self.maps.out_legs.remove(&key))?;
+            }
+        }
+        Ok(Adopted {
+            streams,
+            lease: self.lease(),
+        })
+    }
+
+    /// Ends the control of the datapath and leaves it attached and pinned, to the end of its lease or
+    /// to the next [`Self::attach`].
+    pub fn leave(mut self) {
+        self.pins.leave();
+    }
+
+    /// What the datapath reports, from the first event on that nobody has read.
+    ///
+    /// # Errors
+    /// Outside of an event loop, or for want of descriptors.
+    ///
+    /// # Panics
+    /// When called twice: there is one reader.
+    pub fn events(&mut self) -> io::Result<Events> {
+        let ring = self.maps.events.take();
+        Events::new(ring.expect("events have one reader"))
+    }
+
+    /// How the program runs.
+    #[must_use]
+    pub const fn mode(&self) -> AttachMode {
+        self.mode
+    }
+
+    /// Directory of the pinned maps.
+    #[must_use]
+    pub fn pins(&self) -> &Path {
+        self.pins.path()
+    }
+
+    /// Installs a stream, or replaces it while packets flow; a packet sees the old one or the new
+    /// one. Whether it is relayed is left as it is.
+    ///
+    /// # Errors
+    /// [`DatapathError::Full`].
+    pub fn install(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
+        // The observer first: it must know the echo of the first packet that is noted.
+        if spec.proof != 0 {
+            let (key, out_leg) = spec.out_leg();
+            let (key, out_leg): ([u8; KEY], [u8; OUT_LEG]) =
+                (zerocopy::transmute!(key), zerocopy::transmute!(out_leg));
+            let inserted = self.maps.out_legs.insert(key, out_leg, 0);
+            inserted.map_err(|source| self.insert_error(names::OUT_LEGS, source))?;
+        }
+        let (key, stream) = (spec.key(), spec.compile());
+        let (key, stream): ([u8; KEY], [u8; VALUE]) =
+            (zerocopy::transmute!(key), zerocopy::transmute!(stream));
+        let inserted = self.maps.streams.insert(key, stream, 0);
+        inserted.map_err(|source| self.insert_error(names::STREAMS, source))
+    }
+
+    fn insert_error(&self, map: &'static str, source: MapError) -> DatapathError {
+        match &source {
+            MapError::SyscallError(error)
+                if error.io_error.raw_os_error() == Some(nix::libc::E2BIG) =>
+            {
+                DatapathError::Full {
+                    max_streams: self.maps.max_streams,
+                }
+            }
+            _ => DatapathError::Map {
+                map,
+                source: Box::new(source),
+            },
+        }
+    }
+
+    /// Takes a stream back on the spot, then removes it.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`]; a stream that is not there is none.
+    pub fn remove(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
+        self.take_back(spec.slot);
+        self.withdraw(spec)
+    }
+
+    /// Removes a stream's entries; its state is left as it is.
+    ///
+    /// # Errors
+    /// As [`Self::remove`].
+    pub fn withdraw(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
+        removed(
+            names::STREAMS,
+            self.maps.streams.remove(&zerocopy::transmute!(spec.key())),
+        )?;
+        let (key, _) = spec.out_leg();
+        removed(
+            names::OUT_LEGS,
+            self.maps.out_legs.remove(&zerocopy::transmute!(key)),
+        )
+    }
+
+    /// Forgets what happened to the slot's earlier stream, and leaves the new one to the PBX.
+    pub fn reset(&self, slot: u32) {
+        self.maps.state.reset(slot);
+    }
+
+    /// Takes a stream back; effective on the next packet, without a system call.
+    pub fn take_back(&self, slot: u32) {
+        self.maps.state.set_epoch(slot, 0);
+    }
+
+    /// Begins a round of proof, at the end of which the datapath offloads the stream by itself.
+    /// `epoch` must be another than in any round of this slot before, and not 0.
+    pub fn watch(&self, slot: u32, epoch: u32) {
+        self.maps.state.set_epoch(slot, epoch);
+    }
+
+    /// Offloads a stream without proof. `epoch` as in [`Self::watch`].
+    pub fn offload(&self, slot: u32, epoch: u32, payload_types: [PayloadType; PAYLOAD_TYPES]) {
+        self.maps.state.offload(slot, epoch, payload_types);
+    }
+
+    /// Until when anything is relayed: `CLOCK_MONOTONIC`, ns.
+    #[must_use]
+    pub fn lease(&self) -> u64 {
+        self.maps.lease.deadline()
+    }
+
+    /// Sets until when anything is relayed.
+    pub fn renew_lease(&self, deadline: u64) {
+        self.maps.lease.renew(deadline);
+    }
+
+    /// What happened to a stream so far.
+    #[must_use]
+    pub fn state(&self, slot: u32) -> State {
+        self.maps.state.read(slot)
+    }
+
+    /// Packets and bytes by reason, all CPUs together.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn counters(&self) -> Result<Vec<(Reason, Counter)>, DatapathError> {
+        Reason::ALL
+            .iter()
+            .map(|&reason| {
+                let values = self
+                    .maps
+                    .counters
+                    .get(&(reason as u32), 0)
+                    .map_err(|source| DatapathError::Map {
+                        map: names::COUNTERS,
+                        source: Box::new(source),
+                    })?;
+                let total = values.iter().fold(Counter::default(), |total, bytes| {
+                    let one: Counter = zerocopy::transmute!(*bytes);
+                    Counter {
+                        packets: total.packets.wrapping_add(one.packets),
+                        bytes: total.bytes.wrapping_add(one.bytes),
+                    }
+                });
+                Ok((reason, total))
+            })
+            .collect()
+    }
+}
+
+impl Drop for Datapath {
+    fn drop(&mut self) {
+        if self.pins.stays() {
+            return;
+        }
+        // XDP first: nothing may be relayed unobserved.
+        for (what, outcome) in [
+            ("relay", self.xdp.detach()),
+            ("observer", self.observer.detach()),
+        ] {
+            if let Err(error) = outcome {
+                tracing::error!(what, %error, "not detached");
+            }
+        }
+    }
+}
+
+/// Has the new program run instead of the earlier one; returns its link, which is pinned in `next`.
+fn take_over(
+    program: BorrowedFd<'_>,
+    interface: &str,
+    index: u32,
+    mode: AttachMode,
+    earlier: Option<AttachedLink>,
+    observer: &Observer,
+    pins: &mut Pins,
+) -> Result<Link, DatapathError> {
+    if let Observer::Link(link) = observer {
+        pins.stage_link(names::OBSERVER_LINK, link)?;
+    }
+    let not_replaced = |source| DatapathError::NotReplaced {
+        interface: interface.to_owned(),
+        source,
+    };
+    match earlier {
+        Some(earlier) if earlier.mode == mode => {
+            pins.replace_xdp(&earlier.link)?;
+            earlier.link.update(program).map_err(not_replaced)?;
+            Ok(earlier.link)
+        }
+        earlier => {
+            if let Some(earlier) = earlier {
+                // No interface has native and generic XDP at once (dev_xdp_attach() in
+                // net/core/dev.c), so the earlier one must go first; meanwhile the PBX relays.
+                pins.hold();
+                earlier.link.detach().map_err(not_replaced)?;
+            }
+            let link = Link::xdp(program, index, mode)
+                .map_err(|source| attach_error(interface, mode, source))?;
+            pins.replace_xdp(&link)?;
+            Ok(link)
+        }
+    }
+}
+
+/// Has the new instance stand alone.
+fn settle(
+    interface: &str,
+    index: u32,
+    xdp: &Link,
+    observer: &Observer,
+    pins: &Pins,
+    others: &[Directory],
+) -> Result<(), DatapathError> {
+    let id = xdp.info().map_err(|source| DatapathError::NotReplaced {
+        interface: interface.to_owned(),
+        source,
+    })?;
+    pins.settle(id.id)?;
+    if let Observer::Filter(filter) = observer {
+        pins::delete_filters(interface, index, Some(*filter))?;
+    }
+    remove_others(others, id.id)
+}
+
+/// Removes what other versions left, but not the XDP link, which is this version's by now.
+fn remove_others(others: &[Directory], xdp: u32) -> Result<(), DatapathError> {
+    for other in others {
+        other.remove(Some(xdp))?;
+        tracing::warn!(pins = %other.path().display(), "removed what another version left");
+    }
+    Ok(())
+}
+
+/// Why a mode cannot be had.
+fn attach_error(interface: &str, mode: AttachMode, source: io::Error) -> DatapathError {
+    let interface = interface.to_owned();
+    match (source.raw_os_error(), mode) {
+        // EEXIST: there is one in the other mode.
+        (Some(libc::EBUSY | libc::EEXIST), _) => {
+            let program = "id unknown".to_owned();
+            DatapathError::OtherProgram { interface, program }
+        }
+        (_, AttachMode::Native) => DatapathError::NativeRefused { interface, source },
+        (_, AttachMode::Generic) => DatapathError::XdpRefused { interface, source },
+    }
+}
+
+/// Name and id of a loaded program, for a message.
+#[must_use]
+pub fn describe_program(id: u32) -> String {
+    let name = aya::programs::loaded_programs()
+        .filter_map(Result::ok)
+        .find(|program: &ProgramInfo| program.id() == id)
+        .and_then(|program| program.name_as_str().map(str::to_owned));
+    match name {
+        Some(name) => format!("`{name}`, id {id}"),
+        None => format!("id {id}"),
+    }
+}

@@ -1,0 +1,227 @@
+//! The observer at the TC egress, by TCX (Linux 6.6) or, below, as a filter of the queueing
+//! discipline clsact.
+//!
+//! A filter is no object that could be pinned: it stays until someone deletes it, and is known by its
+//! name. The clsact itself stays, because whether another program needs it nobody can tell.
+
+use std::{io, os::fd::AsFd as _};
+
+use aya::programs::{
+    ProgramError, ProgramFd, SchedClassifier, TcAttachType,
+    tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact},
+};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    tc::{self, TcAttribute, TcFilterBpfOption, TcMessage, TcOption},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::libc;
+
+use super::{links::Link, names};
+
+/// The attached observer.
+pub(super) enum Observer {
+    /// By TCX.
+    Link(Link),
+    /// By clsact.
+    Filter(Filter),
+}
+
+impl Observer {
+    /// Attaches the observer, besides any that is there.
+    pub(super) fn attach(
+        program: &mut SchedClassifier,
+        interface: &str,
+        index: u32,
+    ) -> io::Result<Self> {
+        match Link::egress(descriptor(program)?.as_fd(), index) {
+            // Before Linux 6.6, a link could not have a program of this type.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                Filter::attach(program, interface, index).map(Self::Filter)
+            }
+            link => link.map(Self::Link),
+        }
+    }
+
+    /// Puts another program in its place: a packet sees the old one or the new one.
+    pub(super) fn update(&self, program: &mut SchedClassifier, interface: &str) -> io::Result<()> {
+        match self {
+            Self::Link(link) => link.update(descriptor(program)?.as_fd()),
+            Self::Filter(filter) => filter.update(program, interface),
+        }
+    }
+
+    /// Detaches it. An interface that is gone is no error.
+    pub(super) fn detach(&self) -> io::Result<()> {
+        match self {
+            Self::Link(link) => link.detach(),
+            Self::Filter(filter) => filter.delete(),
+        }
+    }
+}
+
+/// A filter of clsact's egress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Filter {
+    index: u32,
+    priority: u16,
+    handle: u32,
+}
+
+impl Filter {
+    fn attach(program: &mut SchedClassifier, interface: &str, index: u32) -> io::Result<Self> {
+        match qdisc_add_clsact(interface) {
+            // It is there already.
+            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            outcome => outcome.map_err(io::Error::other)?,
+        }
+        // The kernel puts a filter without a priority before all that are there.
+        let options = TcAttachOptions::Netlink(NlOptions::default());
+        let attach = |program: &mut SchedClassifier| {
+            let id = program.attach_with_options(interface, TcAttachType::Egress, options)?;
+            let link = program.take_link(id)?;
+            let (priority, handle) = (link.priority()?, link.handle()?.into());
+            // It only holds what was just read, and would delete the filter.
+            std::mem::forget(link);
+            Ok(Self {
+                index,
+                priority,
+                handle,
+            })
+        };
+        attach(program).map_err(|error: ProgramError| io::Error::other(error.to_string()))
+    }
+
+    fn update(self, program: &mut SchedClassifier, interface: &str) -> io::Result<()> {
+        // cls_bpf_change() in net/sched/cls_bpf.c replaces a filter of the same handle under RCU.
+        let filter = SchedClassifierLink::attached(
+            interface,
+            TcAttachType::Egress,
+            self.priority,
+            TcHandle::from(self.handle),
+            None,
+        )?;
+        let update = |program: &mut SchedClassifier| {
+            let id = program.attach_to_link(filter)?;
+            // As in `attach`.
+            std::mem::forget(program.take_link(id)?);
+            Ok(())
+        };
+        update(program).map_err(|error: ProgramError| io::Error::other(error.to_string()))
+    }
+
+    /// All observers at the egress of an interface; none without clsact or interface.
+    pub(super) fn all(index: u32) -> io::Result<Vec<Self>> {
+        let mut filters = Vec::new();
+        let request = RouteNetlinkMessage::GetTrafficFilter(egress(index));
+        let outcome = exchange(request, NLM_F_DUMP, |message| {
+            if let RouteNetlinkMessage::NewTrafficFilter(filter) = message
+                && is_observer(&filter)
+            {
+                filters.push(Self {
+                    index,
+                    // TC_H_MAJ() of tcm_info in include/uapi/linux/rtnetlink.h.
+                    priority: (filter.header.info >> 16) as u16,
+                    handle: filter.header.handle.into(),
+                });
+            }
+        });
+        absent(outcome)?;
+        Ok(filters)
+    }
+
+    /// Deletes it. A filter or an interface that is gone is no error.
+    pub(super) fn delete(self) -> io::Result<()> {
+        let mut message = egress(self.index);
+        message.header.handle = self.handle.into();
+        let protocol = u32::from((libc::ETH_P_ALL as u16).to_be());
+        message.header.info = u32::from(self.priority) << 16 | protocol;
+        let request = RouteNetlinkMessage::DelTrafficFilter(message);
+        absent(exchange(request, NLM_F_ACK, |_| {}))
+    }
+}
+
+fn descriptor(program: &SchedClassifier) -> io::Result<&ProgramFd> {
+    program.fd().map_err(io::Error::other)
+}
+
+/// Addresses the egress of an interface's clsact.
+fn egress(index: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(index.cast_signed());
+    message.header.parent = tc::TcHandle {
+        major: tc::TcHandle::CLSACT.major,
+        minor: tc::TcHandle::MIN_EGRESS,
+    };
+    // `tc::TcHandle::CLSACT` is ffff:fff1, whose major half the parent shares.
+    message
+}
+
+fn is_observer(filter: &TcMessage) -> bool {
+    let options = filter
+        .attributes
+        .iter()
+        .filter_map(|attribute| match attribute {
+            TcAttribute::Options(options) => Some(options),
+            _ => None,
+        });
+    options.flatten().any(|option| {
+        matches!(option, TcOption::Bpf(TcFilterBpfOption::ProgName(name)) if name == names::OBSERVE)
+    })
+}
+
+/// What is not there is not to be found or deleted.
+fn absent(outcome: io::Result<()>) -> io::Result<()> {
+    match outcome {
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                // No interface; no clsact; no filter.
+                Some(libc::ENODEV | libc::EINVAL | libc::ENOENT)
+            ) =>
+        {
+            Ok(())
+        }
+        outcome => outcome,
+    }
+}
+
+/// Asks the kernel and hears all it answers.
+fn exchange(
+    request: RouteNetlinkMessage,
+    flags: u16,
+    mut each: impl FnMut(RouteNetlinkMessage),
+) -> io::Result<()> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut message = NetlinkMessage::from(request);
+    message.header.flags = NLM_F_REQUEST | flags;
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    socket.send(&bytes, 0)?;
+    loop {
+        // One read of a dump or an answer holds several messages, each aligned to 4 bytes.
+        let (received, _) = socket.recv_from_full()?;
+        let mut rest = &received[..];
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                .map_err(io::Error::other)?;
+            let length = (message.header.length as usize).next_multiple_of(4);
+            rest = rest.get(length..).unwrap_or_default();
+            match message.payload {
+                NetlinkPayload::InnerMessage(message) => each(message),
+                NetlinkPayload::Done(done) if done.code == 0 => return Ok(()),
+                NetlinkPayload::Done(done) => {
+                    return Err(io::Error::from_raw_os_error(-done.code));
+                }
+                NetlinkPayload::Error(error) if error.raw_code() == 0 => return Ok(()),
+                NetlinkPayload::Error(error) => {
+                    return Err(io::Error::from_raw_os_error(-error.raw_code()));
+                }
+                _ => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,704 @@
+//! What a daemon leaves pinned and attached: the next one carries it on, replaces it, or removes it, and calls go on.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use aya::{
+    maps::MapInfo,
+    programs::{SchedClassifier, TcAttachType, links::FdLink, links::PinnedLink},
+};
+use relay_common::{
+    stream::{
+        Endpoint, Event, NextHop, PAYLOAD_TYPES, PayloadType, StreamSpec, VlanTag, event, feed,
+    },
+    wire::Mac,
+};
+use relay_tests::{
+    namespace::Host,
+    phone::{Bank, Phone, Talk},
+    topology::{Direct, PBX_MAC, PBX_V4, PHONES_MAC},
+};
+use relay_user::{
+    clock::monotonic_now,
+    datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events, names},
+    privileges,
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const DIRECTORY: &str = "/sys/fs/bpf/relay/v2/eth0";
+const MAX_STREAMS: u32 = 16;
+const GENERIC: AttachMode = AttachMode::Generic;
+/// Between two packets.
+const FAST: Duration = Duration::from_millis(1);
+/// A lease that outlasts any test, ns.
+const LONG: u64 = 3_600_000_000_000;
+
+fn endpoint((address, port): (std::net::IpAddr, u16)) -> Endpoint {
+    Endpoint {
+        address: address.into(),
+        port,
+    }
+}
+
+/// Where the PBX receives and a phone is, by leg.
+const LOCAL_PORTS: [u16; 2] = [10_000, 10_002];
+const REMOTE_PORTS: [u16; 2] = [30_000, 30_002];
+
+fn spec(leg: u8) -> StreamSpec {
+    let local = |leg: u8| endpoint((PBX_V4, LOCAL_PORTS[usize::from(leg)]));
+    let remote = |leg: u8| endpoint((Direct::phone_v4(leg), REMOTE_PORTS[usize::from(leg)]));
+    let other = 1 - leg;
+    StreamSpec {
+        source: remote(leg),
+        local: local(leg),
+        new_source: local(other),
+        new_destination: remote(other),
+        next_hop: NextHop {
+            destination_mac: Mac { bytes: PHONES_MAC },
+            source_mac: Mac { bytes: PBX_MAC },
+            vlans: [VlanTag::default(); 2],
+            vlan_depth: 0,
+            known: 1,
+            mtu: 1500,
+        },
+        dscp: 46,
+        slot: leg.into(),
+        opposite_slot: other.into(),
+        keepalive: 0,
+        pair: 7,
+        leg,
+        feed: feed::API,
+        proof: 0,
+    }
+}
+
+/// Two phones and the PBX between them, whose datapath the test holds.
+struct Site {
+    net: Direct,
+    phones: [Phone; 2],
+    pbx: [Phone; 2],
+    _banks: [Bank; 2],
+}
+
+impl Site {
+    fn new() -> Self {
+        let net = Direct::new(2).expect("network");
+        let banks = [&net.phones, &net.pbx].map(|host| Bank::new(host).expect("sockets"));
+        let phones = [0, 1].map(|leg: u8| {
+            let port = REMOTE_PORTS[usize::from(leg)];
+            let address = SocketAddr::new(Direct::phone_v4(leg), port);
+            banks[0].phone(address).expect("phone")
+        });
+        let pbx = LOCAL_PORTS
+            .map(|port| SocketAddr::new(PBX_V4, port))
+            .map(|address| banks[1].phone(address).expect("socket"));
+        Self {
+            net,
+            phones,
+            pbx,
+            _banks: banks,
+        }
+    }
+
+    fn host(&self) -> &Host {
+        &self.net.pbx
+    }
+
+    fn index(&self) -> u32 {
+        self.host()
+            .run(|| nix::net::if_::if_nametoindex("eth0").expect("interface"))
+    }
+
+    fn attach(
+        &self,
+        mode: AttachMode,
+        max_streams: u32,
+    ) -> Result<(Datapath, Option<Adopted>), DatapathError> {
+        let index = self.index();
+        self.host().run(|| {
+            datapath::ensure_bpffs()?;
+            Datapath::attach("eth0", index, mode, max_streams)
+        })
+    }
+
+    fn fresh(&self, mode: AttachMode, max_streams: u32) -> Datapath {
+        let (datapath, adopted) = self.attach(mode, max_streams).expect("attached");
+        assert_eq!(adopted, None);
+        assert_eq!(datapath.lease(), 0, "nothing is relayed yet");
+        datapath
+    }
+
+    fn adopt(&self) -> (Datapath, Adopted) {
+        let (datapath, adopted) = self.attach(GENERIC, MAX_STREAMS).expect("attached");
+        (datapath, adopted.expect("adopted"))
+    }
+
+    /// Has both streams relayed.
+    fn offload(&self, datapath: &mut Datapath) {
+        let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
+        payload_types[0] = PayloadType { from: 0, to: 0 };
+        for leg in [0, 1] {
+            let spec = spec(leg);
+            datapath.reset(spec.slot);
+            datapath.install(&spec).expect("installed");
+            datapath.offload(spec.slot, 1, payload_types);
+        }
+        datapath.renew_lease(monotonic_now() + LONG);
+    }
+
+    fn leave(&self, datapath: Datapath) {
+        self.host().run(|| datapath.leave());
+    }
+
+    fn drop(&self, datapath: Datapath) {
+        self.host().run(|| drop(datapath));
+    }
+
+    fn talk(&self) {
+        for (leg, phone) in self.phones.iter().enumerate() {
+            phone.talk(Talk {
+                interval: FAST,
+                ..Talk::to(SocketAddr::new(PBX_V4, LOCAL_PORTS[leg]), 100 + leg as u32)
+            });
+        }
+    }
+
+    /// Waits until this many more packets of each phone have come to an end.
+    fn goes_on(&self, packets: usize) {
+        for leg in [0, 1] {
+            let arrived = || self.phones[1 - leg].arrivals().len() + self.pbx[leg].arrivals().len();
+            let target = arrived() + packets;
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while arrived() < target {
+                assert!(std::time::Instant::now() < deadline, "packets stopped");
+                let there = self.phones[leg].sent();
+                self.phones[leg]
+                    .wait_sent(there + 1, PATIENCE)
+                    .expect("talking");
+            }
+        }
+    }
+
+    /// Silences both phones, and asserts that each of their packets came once, in order, to the other phone or to the
+    /// PBX; returns how many came to the PBX.
+    fn passed(&self) -> u64 {
+        let mut passed = 0;
+        for leg in [0, 1] {
+            let phone = &self.phones[leg];
+            phone.hush();
+            let sent = phone.sent();
+            let ends = [&self.phones[1 - leg], &self.pbx[leg]];
+            let arrived = || ends.map(|end| end.heard(phone).received);
+            let deadline = std::time::Instant::now() + Duration::from_secs(5);
+            while arrived().iter().sum::<u64>() < sent && std::time::Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            assert_eq!(
+                arrived().iter().sum::<u64>(),
+                sent,
+                "leg {leg}: {:?}",
+                arrived()
+            );
+            for end in ends {
+                let heard = end.heard(phone);
+                assert_eq!((heard.duplicates, heard.reordered), (0, 0), "leg {leg}");
+            }
+            passed += arrived()[1];
+        }
+        passed
+    }
+
+    fn exists(&self, path: impl AsRef<Path> + Send) -> bool {
+        self.host().run(|| fs::symlink_metadata(path).is_ok())
+    }
+
+    /// Asserts that nothing is attached and nothing pinned, without waiting.
+    fn nothing_left(&self) {
+        assert!(!self.exists("/sys/fs/bpf/relay"), "pins");
+        assert_eq!(self.xdp(), None, "XDP program");
+        assert_eq!(self.observers(), [] as [u32; 0], "observer");
+    }
+
+    /// The XDP program that runs.
+    fn xdp(&self) -> Option<u32> {
+        self.host().run(|| {
+            let interfaces = relay_user::next_hop::Interfaces::read().expect("interfaces");
+            let interface = interfaces.named("eth0").expect("eth0");
+            interface.xdp.first().map(|program| program.id)
+        })
+    }
+
+    /// The programs at the egress, in their order.
+    fn observers(&self) -> Vec<u32> {
+        self.host().run(|| {
+            let (_, programs) =
+                SchedClassifier::query_tcx("eth0", TcAttachType::Egress).expect("TCX");
+            programs.iter().map(|program| program.id()).collect()
+        })
+    }
+
+    /// Ids of the links and of the maps by the names of their pins.
+    fn pinned(&self) -> Pinned {
+        self.host().run(|| {
+            let mut pinned = Pinned::default();
+            for entry in fs::read_dir(DIRECTORY).expect("pins") {
+                let path = entry.expect("pin").path();
+                let name = path
+                    .file_name()
+                    .expect("name")
+                    .to_str()
+                    .expect("text")
+                    .to_owned();
+                if name.ends_with("_link") {
+                    let link: FdLink = PinnedLink::from_pin(&path).expect("link").into();
+                    let info = link.info().expect("link");
+                    pinned.links.insert(name.clone(), info.id());
+                    pinned.programs.insert(name, info.program_id());
+                } else {
+                    pinned
+                        .maps
+                        .insert(name, MapInfo::from_pin(&path).expect("map").id());
+                }
+            }
+            pinned
+        })
+    }
+
+    fn rename(&self, from: &str, to: &str) {
+        self.host().run(|| {
+            fs::create_dir_all(Path::new(to).parent().expect("folder")).expect("folder");
+            fs::rename(from, to).expect("renamed");
+        });
+    }
+
+    fn remove(&self, path: &str) {
+        self.host().run(|| fs::remove_file(path).expect("removed"));
+    }
+
+    fn remove_leftovers(&self) -> Result<Vec<String>, DatapathError> {
+        self.host().run(|| datapath::remove_leftovers("eth0"))
+    }
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Pinned {
+    links: BTreeMap<String, u32>,
+    maps: BTreeMap<String, u32>,
+    programs: BTreeMap<String, u32>,
+}
+
+#[test]
+fn the_next_daemon_carries_calls_on_without_losing_or_passing_a_packet() {
+    let site = Site::new();
+    let mut datapath = site.fresh(GENERIC, MAX_STREAMS);
+    let first = site.pinned();
+    assert_eq!(
+        first
+            .maps
+            .keys()
+            .map(String::as_str)
+            .collect::<BTreeSet<_>>(),
+        names::MAPS.into()
+    );
+    assert_eq!(site.xdp(), Some(first.programs[names::XDP_LINK]));
+    assert_eq!(site.observers(), [first.programs[names::OBSERVER_LINK]]);
+    site.offload(&mut datapath);
+    let lease = datapath.lease();
+    site.talk();
+    site.goes_on(20);
+    site.leave(datapath);
+    let mut programs = BTreeSet::from([first.programs[names::XDP_LINK]]);
+    for _ in 0..20 {
+        site.goes_on(20);
+        let (datapath, adopted) = site.adopt();
+        let mut expected = [0, 1].map(|leg| (spec(leg).key(), spec(leg).compile()));
+        expected.sort_by_key(|(key, _)| key.local_port);
+        let mut streams = adopted.streams;
+        streams.sort_by_key(|(key, _)| key.local_port);
+        assert_eq!(streams, expected);
+        assert_eq!((adopted.lease, datapath.lease()), (lease, lease));
+        let now = site.pinned();
+        assert_eq!((&now.links, &now.maps), (&first.links, &first.maps));
+        assert!(
+            programs.insert(now.programs[names::XDP_LINK]),
+            "the same program"
+        );
+        assert_eq!(site.xdp(), Some(now.programs[names::XDP_LINK]));
+        assert_eq!(site.observers(), [now.programs[names::OBSERVER_LINK]]);
+        assert!(datapath.state(0).packets > 0 && datapath.state(1).packets > 0);
+        site.leave(datapath);
+    }
+    site.goes_on(20);
+    assert_eq!(site.passed(), 0, "packets through the slow path");
+    let (datapath, _) = site.adopt();
+    // Taken back by its end: no entry of this daemon is without a daemon.
+    site.drop(datapath);
+    site.nothing_left();
+}
+
+#[test]
+fn another_size_or_mode_replaces_what_was_there_and_loses_nothing() {
+    let site = Site::new();
+    // Native XDP on veth counts what the peer receives only when that has a program too.
+    let _peer = site.net.phones_interface.pass_program().expect("program");
+    let mut datapath = site.fresh(GENERIC, MAX_STREAMS);
+    site.offload(&mut datapath);
+    site.talk();
+    let mut before = site.pinned();
+    let cases = [
+        (GENERIC, MAX_STREAMS * 2),
+        (GENERIC, MAX_STREAMS),
+        (AttachMode::Native, MAX_STREAMS),
+        (AttachMode::Native, 4),
+        (GENERIC, 4),
+    ];
+    let mut mode = GENERIC;
+    for (next, max_streams) in cases {
+        site.goes_on(20);
+        site.leave(datapath);
+        datapath = site.fresh(next, max_streams);
+        let now = site.pinned();
+        let maps = |pinned: &Pinned| pinned.maps.values().copied().collect::<BTreeSet<_>>();
+        assert!(maps(&now).is_disjoint(&maps(&before)), "maps of its own");
+        let xdp = [&before, &now].map(|pinned| pinned.links[names::XDP_LINK]);
+        assert_eq!(
+            xdp[0] == xdp[1],
+            next == mode,
+            "the link stays where it can"
+        );
+        assert_eq!(site.xdp(), Some(now.programs[names::XDP_LINK]));
+        assert_eq!(site.observers(), [now.programs[names::OBSERVER_LINK]]);
+        site.goes_on(20);
+        site.offload(&mut datapath);
+        (before, mode) = (now, next);
+    }
+    site.goes_on(20);
+    assert!(site.passed() > 0, "some before the lease was renewed");
+    site.drop(datapath);
+    site.nothing_left();
+}
+
+#[test]
+fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
+    let site = Site::new();
+    let links = [names::XDP_LINK, names::OBSERVER_LINK];
+    let pins: Vec<_> = names::MAPS.into_iter().chain(links).collect();
+    // Which pins are gone, and which are still in the folder of what is being prepared.
+    let mut damages: Vec<(&[&str], &[&str])> = Vec::new();
+    // The last map, and both links.
+    for pin in pins[5..].chunks(1) {
+        damages.extend([(pin, &[][..]), (&[], pin)]);
+    }
+    damages.extend((0..pins.len()).map(|moved| (&[][..], &pins[moved..])));
+    for (gone, staged) in damages {
+        let what = format!("{gone:?} gone, {staged:?} not moved up");
+        for detach in [false, true] {
+            let datapath = site.fresh(GENERIC, MAX_STREAMS);
+            site.leave(datapath);
+            for pin in gone {
+                site.remove(&format!("{DIRECTORY}/{pin}"));
+            }
+            for pin in staged {
+                site.rename(
+                    &format!("{DIRECTORY}/{pin}"),
+                    &format!("{DIRECTORY}/next/{pin}"),
+                );
+            }
+            if detach {
+                let removed = site.remove_leftovers().expect(&what);
+                assert!(
+                    removed.len() == 1 && removed[0].starts_with(DIRECTORY),
+                    "{removed:?}"
+                );
+            } else {
+                let datapath = site.fresh(GENERIC, MAX_STREAMS);
+                let pinned = site.pinned();
+                assert_eq!((pinned.links.len(), pinned.maps.len()), (2, 6), "{what}");
+                assert_eq!(site.xdp(), Some(pinned.programs[names::XDP_LINK]), "{what}");
+                let observer = pinned.programs[names::OBSERVER_LINK];
+                assert_eq!(site.observers(), [observer], "{what}");
+                site.drop(datapath);
+            }
+            site.nothing_left();
+        }
+    }
+}
+
+#[test]
+fn other_versions_give_way_to_this_one_and_detach_removes_them_all() {
+    let site = Site::new();
+    for attaches in [true, false] {
+        // A version 1, which had maps only, and a version to come, which is attached.
+        let datapath = site.fresh(GENERIC, MAX_STREAMS);
+        site.leave(datapath);
+        let link = site.pinned().links[names::XDP_LINK];
+        site.rename("/sys/fs/bpf/relay/v2", "/sys/fs/bpf/relay/v3");
+        for name in [names::STREAMS, names::STATE, names::COUNTERS] {
+            site.host().run(|| {
+                let map = aya::maps::MapData::from_pin(format!("/sys/fs/bpf/relay/v3/eth0/{name}"));
+                fs::create_dir_all("/sys/fs/bpf/relay/v1/eth0").expect("folder");
+                let map = map.expect("map");
+                map.pin(format!("/sys/fs/bpf/relay/v1/eth0/{name}"))
+                    .expect("pinned");
+            });
+        }
+        if attaches {
+            site.talk();
+            site.goes_on(20);
+            let datapath = site.fresh(GENERIC, MAX_STREAMS);
+            assert_eq!(site.pinned().links[names::XDP_LINK], link, "taken over");
+            for other in ["v1", "v3"] {
+                assert!(
+                    !site.exists(format!("/sys/fs/bpf/relay/{other}")),
+                    "{other}"
+                );
+            }
+            assert_eq!(site.observers().len(), 1);
+            site.drop(datapath);
+            assert!(site.passed() > 0, "there are no streams");
+        } else {
+            let removed = site.remove_leftovers().expect("removed");
+            let has = |words: &str| removed.iter().any(|line| line.contains(words));
+            assert!(has("v1/eth0 (3 maps)"), "{removed:?}");
+            assert!(
+                has("v3/eth0 (XDP program, observer, 6 maps)"),
+                "{removed:?}"
+            );
+        }
+        site.nothing_left();
+    }
+}
+
+#[test]
+fn what_is_not_the_relays_is_neither_detached_nor_removed() {
+    let site = Site::new();
+    let refused = || match site.attach(GENERIC, MAX_STREAMS) {
+        Ok(_) => panic!("attached"),
+        Err(error) => error,
+    };
+    let other = site.net.pbx_interface.pass_program().expect("program");
+    let id = site.xdp().expect("attached");
+    assert!(matches!(refused(), DatapathError::OtherProgram { .. }));
+    assert_eq!(site.remove_leftovers().expect("nothing"), [] as [String; 0]);
+    assert_eq!(site.xdp(), Some(id));
+    let index = site.index();
+    let owns = || {
+        site.host()
+            .run(|| datapath::owns("eth0", index, site.xdp()?).ok())
+    };
+    assert_eq!(owns(), Some(false));
+    drop(other);
+    site.nothing_left();
+
+    // A map of another program, in a place of ours.
+    let datapath = site.fresh(GENERIC, MAX_STREAMS);
+    site.leave(datapath);
+    assert_eq!(owns(), Some(true));
+    let alien = format!("{DIRECTORY}/alien");
+    site.host().run(|| {
+        let map = aya::maps::MapData::from_pin(format!("{DIRECTORY}/LEASE")).expect("map");
+        map.pin(&alien).expect("pinned");
+    });
+    let before = (site.xdp(), site.observers());
+    let error = refused().to_string();
+    assert!(error.contains(&alien) && error.contains("rm "), "{error}");
+    assert_eq!((site.xdp(), site.observers()), before, "left as it was");
+    let error = site.remove_leftovers().expect_err("refused").to_string();
+    assert!(error.contains(&alien), "{error}");
+    assert!(site.exists(&alien));
+    assert_eq!(
+        (site.xdp(), site.observers()),
+        (None, vec![]),
+        "ours is gone"
+    );
+    site.remove(&alien);
+    site.remove_leftovers().expect("removed");
+    site.nothing_left();
+}
+
+#[test]
+fn a_running_daemon_keeps_its_interface_and_a_lost_interface_is_no_obstacle() {
+    let site = Site::new();
+    let datapath = site.fresh(GENERIC, MAX_STREAMS);
+    let running = |outcome: Result<(), DatapathError>| {
+        assert!(
+            matches!(outcome, Err(DatapathError::Running { .. })),
+            "{outcome:?}"
+        );
+    };
+    running(site.attach(GENERIC, MAX_STREAMS).map(drop));
+    running(site.remove_leftovers().map(drop));
+    running(site.host().run(|| datapath::check_unserved("eth0")));
+    site.leave(datapath);
+    site.host()
+        .run(|| datapath::check_unserved("eth0"))
+        .expect("unserved");
+    site.host().ip("link delete eth0").expect("deleted");
+    let removed = site.remove_leftovers().expect("removed");
+    assert_eq!(removed.len(), 1, "{removed:?}");
+    assert!(!site.exists("/sys/fs/bpf/relay"));
+}
+
+#[test]
+fn an_interface_that_is_another_by_now_gets_a_new_instance() {
+    let site = Site::new();
+    let datapath = site.fresh(GENERIC, MAX_STREAMS);
+    site.leave(datapath);
+    let index = site.index();
+    site.host()
+        .ip("link delete eth0\nlink add eth0 type veth peer name eth1\nlink set eth0 up")
+        .expect("another");
+    assert_ne!(site.index(), index);
+    let datapath = site.fresh(GENERIC, MAX_STREAMS);
+    assert_eq!(site.xdp(), Some(site.pinned().programs[names::XDP_LINK]));
+    site.drop(datapath);
+    site.nothing_left();
+}
+
+#[test]
+fn the_observer_comes_before_other_programs_of_the_egress() {
+    let site = Site::new();
+    let index = site.index();
+    let other = site.host().run(|| {
+        let mut ebpf = datapath::load(GENERIC, 2).expect("loaded");
+        let program = datapath::load_tc(&mut ebpf).expect("loaded");
+        let link = program
+            .attach("eth0", TcAttachType::Egress)
+            .expect("attached");
+        (program.take_link(link).expect("link"), ebpf)
+    });
+    let theirs = site.observers();
+    let datapath = site.fresh(GENERIC, MAX_STREAMS);
+    let ours = site.pinned().programs[names::OBSERVER_LINK];
+    assert_eq!(site.observers(), [&[ours], &theirs[..]].concat());
+    assert_eq!(
+        site.host()
+            .run(|| datapath::attached_mode("eth0", index))
+            .expect("mode"),
+        Some(GENERIC)
+    );
+    site.drop(datapath);
+    assert_eq!(site.observers(), theirs, "only ours goes");
+    drop(other);
+}
+
+#[test]
+fn the_capabilities_kept_suffice_to_carry_on_and_to_end() {
+    let site = Site::new();
+    let index = site.index();
+    site.host().run(|| {
+        // Of this thread only.
+        privileges::keep_for_attaching().expect("kept");
+        let attach = || Datapath::attach("eth0", index, GENERIC, MAX_STREAMS).expect("attached");
+        attach().0.leave();
+        let (datapath, adopted) = attach();
+        assert!(adopted.is_some());
+        privileges::keep_for_serving().expect("kept");
+        drop(datapath);
+    });
+    site.nothing_left();
+    let datapath = site.fresh(GENERIC, MAX_STREAMS);
+    site.leave(datapath);
+    site.host().run(|| {
+        privileges::keep_for_attaching().expect("kept");
+        privileges::keep_for_serving().expect("kept");
+        datapath::remove_leftovers("eth0").expect("removed");
+    });
+    site.nothing_left();
+}
+
+/// Reads events as the daemon does.
+fn with_events<T>(datapath: &mut Datapath, work: impl AsyncFnOnce(&mut Events) -> T) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime.expect("event loop").block_on(async {
+        let mut events = datapath.events().expect("events");
+        work(&mut events).await
+    })
+}
+
+#[test]
+fn events_wait_for_the_next_daemon() {
+    let site = Site::new();
+    let mut datapath = site.fresh(GENERIC, MAX_STREAMS);
+    site.offload(&mut datapath);
+    let stranger = |port: u16, expected: usize| {
+        let bank = Bank::new(&site.net.phones).expect("sockets");
+        let phone = bank
+            .phone(SocketAddr::new(Direct::phone_v4(0), port))
+            .expect("phone");
+        phone.talk(Talk {
+            count: Some(1),
+            ..Talk::to(SocketAddr::new(PBX_V4, LOCAL_PORTS[0]), 9)
+        });
+        site.pbx[0]
+            .wait_received(expected, PATIENCE)
+            .expect("passed");
+    };
+    let is = |event: Event, port: u16| {
+        assert_eq!((event.kind, event.slot), (event::UNEXPECTED_SOURCE, 0));
+        assert_eq!(
+            (event.address, event.port),
+            (Direct::phone_v4(0).into(), port)
+        );
+    };
+    stranger(40_000, 1);
+    site.leave(datapath);
+    let (mut datapath, _) = site.adopt();
+    with_events(&mut datapath, async |events| {
+        is(events.next().await, 40_000);
+        // One that comes while the reader sleeps.
+        let timeout = tokio::time::timeout(Duration::from_millis(150), events.next());
+        timeout.await.expect_err("no other event");
+        let next = events.next();
+        let (event, ()) = tokio::join!(next, async { stranger(40_002, 2) });
+        is(event, 40_002);
+    });
+    site.leave(datapath);
+    let (mut datapath, _) = site.adopt();
+    with_events(&mut datapath, async |events| {
+        let timeout = tokio::time::timeout(Duration::from_millis(1), events.next());
+        timeout.await.expect_err("each is read once");
+    });
+    site.drop(datapath);
+}
+
+#[test]
+fn an_out_leg_without_its_stream_does_not_outlive_its_daemon() {
+    let site = Site::new();
+    let mut datapath = site.fresh(GENERIC, MAX_STREAMS);
+    let mut proven = spec(0);
+    proven.proof = 8;
+    datapath.install(&proven).expect("installed");
+    // As a daemon that was killed between the two entries leaves it.
+    let mut half = spec(1);
+    half.proof = 8;
+    datapath.install(&half).expect("installed");
+    let path = |name: &str| PathBuf::from(DIRECTORY).join(name);
+    let entries = || {
+        site.host().run(|| {
+            let map = aya::maps::MapData::from_pin(path(names::OUT_LEGS)).expect("map");
+            let map = aya::maps::Map::HashMap(map);
+            let map: aya::maps::HashMap<_, [u8; 20], [u8; 28]> = map.try_into().expect("map");
+            map.keys().count()
+        })
+    };
+    site.host().run(|| {
+        let map = aya::maps::MapData::from_pin(path(names::STREAMS)).expect("map");
+        let map = aya::maps::Map::HashMap(map);
+        let mut map: aya::maps::HashMap<_, [u8; 20], [u8; 112]> = map.try_into().expect("map");
+        map.remove(&zerocopy::transmute!(half.key()))
+            .expect("removed");
+    });
+    assert_eq!(entries(), 2);
+    site.leave(datapath);
+    let (datapath, adopted) = site.adopt();
+    assert_eq!((adopted.streams.len(), entries()), (1, 1));
+    site.drop(datapath);
+}
