@@ -67,6 +67,9 @@ pub struct Hearing {
     pub duplicates: u64,
     /// Packets that came after a later one of the same phone, or of a later phone.
     pub reordered: u64,
+    /// Of these, packets of which one of the two went through the kernel: Asterisk changes the order by itself when it
+    /// turns a bridge native.
+    pub overtaken: u64,
     /// Packets of a phone that this one should not hear.
     pub wrong: u64,
     /// Sound that Asterisk made itself.
@@ -112,6 +115,8 @@ impl Hearing {
         let starts: Vec<u64> = (0..speakers.len() as u64).map(|at| at << 32).collect();
         let mut numbers = vec![Vec::new(); speakers.len()];
         let mut row = Vec::new();
+        // The highest number until now, and whether the kernel sent it.
+        let mut highest = (0, false);
         let mut flows = BTreeMap::<u32, Flow>::new();
         let mut digits = Digits::default();
         let mut last = None::<Duration>;
@@ -134,7 +139,13 @@ impl Hearing {
             if let Some(stamp) = arrival.stamp {
                 if let Some(at) = place(stamp.sender) {
                     numbers[at].push((stamp.number, arrival.at));
-                    row.push((starts[at] + stamp.number, arrival.at));
+                    let (number, is_fast) = (starts[at] + stamp.number, arrival.tos >> 2 == EF);
+                    row.push((number, arrival.at));
+                    if number > highest.0 {
+                        highest = (number, is_fast);
+                    } else if number < highest.0 {
+                        hearing.overtaken += u64::from(is_fast || highest.1);
+                    }
                     let number = stamp.number as usize;
                     if number > 0 {
                         let sent = &sendings[at];

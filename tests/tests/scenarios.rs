@@ -462,7 +462,7 @@ impl Faults {
                 continue;
             }
             check(with.expedited > 0, "not in the kernel");
-            check(with.reordered <= without.reordered, "order");
+            check(with.overtaken == 0, "order");
             // Asterisk's own sound and a phone's voice are never mixed.
             check(with.turns <= without.turns, "voice in between");
             check(with.events + LEEWAY > without.events, "a digit with holes");
@@ -594,7 +594,7 @@ fn nobody_is_hung_up(stage: &Stage) {
             let faults = (
                 hearing.lost,
                 hearing.duplicates,
-                hearing.reordered,
+                hearing.overtaken,
                 hearing.wrong,
             );
             assert_eq!(faults, (0, 0, 0, 0), "{rtcp}: {hearing:?}");
@@ -716,7 +716,7 @@ impl<'a> Crowd<'a> {
                 let faults = (
                     hearing.lost,
                     hearing.duplicates,
-                    hearing.reordered,
+                    hearing.overtaken,
                     hearing.wrong,
                     hearing.others,
                 );
@@ -866,7 +866,7 @@ fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
         let faults = (
             hearing.lost,
             hearing.duplicates,
-            hearing.reordered,
+            hearing.overtaken,
             hearing.wrong,
         );
         assert_eq!(faults, (0, 0, 0, 0), "{hearing:?}");
