@@ -204,10 +204,10 @@ impl Shared {
         self.state.lock().expect("no holder of this lock panics")
     }
 
-    /// An even port, so that RTCP has the odd one above it.
+    /// An even port, so that RTCP has the odd one above it, and none that the kernel gives to other sockets.
     fn media_address(&self) -> SocketAddr {
         static NEXT: AtomicU16 = AtomicU16::new(0);
-        let port = 40_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 10_000 * 2;
+        let port = 20_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 5_000 * 2;
         SocketAddr::new(self.local.ip(), port)
     }
 
