@@ -124,7 +124,7 @@ impl Hearing {
         for arrival in &arrivals {
             let Some(rtp) = arrival.rtp else { continue };
             *hearing.types.entry(rtp.payload_type).or_default() += 1;
-            hearing.expedited += u64::from(arrival.tos >> 2 == EF);
+            hearing.expedited += u64::from(is_fast(arrival));
             if !hearing.sources.contains(&rtp.ssrc) {
                 hearing.sources.push(rtp.ssrc);
             }
@@ -139,12 +139,12 @@ impl Hearing {
             if let Some(stamp) = arrival.stamp {
                 if let Some(at) = place(stamp.sender) {
                     numbers[at].push((stamp.number, arrival.at));
-                    let (number, is_fast) = (starts[at] + stamp.number, arrival.tos >> 2 == EF);
+                    let (number, fast) = (starts[at] + stamp.number, is_fast(arrival));
                     row.push((number, arrival.at));
                     if number > highest.0 {
-                        highest = (number, is_fast);
+                        highest = (number, fast);
                     } else if number < highest.0 {
-                        hearing.overtaken += u64::from(is_fast || highest.1);
+                        hearing.overtaken += u64::from(fast || highest.1);
                     }
                     let number = stamp.number as usize;
                     if number > 0 {
@@ -180,6 +180,11 @@ impl Hearing {
         hearing.digits = digits.heard;
         hearing
     }
+}
+
+/// Whether the relay sent this packet.
+pub fn is_fast(arrival: &Arrival) -> bool {
+    arrival.tos >> 2 == EF
 }
 
 /// Puts telephone events together.
