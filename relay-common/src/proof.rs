@@ -8,7 +8,7 @@ use crate::{
     packet::{Packet, Tables},
     parse::parse,
     reason::Reason,
-    relay::{payload, rtp, u32_of},
+    relay::{is_time_to_report, nonzero, payload, rtp, u32_of},
     state::{load, store},
     stream::{
         Address, Event, Facts, NOTES, OutLeg, PAYLOAD_TYPES, PayloadType, State, StreamKey, event,
@@ -174,14 +174,18 @@ fn sent_from(key: &StreamKey, to: (Address, u16), tables: &impl Tables) {
     let Some(state) = tables.state(out.slot) else {
         return;
     };
-    if to.0.is(&out.remote) && to.1 == out.remote_port {
+    let now = tables.now();
+    let now_ticks = nonzero(ticks(now));
+    let expected = to.0.is(&out.remote) && to.1 == out.remote_port;
+    if expected && is_time_to_report(load!(state, reported_out), now_ticks) {
+        store!(state, now_ticks, reported_out);
         tables.report(&Event {
             kind: event::SENT_FROM,
             slot: out.slot,
             epoch: load!(state, epoch),
             address: key.local_address,
             port: key.local_port,
-            ..Event::at(tables.now())
+            ..Event::at(now)
         });
     }
 }

@@ -160,7 +160,7 @@ struct Moment {
 
 /// 0 says "never" in a [`State`].
 #[inline(always)]
-const fn nonzero(ticks: u32) -> u32 {
+pub(crate) const fn nonzero(ticks: u32) -> u32 {
     if ticks == 0 { 1 } else { ticks }
 }
 
@@ -244,11 +244,17 @@ pub(crate) fn rtp<P: Packet + ?Sized>(
     Ok(*packet.header::<Rtp>(at)?)
 }
 
-/// Tells the controller of a thing that may come with every packet, at times.
+/// Whether to tell the controller, at `now`, of a thing that may come with every packet. `last` is
+/// when it was told before; all in ticks.
+#[inline(always)]
+pub(crate) const fn is_time_to_report(last: u32, now: u32) -> bool {
+    last == 0 || now.wrapping_sub(last) >= REPORT_INTERVAL
+}
+
+/// Tells the controller, at times.
 #[inline(always)]
 fn report_at_times(state: *mut State, now_ticks: u32, event: &Event, tables: &impl Tables) {
-    let reported = load!(state, reported);
-    if reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL {
+    if is_time_to_report(load!(state, reported), now_ticks) {
         store!(state, now_ticks, reported);
         tables.report(event);
     }

@@ -479,7 +479,8 @@ abi! {
         pub last_rtcp: u32,
         /// Receiver: packets in a row, of proven payload types, that still await an echo.
         pub unanswered: u32,
-        /// Receiver: ticks of the last report of an unexpected source or address.
+        /// Receiver: ticks of the last report of an unexpected source or address; 0 before the
+        /// first.
         pub reported: u32,
         /// Observer: the epoch that the fields below and `payload_types` belong to.
         pub watched: u32,
@@ -496,8 +497,10 @@ abi! {
         pub heard: Facts,
         /// Observer: the last packet of the PBX's that equals none.
         pub sent: Facts,
+        /// Observer: ticks of the last report of an unexpected address; 0 before the first.
+        pub reported_out: u32,
         /// Always 0.
-        pub padding: [u8; 8],
+        pub padding: [u8; 4],
     }
 }
 
