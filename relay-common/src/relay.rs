@@ -1,6 +1,8 @@
 //! The decision on a packet that comes in, in the order that docs/datapath.md explains to
 //! operators.
 
+use core::ptr;
+
 use crate::{
     packet::{Packet, Tables},
     parse::{Parsed, parse},
@@ -36,7 +38,7 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Reason
         Err(Passed { reason, up }) => {
             // Before the note, which costs the verifier most: by then the reasons are all one to it.
             tables.count(reason, bytes);
-            if let Some(up) = up {
+            if !up.state.is_null() {
                 note(packet, up.state, up.at, up.length, &up.rtp);
             }
             reason
@@ -47,12 +49,15 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Reason
 /// Why a packet is the stack's.
 struct Passed {
     reason: Reason,
-    /// Set for one that the PBX will most probably forward.
-    up: Option<Up>,
+    up: Up,
 }
 
-/// A packet of a stream that is passed up.
+/// A packet of a stream that is passed up, which the PBX will most probably forward.
+///
+/// No `Option`: the compiler would leave its other half undefined and still copy it, which the
+/// verifier of Linux 6.1 refuses.
 struct Up {
+    /// Null where there is nothing to note.
     state: *mut State,
     /// Offset of its RTP header, bytes.
     at: usize,
@@ -64,7 +69,13 @@ struct Up {
 impl From<Reason> for Passed {
     #[inline(always)]
     fn from(reason: Reason) -> Self {
-        Self { reason, up: None }
+        let up = Up {
+            state: ptr::null_mut(),
+            at: 0,
+            length: 0,
+            rtp: Rtp::default(),
+        };
+        Self { reason, up }
     }
 }
 
@@ -140,12 +151,12 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
                 ..Event::at(now)
             });
         }
-        passed.up = Some(Up {
+        passed.up = Up {
             state,
             at,
             length,
             rtp,
-        });
+        };
     }
     Err(passed)
 }
