@@ -43,7 +43,8 @@ pub(crate) fn renumbered(state: *mut State, payload_type: u8) -> Option<u8> {
     None
 }
 
-/// Keeps in mind a packet that is passed up.
+/// Keeps in mind a packet that is passed up, for as long as the epoch lasts: what was noted in an
+/// earlier one may have come out while nobody looked, and must not be taken for an echo then.
 ///
 /// One too long for a digest is counted all the same: it will not come out as anything known, and
 /// the stream waits for what follows it.
@@ -51,12 +52,13 @@ pub(crate) fn renumbered(state: *mut State, payload_type: u8) -> Option<u8> {
 pub(crate) fn note<P: Packet + ?Sized>(
     packet: &mut P,
     state: *mut State,
+    epoch: u32,
     at: usize,
     length: usize,
     rtp: &Rtp,
 ) {
     let noted = load!(state, noted);
-    let digest = digest(packet, at, length).unwrap_or(0);
+    let digest = digest(packet, at, length, epoch).unwrap_or(0);
     let index = noted as usize & (NOTES - 1);
     store!(state, digest | u64::from(rtp.marker_type), notes[index]);
     store!(state, Facts::new(rtp, length), heard);
@@ -114,7 +116,7 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
 
     let expected = to.0.is(&out.remote) && to.1 == out.remote_port;
     if expected
-        && let Some(digest) = digest(packet, at, length)
+        && let Some(digest) = digest(packet, at, length, epoch)
         && let Some((number, from)) = recall(state, digest)
         && let Some(learned) = learn(state, out, number, from, rtp.marker_type)
     {
@@ -131,6 +133,7 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
         return Some(Reason::Echo);
     }
 
+    store!(state, 0, equal);
     if mode == mode::OFFLOADED && is_keepalive(&rtp, length) {
         // Asterisk sends it because it has not sent for a while. Where the stream flows it has only
         // not seen it flow, and a number out of sequence would confuse the phone. Where the phone
@@ -141,7 +144,6 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
     }
     store!(state, Facts::new(&rtp, length), sent);
     store!(state, load!(state, unequal).wrapping_add(1), unequal);
-    store!(state, 0, equal);
     if mode == mode::WATCHING {
         return Some(Reason::Unequal);
     }

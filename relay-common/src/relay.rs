@@ -37,7 +37,7 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Reason
             // Before the note, which costs the verifier most: by then the reasons are all one to it.
             tables.count(reason, bytes);
             if let Some(up) = up {
-                note(packet, up.state, up.at, up.length, &up.rtp);
+                note(packet, up.state, up.epoch, up.at, up.length, &up.rtp);
             }
             reason
         }
@@ -54,6 +54,7 @@ struct Passed {
 /// A packet of a stream that is passed up.
 struct Up {
     state: *mut State,
+    epoch: u32,
     /// Offset of its RTP header, bytes.
     at: usize,
     /// Bytes of RTP.
@@ -142,6 +143,7 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
         }
         passed.up = Some(Up {
             state,
+            epoch,
             at,
             length,
             rtp,
