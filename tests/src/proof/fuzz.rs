@@ -497,7 +497,11 @@ fn let_out(pbx: &mut Pbx, now: u32, programs: &mut impl Programs, judge: &mut Ju
         if let Some(Equal { number, .. }) = equal {
             judge.passed[number].came_out = true;
         }
-        judge.sent.push(equal);
+        // Less than a header is no RTP: nothing that a phone would play.
+        let is_rtp = rtp.len() >= 12;
+        if is_rtp {
+            judge.sent.push(equal);
+        }
         let is_noise = rtp.len() == 13 && rtp[1] & 0x7f == 13;
         if !is_let_out && (before.mode() != mode::OFFLOADED || !is_noise) {
             judge.complain("swallows a packet of the PBX's");
@@ -507,7 +511,7 @@ fn let_out(pbx: &mut Pbx, now: u32, programs: &mut impl Programs, judge: &mut Ju
                 let known = judge.proven.get(&equal.payload_type.from);
                 known.is_none_or(|known| *known == equal.payload_type.to)
             });
-            judge.distrusted |= !as_before && !is_noise;
+            judge.distrusted |= is_rtp && !as_before && !is_noise;
         }
         if after.mode() != mode::OFFLOADED {
             continue;
