@@ -46,7 +46,8 @@ pub(crate) fn renumbered(state: *mut State, payload_type: u8) -> Option<u8> {
     None
 }
 
-/// Keeps in mind a packet that is passed up.
+/// Keeps in mind a packet that is passed up, for as long as the epoch lasts: what was noted in an
+/// earlier one may have come out while nobody looked, and must not be taken for an echo then.
 ///
 /// One too long for a digest is counted all the same: it will not come out as anything known, and
 /// the stream waits for what follows it.
@@ -54,12 +55,13 @@ pub(crate) fn renumbered(state: *mut State, payload_type: u8) -> Option<u8> {
 pub(crate) fn note<P: Packet + ?Sized>(
     packet: &mut P,
     state: *mut State,
+    epoch: u32,
     at: usize,
     length: usize,
     rtp: &Rtp,
 ) {
     let noted = load!(state, noted);
-    let digest = digest(packet, at, length).unwrap_or(0);
+    let digest = digest(packet, at, length, epoch).unwrap_or(0);
     let index = noted as usize & (NOTES - 1);
     store!(state, digest | u64::from(rtp.marker_type), notes[index]);
     store!(state, *rtp, heard);
@@ -109,7 +111,7 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
     let opposite = tables.state(out.opposite_slot)?;
     let expected = to.0.is(&out.remote) && to.1 == out.remote_port;
     if expected
-        && let Some(digest) = digest(packet, at, length)
+        && let Some(digest) = digest(packet, at, length, epoch)
         && let Some((number, from)) = recall(state, digest)
         && let Some(learned) = learn(state, number, from, rtp.marker_type)
     {
@@ -130,6 +132,7 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
         return Some(Reason::Echo);
     }
 
+    store!(state, 0, equal);
     if mode == mode::OFFLOADED && is_keepalive(&rtp, length) {
         // Asterisk sends it because it has not sent for a while. Where the stream flows it has only
         // not seen it flow, and a number out of sequence would confuse the phone. Where the phone
@@ -142,7 +145,6 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
     store!(state, length as u16, sent_length);
     store!(state, now_ticks, spoken);
     store!(state, load!(state, unequal).wrapping_add(1), unequal);
-    store!(state, 0, equal);
     if mode == mode::WATCHING {
         return Some(Reason::Unequal);
     }

@@ -39,7 +39,7 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Reason
             // Before the note, which costs the verifier most: by then the reasons are all one to it.
             tables.count(reason, bytes);
             if !up.state.is_null() {
-                note(packet, up.state, up.at, up.length, &up.rtp);
+                note(packet, up.state, up.epoch, up.at, up.length, &up.rtp);
             }
             reason
         }
@@ -59,6 +59,7 @@ struct Passed {
 struct Up {
     /// Null where there is nothing to note.
     state: *mut State,
+    epoch: u32,
     /// Offset of its RTP header, bytes.
     at: usize,
     /// Bytes of RTP.
@@ -71,6 +72,7 @@ impl From<Reason> for Passed {
     fn from(reason: Reason) -> Self {
         let up = Up {
             state: ptr::null_mut(),
+            epoch: 0,
             at: 0,
             length: 0,
             rtp: Rtp::default(),
@@ -153,6 +155,7 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
         }
         passed.up = Up {
             state,
+            epoch,
             at,
             length,
             rtp,

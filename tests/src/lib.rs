@@ -18,6 +18,7 @@ pub mod pair;
 pub mod pbx;
 pub mod phone;
 pub mod program;
+pub mod proof;
 pub mod relay;
 pub mod rtp;
 pub mod scenario;

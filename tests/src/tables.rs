@@ -24,19 +24,33 @@ pub struct Entry {
 /// What the clock of [`MemoryTables`] shows first, ns: far from 0, and from where ticks wrap.
 pub const NOW: u64 = 100_000_000_000_000;
 
-/// A state with all its times later by so many ticks. What has never happened still has not.
-#[must_use]
-pub fn later(mut state: State, ticks: u32) -> State {
-    for time in [
+/// The fields of a state that hold a time.
+const fn times(state: &mut State) -> [&mut u32; 5] {
+    [
         &mut state.last_seen,
         &mut state.last_passed,
         &mut state.last_rtcp,
         &mut state.reported,
         &mut state.sent_reported,
-    ] {
+    ]
+}
+
+/// A state with all its times later by so many ticks. What has never happened still has not.
+#[must_use]
+pub fn later(mut state: State, ticks: u32) -> State {
+    for time in times(&mut state) {
         if *time != 0 {
             *time = time.wrapping_add(ticks);
         }
+    }
+    state
+}
+
+/// A state without its times, but for whether they are set: to compare states of different clocks.
+#[must_use]
+pub fn timeless(mut state: State) -> State {
+    for time in times(&mut state) {
+        *time = u32::from(*time != 0);
     }
     state
 }

@@ -15,7 +15,7 @@ use relay_common::{
     proof::observe,
     reason::{Reason, Verdict},
     relay::relay,
-    stream::{Counter, Event, State},
+    stream::{Counter, Event},
     wire::{Be16, Udp},
 };
 use relay_tests::{
@@ -24,7 +24,7 @@ use relay_tests::{
     kernel::{Kernel, show, show_observer},
     namespace::Host,
     program::CHECKSUM_COMPLETE,
-    tables::{Entry, MemoryTables},
+    tables::{Entry, MemoryTables, timeless},
 };
 
 /// Loads the datapath for a hook.
@@ -121,19 +121,6 @@ impl Packet for FinishedFrame<'_> {
             .applied_to(header.checksum.get());
         header.checksum = Be16::new(udp_field(new));
         Ok(())
-    }
-}
-
-/// A state without its times, but for whether they are set: the clocks differ.
-fn timeless(state: State) -> State {
-    let was = |ticks: u32| u32::from(ticks != 0);
-    State {
-        last_seen: was(state.last_seen),
-        last_passed: was(state.last_passed),
-        last_rtcp: was(state.last_rtcp),
-        reported: was(state.reported),
-        sent_reported: was(state.sent_reported),
-        ..state
     }
 }
 
