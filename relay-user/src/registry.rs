@@ -1266,18 +1266,14 @@ fn difference(state: &State) -> &'static str {
     let near = |one: u32, other: u32, unit: u32| {
         one.wrapping_sub(other).min(other.wrapping_sub(one)) <= NEAR * unit
     };
-    let sequence = |facts: &stream::Facts| u32::from(facts.rtp.sequence.get());
-    if number(heard.rtp.ssrc) != number(sent.rtp.ssrc) {
+    let sequence = |rtp: &relay_common::wire::Rtp| u32::from(rtp.sequence.get());
+    if number(heard.ssrc) != number(sent.ssrc) {
         "the PBX sends it with another SSRC"
     } else if !near(sequence(heard), sequence(sent), 1) {
         "the PBX sends it with other sequence numbers"
-    } else if !near(
-        number(heard.rtp.timestamp),
-        number(sent.rtp.timestamp),
-        6000,
-    ) {
+    } else if !near(number(heard.timestamp), number(sent.timestamp), 6000) {
         "the PBX sends it with other timestamps"
-    } else if heard.length != sent.length {
+    } else if state.heard_length != state.sent_length {
         "the PBX sends packets of another length"
     } else {
         "the PBX changes the payload, or sends to another address"
@@ -1703,7 +1699,7 @@ mod tests {
         );
         let mut transcoded = watching;
         transcoded.unequal = 1;
-        transcoded.sent.rtp.ssrc = [7, 7].map(relay_common::wire::Be16::new);
+        transcoded.sent.ssrc = [7, 7].map(relay_common::wire::Be16::new);
         assert_eq!(
             words(transcoded),
             "proof 0/8: the PBX sends it with another SSRC"

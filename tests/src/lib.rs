@@ -20,6 +20,9 @@ pub mod phone;
 pub mod program;
 pub mod relay;
 pub mod rtp;
+pub mod scenario;
+pub mod sip;
+pub mod softphone;
 pub mod tables;
 pub mod topology;
 

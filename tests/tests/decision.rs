@@ -10,7 +10,10 @@ use relay_tests::{
 
 /// Decides on a frame, alone.
 fn decide(frame: &[u8], streams: &[Entry], hook: Hook) -> (Reason, Vec<u8>, MemoryTables) {
-    let tables = MemoryTables::new(streams, SLOTS);
+    decide_by(frame, MemoryTables::new(streams, SLOTS), hook)
+}
+
+fn decide_by(frame: &[u8], tables: MemoryTables, hook: Hook) -> (Reason, Vec<u8>, MemoryTables) {
     let mut after = frame.to_vec();
     let reason = relay(
         &mut Frame::new(&mut after, hook.partial_checksum()),
@@ -53,7 +56,9 @@ fn fixtures() {
     for fixture in fixture::all() {
         // TC's own way with checksums is the kernel's: `kernel.rs` has it.
         for hook in [Hook::NativeXdp, Hook::GenericXdp] {
-            let (reason, after, tables) = decide(&fixture.frame, &fixture.streams, hook);
+            let tables = MemoryTables::new(&fixture.streams, SLOTS);
+            tables.set_lease(fixture.lease);
+            let (reason, after, tables) = decide_by(&fixture.frame, tables, hook);
             let expected = fixture.expected(hook).expect("XDP sees every packet");
             let what = format!("{} ({hook:?})", fixture.description);
             assert_eq!((reason, &after[..]), expected, "{what}");

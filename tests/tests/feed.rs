@@ -648,6 +648,51 @@ fn a_flushed_call_stays_with_the_pbx_until_its_bridge_changes() {
 }
 
 #[test]
+fn a_stream_that_the_pbx_transcodes_is_never_proven_whatever_signalling_says() {
+    let office = Office::open();
+    let calls = office.calls(0..2);
+    office.pbx.transcode(calls[0].line).expect("transcode");
+    talk_on(&calls, 5);
+    calls[0].callee.forget();
+    let relay = office.attach(&[]);
+    let states = || -> Vec<[String; 2]> {
+        let list = relay.json(["list"]).expect("list");
+        let pair = |call: &Call| {
+            let pairs = list["pairs"].as_array().expect("pairs");
+            let from = |phone: &Phone| {
+                let mut streams = pairs
+                    .iter()
+                    .flat_map(|pair| pair["streams"].as_array())
+                    .flatten();
+                let of_phone = |stream: &&Value| stream["from"] == phone.local().to_string();
+                let stream = streams.find(of_phone);
+                stream.map_or(String::new(), |stream| stream["state"].to_string())
+            };
+            call.phones().map(from)
+        };
+        calls.iter().map(pair).collect()
+    };
+    // The other way is proven by itself, and the other call in both.
+    let (watching, offloaded) = ("\"watching\"".to_owned(), "\"offloaded\"".to_owned());
+    let expected = [
+        [watching.clone(), offloaded.clone()],
+        [offloaded.clone(), offloaded],
+    ];
+    await_status(&relay, "everything proven that can be", |_| {
+        states() == expected
+    });
+    // Outlasts every poll, and 8 packets many times over.
+    talk_on(&calls, 2 * TWO_POLLS);
+    assert_eq!(states(), expected, "{}", relay.log());
+    let damaged = calls[0].callee.heard(&calls[0].caller);
+    assert_eq!(
+        damaged.received, 0,
+        "all of it went through the PBX: {damaged:?}"
+    );
+    calls[1].assert_perfect();
+}
+
+#[test]
 fn sigterm_in_mid_call_loses_no_packet_and_leaves_nothing() {
     let office = Office::open();
     let mut relay = office.attach(&[]);
