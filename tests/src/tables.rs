@@ -29,6 +29,7 @@ const fn times(state: &mut State) -> [&mut u32; 5] {
     [
         &mut state.last_seen,
         &mut state.last_passed,
+        &mut state.spoken,
         &mut state.last_rtcp,
         &mut state.reported,
         &mut state.sent_reported,
