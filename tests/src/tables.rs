@@ -25,7 +25,7 @@ pub struct Entry {
 pub const NOW: u64 = 100_000_000_000_000;
 
 /// The fields of a state that hold a time.
-const fn times(state: &mut State) -> [&mut u32; 5] {
+const fn times(state: &mut State) -> [&mut u32; 6] {
     [
         &mut state.last_seen,
         &mut state.last_passed,
