@@ -343,7 +343,8 @@ fn whatever_differs_proves_nothing() {
 
 #[test]
 fn a_row_is_broken_by_what_is_missing_repeated_or_late() {
-    let breaks: [(&str, fn(&mut Call)); 4] = [
+    type Break = fn(&mut Call);
+    let breaks: [(&str, Break); 4] = [
         ("swallowed", |call| {
             call.say(0);
             call.swallow();
