@@ -169,7 +169,7 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
 /// The PBX may send from another address than assumed.
 #[inline(always)]
 fn sent_from(key: &StreamKey, to: (Address, u16), tables: &impl Tables) {
-    let any = StreamKey::new(Address::default(), key.local_port);
+    let any = StreamKey::new(Address::unspecified(), key.local_port);
     let Some(out) = tables.out_leg(&any) else {
         return;
     };

@@ -186,7 +186,7 @@ fn missed<P: Packet + ?Sized>(packet: &mut P, parsed: &Parsed, tables: &impl Tab
     let key = if port & 1 == 1 {
         StreamKey::new(parsed.key.local_address, port - 1)
     } else {
-        StreamKey::new(Address::default(), port)
+        StreamKey::new(Address::unspecified(), port)
     };
     let Some(stream) = tables.stream(&key) else {
         return Reason::NoStream;

@@ -4,7 +4,10 @@
 //! Padding is explicit (`IntoBytes` refuses any other), sizes are asserted, and every change of a
 //! layout raises [`ABI_VERSION`], which is part of the pin path.
 
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::{
+    hint,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -85,6 +88,13 @@ impl Address {
         Self {
             bytes: zerocopy::transmute!(words),
         }
+    }
+
+    /// No address, as [`Address::default`]. Of zeros that it knows, the compiler would make a call of
+    /// `memset`, byte by byte, and it is a key for every packet that is no stream's.
+    #[inline(always)]
+    pub(crate) fn unspecified() -> Self {
+        Self::from_words([hint::black_box(0); 4])
     }
 
     /// In words of memory order.

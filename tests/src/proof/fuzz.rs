@@ -193,7 +193,7 @@ impl Pbx {
                 Liberty::SetMarker => out[1] |= 0x80,
                 Liberty::FlipMarker => out[1] ^= 0x80,
                 Liberty::Longer => out.push(0),
-                Liberty::Shorter => drop(out.pop()),
+                Liberty::Shorter => out.truncate(out.len() - 1),
                 Liberty::Drop => dropped = true,
                 Liberty::DropPayloadType => dropped |= rtp[1] & 0x7f == 101,
                 Liberty::Delay => due += 1 + random.below(11) as u32,
