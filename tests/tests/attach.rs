@@ -118,7 +118,7 @@ struct Kernel {
 impl Kernel {
     fn of(host: &Host) -> Self {
         let maps = host.run(|| {
-            let pins = fs::read_dir("/sys/fs/bpf/relay/v1/eth0").expect("pins");
+            let pins = fs::read_dir("/sys/fs/bpf/relay/v2/eth0").expect("pins");
             pins.map(|pin| {
                 let path = pin.expect("pin").path();
                 let info = aya::maps::MapInfo::from_pin(path).expect("a map");
@@ -393,7 +393,7 @@ fn bpffs_is_mounted_where_it_is_missing() {
         .run(|| fs::read_to_string("/proc/thread-self/mounts"))
         .expect("mounts");
     assert!(mounts.contains("bpf /sys/fs/bpf bpf"), "{mounts}");
-    assert!(exists(host, "/sys/fs/bpf/relay/v1/eth0/STREAMS"));
+    assert!(exists(host, "/sys/fs/bpf/relay/v2/eth0/STREAMS"));
     relay.stop().expect("a clean end");
 }
 
@@ -857,7 +857,7 @@ fn a_second_daemon_is_refused_and_the_first_goes_on() {
     let ask = |words: &[&str]| run(host, &[&[program], words].concat());
     until("the first is up", || ask(&["status"]).0 == Some(0));
     let [one, other, flag, types] = legs.arguments();
-    let (code, text) = ask(&["add", &one, &other, &flag, &types]);
+    let (code, text) = ask(&["add", "--proof", "none", &one, &other, &flag, &types]);
     assert_eq!(code, Some(0), "{text}");
     until("relayed", || ask(&["list"]).1.contains("offloaded"));
     sockets.talk(0, 0, None);
@@ -901,7 +901,7 @@ fn a_second_daemon_is_refused_and_the_first_goes_on() {
 fn a_stale_pin_is_refused_and_detach_removes_it() {
     let net = Direct::new(1).expect("network");
     let host = &net.pbx;
-    let directory = Path::new("/sys/fs/bpf/relay/v1/eth0");
+    let directory = Path::new("/sys/fs/bpf/relay/v2/eth0");
     let pin = directory.join("STREAMS");
     host.run(|| fs::create_dir_all(directory))
         .expect("directory");
@@ -954,7 +954,7 @@ impl Calls {
             }
         }
         let kernel = Kernel::of(&net.pbx);
-        assert!(!kernel.is_gone() && kernel.maps.len() == 3);
+        assert!(!kernel.is_gone() && kernel.maps.len() == 6);
         Self {
             net,
             relay,
@@ -1016,7 +1016,7 @@ fn a_killed_daemon_leaves_its_calls_to_the_pbx_and_its_rests_to_the_next() {
     });
     calls.fell_back();
     let socket = calls.relay.socket();
-    let pins = "/sys/fs/bpf/relay/v1/eth0/STREAMS";
+    let pins = "/sys/fs/bpf/relay/v2/eth0/STREAMS";
     assert!(
         exists(&host, pins) && exists(&host, &socket),
         "what it could not remove"
@@ -1077,7 +1077,7 @@ fn people_and_programs_can_read_the_state() {
         (&status["pairs"], &status["offloaded"], &status["streams"]),
         (&2.into(), &2.into(), &4.into())
     );
-    assert_eq!(status["pins"], "/sys/fs/bpf/relay/v1/eth0");
+    assert_eq!(status["pins"], "/sys/fs/bpf/relay/v2/eth0");
     assert_eq!(status["pid"], calls.relay.id());
     let shows: [(&[&str], &[&str]); 3] = [
         (
@@ -1133,13 +1133,13 @@ fn people_and_programs_can_read_the_state() {
     // Debian's bpftool reads the maps by the names of their fields.
     let mut command = Command::new("bpftool");
     command.args(["--json", "--pretty", "map", "dump", "pinned"]);
-    command.arg("/sys/fs/bpf/relay/v1/eth0/STREAMS");
+    command.arg("/sys/fs/bpf/relay/v2/eth0/STREAMS");
     let dump = calls.net.pbx.output(command).expect("bpftool").stdout;
     let dump = String::from_utf8(dump).expect("text");
     for field in [
         "\"source_port\": 30000",
         "\"destination_mac\"",
-        "\"payload_types\"",
+        "\"pair\"",
         "\"mtu\": 1500",
     ] {
         assert!(dump.contains(field), "no `{field}` in {dump}");

@@ -475,7 +475,7 @@ fn passed_packets(legs: &Legs) -> Vec<Passed> {
                 // Sender report (RFC 3550, section 6.4.1).
                 it.payload = [&[0x80, 200, 0, 6][..], &[1; 24]].concat();
             }),
-            "no_stream",
+            "rtcp",
             Some(rtp + 1),
         ),
         case(
