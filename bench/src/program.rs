@@ -318,24 +318,22 @@ impl Case {
     }
 
     /// Counts instructions, and sees that they do to the frame what the kernel's do.
-    fn trace(&self) -> Result<Option<Trace>> {
-        let Subject::Relay(relay) = &self.subject else {
+    fn trace(&mut self) -> Result<Option<Trace>> {
+        let Subject::Relay(relay) = &mut self.subject else {
             return Ok(None);
         };
         let Relay {
+            kernel,
             hook,
             entry,
             reason,
-            ..
-        } = &**relay;
+        } = &mut **relay;
         let now = kernel::now()?;
-        let flowing = Entry {
-            state: flowing(entry, now),
-            ..*entry
-        };
+        let state = flowing(entry, now);
+        let flowing = Entry { state, ..*entry };
         let trace = interpreter::trace(*hook, flowing, &self.frame, now)?;
         let relayed = *reason == Reason::Relayed;
-        let verdict = match (hook, relayed) {
+        let verdict = match (*hook, relayed) {
             (Hook::NativeXdp | Hook::GenericXdp, true) => 3,
             (Hook::NativeXdp | Hook::GenericXdp, false) => 2,
             (Hook::Tc, true) => 7,
@@ -348,8 +346,9 @@ impl Case {
             trace.verdict
         );
         if *hook != Hook::Tc {
+            kernel.set_state(entry.stream.slot, state)?;
             let mut after = vec![0; self.frame.len()];
-            program::test_run(self.subject.descriptor()?, &self.frame, &mut after, 1, 0)?;
+            program::test_run(kernel.descriptor(*hook)?, &self.frame, &mut after, 1, 0)?;
             ensure!(
                 trace.frame == after,
                 "{}: traced to {:02x?}",
@@ -372,7 +371,9 @@ fn print_times(cases: &mut [Case]) -> Result<()> {
     ]);
     for case in cases {
         case.samples.sort_by(f64::total_cmp);
-        let (Some(lowest), Some(highest)) = (case.samples.first(), case.samples.last()) else {
+        let (Some(lowest), Some(highest)) =
+            (case.samples.first().copied(), case.samples.last().copied())
+        else {
             continue;
         };
         let median = case.samples[case.samples.len() / 2];

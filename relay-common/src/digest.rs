@@ -14,7 +14,7 @@ const LENGTH_MAX: usize = 0x7ff;
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Digest of everything in an RTP packet but its marker and payload type, with the lowest byte free
-/// for those; never 0.
+/// for those; never 0. Another in every round of proof.
 ///
 /// Two different packets have the same digest by chance once in 2⁵⁵. Nobody who could choose the
 /// one can see, let alone choose, the other: it is not a matter for cryptography.
@@ -22,12 +22,18 @@ const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 /// `at` is the offset of the RTP header, `length` what follows from there. None for a packet
 /// beyond 2,047 bytes, or one that ends early.
 #[inline(always)]
-pub(crate) fn digest<P: Packet + ?Sized>(packet: &mut P, at: usize, length: usize) -> Option<u64> {
+pub(crate) fn digest<P: Packet + ?Sized>(
+    packet: &mut P,
+    at: usize,
+    length: usize,
+    epoch: u32,
+) -> Option<u64> {
     if !(Rtp::LEN..=LENGTH_MAX).contains(&length) {
         return None;
     }
     let flags = packet.header::<Rtp>(at).ok()?.version_count;
-    let mut digest = mixed(mixed(MULTIPLIER, length as u64), u64::from(flags));
+    let first = u64::from(epoch) << 32 | length as u64;
+    let mut digest = mixed(mixed(MULTIPLIER, first), u64::from(flags));
     // The first word is done. In pieces of the length's bits, for the reason told at
     // `checksum::datagram_sum`. The mask changes nothing, but says so to the verifier, and the
     // compiler must not know.
@@ -71,6 +77,10 @@ mod tests {
     use crate::{checksum::PartialChecksum, packet::Frame};
 
     fn of(bytes: &[u8]) -> Option<u64> {
+        in_round(1, bytes)
+    }
+
+    fn in_round(epoch: u32, bytes: &[u8]) -> Option<u64> {
         let mut words = vec![0_u16; bytes.len().div_ceil(2)];
         let buffer = zerocopy::IntoBytes::as_mut_bytes(words.as_mut_slice());
         let buffer = &mut buffer[..bytes.len()];
@@ -79,6 +89,7 @@ mod tests {
             &mut Frame::new(buffer, PartialChecksum::Kept),
             0,
             bytes.len(),
+            epoch,
         )
     }
 
@@ -92,6 +103,7 @@ mod tests {
             let before = of(&bytes).expect("long enough");
             prop_assert!(before & 0xff == 0 && before != 0);
             let index = index.index(bytes.len());
+            prop_assert_ne!(in_round(2, &bytes), Some(before));
             let mut changed = bytes;
             changed[index] ^= flip;
             prop_assert_eq!(of(&changed) == Some(before), index == 1);

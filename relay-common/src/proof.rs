@@ -8,17 +8,20 @@ use crate::{
     packet::{Packet, Tables},
     parse::parse,
     reason::Reason,
-    relay::{payload, rtp, u32_of},
+    relay::{is_report_due, nonzero, payload, rtp, u32_of},
     state::{load, store},
     stream::{
-        Address, Event, Facts, NOTES, OutLeg, PAYLOAD_TYPES, PayloadType, State, StreamKey, event,
-        mode, ticks,
+        Address, Event, NOTES, PAYLOAD_TYPES, PayloadType, State, StreamKey, event, mode, ticks,
     },
     wire::Rtp,
 };
 
 /// How fresh the last packet of a stream is while the stream flows, ticks.
-const FLOWING: u32 = ticks(1_000_000_000);
+const FLOWING: i32 = ticks(1_000_000_000) as i32;
+
+/// How long the PBX must not have spoken itself on the one leg before the other is offloaded, ticks:
+/// ten packets of 20 ms.
+const QUIET: i32 = ticks(200_000_000) as i32;
 
 /// In the second byte of RTP.
 const MARKER: u8 = 0x80;
@@ -43,7 +46,8 @@ pub(crate) fn renumbered(state: *mut State, payload_type: u8) -> Option<u8> {
     None
 }
 
-/// Keeps in mind a packet that is passed up.
+/// Keeps in mind a packet that is passed up, for as long as the epoch lasts: what was noted in an
+/// earlier one may have come out while nobody looked, and must not be taken for an echo then.
 ///
 /// One too long for a digest is counted all the same: it will not come out as anything known, and
 /// the stream waits for what follows it.
@@ -51,28 +55,19 @@ pub(crate) fn renumbered(state: *mut State, payload_type: u8) -> Option<u8> {
 pub(crate) fn note<P: Packet + ?Sized>(
     packet: &mut P,
     state: *mut State,
+    epoch: u32,
     at: usize,
     length: usize,
     rtp: &Rtp,
 ) {
     let noted = load!(state, noted);
-    let digest = digest(packet, at, length).unwrap_or(0);
+    let digest = digest(packet, at, length, epoch).unwrap_or(0);
     let index = noted as usize & (NOTES - 1);
     store!(state, digest | u64::from(rtp.marker_type), notes[index]);
-    store!(state, Facts::new(rtp, length), heard);
+    store!(state, *rtp, heard);
+    store!(state, length as u16, heard_length);
     store!(state, u32_of(rtp.ssrc), ssrc);
     store!(state, noted.wrapping_add(1), noted);
-}
-
-impl Facts {
-    #[inline(always)]
-    const fn new(rtp: &Rtp, length: usize) -> Self {
-        Self {
-            rtp: *rtp,
-            length: length as u16,
-            padding: [0; 2],
-        }
-    }
 }
 
 /// Looks at a packet that leaves the host, and draws the conclusions. None: it is no RTP of a
@@ -112,13 +107,19 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
         begin(state, epoch);
     }
 
+    let now_ticks = nonzero(ticks(now));
+    let opposite = tables.state(out.opposite_slot)?;
     let expected = to.0.is(&out.remote) && to.1 == out.remote_port;
     if expected
-        && let Some(digest) = digest(packet, at, length)
+        && let Some(digest) = digest(packet, at, length, epoch)
         && let Some((number, from)) = recall(state, digest)
-        && let Some(learned) = learn(state, out, number, from, rtp.marker_type, mode)
+        && let Some(learned) = learn(state, number, from, rtp.marker_type)
     {
-        if let Learned::Proven(payload_type) = learned {
+        if let Learned::Equal(payload_type, equal) = learned
+            && equal >= u16::from(out.proof)
+            && is_quiet(opposite, now_ticks)
+            && append(state, payload_type)
+        {
             store!(state, epoch, proven);
             tables.report(&Event {
                 kind: event::PROVEN,
@@ -131,24 +132,25 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
         return Some(Reason::Echo);
     }
 
+    store!(state, 0, equal);
     if mode == mode::OFFLOADED && is_keepalive(&rtp, length) {
         // Asterisk sends it because it has not sent for a while. Where the stream flows it has only
         // not seen it flow, and a number out of sequence would confuse the phone. Where the phone
         // at the other end is silent, it would have sent this without us too.
-        let age = ticks(now).wrapping_sub(load!(state, last_seen));
+        // The receiver may have seen a packet since the clock was read: below 0, then.
+        let age = now_ticks.wrapping_sub(load!(state, last_seen)) as i32;
         return (age < FLOWING).then_some(Reason::ComfortNoise);
     }
-    store!(state, Facts::new(&rtp, length), sent);
+    store!(state, rtp, sent);
+    store!(state, length as u16, sent_length);
+    store!(state, now_ticks, spoken);
     store!(state, load!(state, unequal).wrapping_add(1), unequal);
-    store!(state, 0, equal);
     if mode == mode::WATCHING {
         return Some(Reason::Unequal);
     }
     suspend(state, epoch);
     // Where the PBX has begun to speak, it may also have begun to listen.
-    if let Some(opposite) = tables.state(out.opposite_slot) {
-        suspend(opposite, load!(opposite, epoch));
-    }
+    suspend(opposite, load!(opposite, epoch));
     tables.report(&Event {
         kind: event::TALK_BACK,
         slot: out.slot,
@@ -167,21 +169,27 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
 /// The PBX may send from another address than assumed.
 #[inline(always)]
 fn sent_from(key: &StreamKey, to: (Address, u16), tables: &impl Tables) {
-    let any = StreamKey::new(Address::default(), key.local_port);
+    let any = StreamKey::new(Address::unspecified(), key.local_port);
     let Some(out) = tables.out_leg(&any) else {
         return;
     };
     let Some(state) = tables.state(out.slot) else {
         return;
     };
-    if to.0.is(&out.remote) && to.1 == out.remote_port {
+    let now = tables.now();
+    let now_ticks = nonzero(ticks(now));
+    if to.0.is(&out.remote)
+        && to.1 == out.remote_port
+        && is_report_due(load!(state, sent_reported), now_ticks)
+    {
+        store!(state, now_ticks, sent_reported);
         tables.report(&Event {
             kind: event::SENT_FROM,
             slot: out.slot,
             epoch: load!(state, epoch),
             address: key.local_address,
             port: key.local_port,
-            ..Event::at(tables.now())
+            ..Event::at(now)
         });
     }
 }
@@ -215,25 +223,28 @@ fn recall(state: *mut State, digest: u64) -> Option<(u32, u8)> {
     None
 }
 
+/// Whether the PBX has not spoken itself for a while on the leg that a stream leaves by.
+///
+/// Asterisk sends the packets of a digit of its own whenever it hears the phone that listens to it:
+/// were that phone's stream offloaded, the digit would come to a halt.
+#[inline(always)]
+fn is_quiet(state: *mut State, now_ticks: u32) -> bool {
+    let spoken = load!(state, spoken);
+    spoken == 0 || now_ticks.wrapping_sub(spoken) as i32 >= QUIET
+}
+
 /// What an echo teaches.
 enum Learned {
-    /// Nothing new, or not enough yet.
+    /// Nothing new.
     Nothing,
-    /// This payload type may be relayed from now on.
-    Proven(PayloadType),
+    /// So many packets in a row, up to this one, came out equal with this payload type.
+    Equal(PayloadType, u16),
 }
 
 /// Draws the conclusions from a packet that came out equal but for its marker and payload type.
 /// None: those contradict what is known.
 #[inline(always)]
-fn learn(
-    state: *mut State,
-    out: &OutLeg,
-    number: u32,
-    from: u8,
-    to: u8,
-    mode: u32,
-) -> Option<Learned> {
+fn learn(state: *mut State, number: u32, from: u8, to: u8) -> Option<Learned> {
     // Asterisk sets a marker on the first packet that it forwards. It takes none away.
     let marked = to & MARKER != from & MARKER;
     if marked && from & MARKER != 0 {
@@ -248,29 +259,30 @@ fn learn(
         return None;
     }
     let echoed = load!(state, echoed);
-    let in_a_row = number == echoed.wrapping_add(1);
-    // An echo that comes late has been overtaken already.
-    if number.wrapping_sub(echoed) as i32 > 0 {
-        store!(state, number, echoed);
+    // What is missing ends every row: it may have been of the payload type that is being proven.
+    if number != echoed.wrapping_add(1) {
+        store!(state, 0, equal);
     }
+    // Late, it has been overtaken already.
+    if number.wrapping_sub(echoed) as i32 <= 0 {
+        return Some(Learned::Nothing);
+    }
+    store!(state, number, echoed);
     if known.is_some() {
         return Some(Learned::Nothing);
     }
-    if marked && mode == mode::WATCHING {
+    if marked {
         store!(state, 0, equal);
         return Some(Learned::Nothing);
     }
     let trial = load!(state, trial);
     let mut equal = 1;
-    if in_a_row && trial.from == payload_type.from && trial.to == payload_type.to {
+    if trial.from == payload_type.from && trial.to == payload_type.to {
         equal = load!(state, equal).saturating_add(1);
     }
     store!(state, payload_type, trial);
     store!(state, equal, equal);
-    if equal >= u16::from(out.proof) && append(state, payload_type) {
-        return Some(Learned::Proven(payload_type));
-    }
-    Some(Learned::Nothing)
+    Some(Learned::Equal(payload_type, equal))
 }
 
 /// Adds a payload type to those that are relayed; `false` when there is no room.

@@ -1,6 +1,8 @@
 //! The decision on a packet that comes in, in the order that docs/datapath.md explains to
 //! operators.
 
+use core::ptr;
+
 use crate::{
     packet::{Packet, Tables},
     parse::{Parsed, parse},
@@ -36,8 +38,8 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Reason
         Err(Passed { reason, up }) => {
             // Before the note, which costs the verifier most: by then the reasons are all one to it.
             tables.count(reason, bytes);
-            if let Some(up) = up {
-                note(packet, up.state, up.at, up.length, &up.rtp);
+            if !up.state.is_null() {
+                note(packet, up.state, up.epoch, up.at, up.length, &up.rtp);
             }
             reason
         }
@@ -47,13 +49,17 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Reason
 /// Why a packet is the stack's.
 struct Passed {
     reason: Reason,
-    /// Set for one that the PBX will most probably forward.
-    up: Option<Up>,
+    up: Up,
 }
 
-/// A packet of a stream that is passed up.
+/// A packet of a stream that is passed up, which the PBX will most probably forward.
+///
+/// No `Option`: the compiler would leave its other half undefined and still copy it, which the
+/// verifier of Linux 6.1 refuses.
 struct Up {
+    /// Null where there is nothing to note.
     state: *mut State,
+    epoch: u32,
     /// Offset of its RTP header, bytes.
     at: usize,
     /// Bytes of RTP.
@@ -64,7 +70,14 @@ struct Up {
 impl From<Reason> for Passed {
     #[inline(always)]
     fn from(reason: Reason) -> Self {
-        Self { reason, up: None }
+        let up = Up {
+            state: ptr::null_mut(),
+            epoch: 0,
+            at: 0,
+            length: 0,
+            rtp: Rtp::default(),
+        };
+        Self { reason, up }
     }
 }
 
@@ -140,12 +153,13 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
                 ..Event::at(now)
             });
         }
-        passed.up = Some(Up {
+        passed.up = Up {
             state,
+            epoch,
             at,
             length,
             rtp,
-        });
+        };
     }
     Err(passed)
 }
@@ -160,7 +174,7 @@ struct Moment {
 
 /// 0 says "never" in a [`State`].
 #[inline(always)]
-const fn nonzero(ticks: u32) -> u32 {
+pub(crate) const fn nonzero(ticks: u32) -> u32 {
     if ticks == 0 { 1 } else { ticks }
 }
 
@@ -172,7 +186,7 @@ fn missed<P: Packet + ?Sized>(packet: &mut P, parsed: &Parsed, tables: &impl Tab
     let key = if port & 1 == 1 {
         StreamKey::new(parsed.key.local_address, port - 1)
     } else {
-        StreamKey::new(Address::default(), port)
+        StreamKey::new(Address::unspecified(), port)
     };
     let Some(stream) = tables.stream(&key) else {
         return Reason::NoStream;
@@ -247,11 +261,16 @@ pub(crate) fn rtp<P: Packet + ?Sized>(
 /// Tells the controller of a thing that may come with every packet, at times.
 #[inline(always)]
 fn report_at_times(state: *mut State, now_ticks: u32, event: &Event, tables: &impl Tables) {
-    let reported = load!(state, reported);
-    if reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL {
+    if is_report_due(load!(state, reported), now_ticks) {
         store!(state, now_ticks, reported);
         tables.report(event);
     }
+}
+
+/// Whether the last report, 0 for none, is long enough ago for another.
+#[inline(always)]
+pub(crate) const fn is_report_due(reported: u32, now_ticks: u32) -> bool {
+    reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL
 }
 
 /// Rewrites the packet, or says why it is Asterisk's.
@@ -304,11 +323,13 @@ fn is_keepalive_due(stream: &Stream, state: *mut State, moment: &Moment) -> bool
 /// Those of payload types that it may well keep to itself do not count.
 #[inline(always)]
 fn is_unanswered(state: *mut State, reason: Reason) -> bool {
-    let mut unanswered = if load!(state, noted) == load!(state, echoed) {
-        0
-    } else {
-        load!(state, unanswered)
-    };
+    let echoed = load!(state, echoed);
+    let mut unanswered = load!(state, unanswered);
+    // A PBX that takes longer than from one packet to the next always owes one, but answers.
+    if echoed != load!(state, answered) || echoed == load!(state, noted) {
+        store!(state, echoed, answered);
+        unanswered = 0;
+    }
     if reason != Reason::PayloadType {
         unanswered += 1;
     }

@@ -4,7 +4,10 @@
 //! Padding is explicit (`IntoBytes` refuses any other), sizes are asserted, and every change of a
 //! layout raises [`ABI_VERSION`], which is part of the pin path.
 
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::{
+    hint,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -85,6 +88,13 @@ impl Address {
         Self {
             bytes: zerocopy::transmute!(words),
         }
+    }
+
+    /// No address, as [`Address::default`]. Of zeros that it knows, the compiler would make a call of
+    /// `memset`, byte by byte, and it is a key for every packet that is no stream's.
+    #[inline(always)]
+    pub(crate) fn unspecified() -> Self {
+        Self::from_words([hint::black_box(0); 4])
     }
 
     /// In words of memory order.
@@ -445,8 +455,8 @@ abi! {
     /// Apart from [`Stream`], because a map update replaces a value whole: counters in there would
     /// be lost whenever a MAC changes. Every field has one writer, so that none needs an atomic
     /// operation: the controller, the *receiver* (the program that relays) or the *observer* (the
-    /// program that watches what the PBX sends). The one exception, `suspended`, only ever becomes
-    /// `epoch`. One CPU receives as long as a flow stays on its queue; while it moves a count can be
+    /// program that watches what the PBX sends). Of the exceptions, `suspended` only ever becomes
+    /// `epoch`, and the observer strikes out a note whose packet has come. One CPU receives as long as a flow stays on its queue; while it moves a count can be
     /// lost, never a packet.
     ///
     /// The first 64 bytes are what a relayed packet touches.
@@ -490,27 +500,23 @@ abi! {
         /// Observer: packets that came out of the PBX unlike any that went in.
         pub unequal: u32,
         /// Receiver: a digest of each packet on its way through the PBX, and in the lowest byte its
-        /// marker and payload type; 0 for none.
+        /// marker and payload type; 0 for none, as after the observer has seen it come out.
         pub notes: [u64; NOTES],
-        /// Receiver: the last packet passed up.
-        pub heard: Facts,
-        /// Observer: the last packet of the PBX's that equals none.
-        pub sent: Facts,
-        /// Always 0.
-        pub padding: [u8; 8],
-    }
-}
-
-abi! {
-    /// What is kept of a packet for those who ask why a stream is not proven.
-    #[derive(Default)]
-    pub struct Facts(16, align 2) {
-        /// Its RTP header.
-        pub rtp: Rtp,
-        /// Bytes of RTP, header included.
-        pub length: u16,
-        /// Always 0.
-        pub padding: [u8; 2],
+        /// Receiver: RTP header of the last packet passed up, for those who ask why nothing is
+        /// proven.
+        pub heard: Rtp,
+        /// Observer: RTP header of the last packet of the PBX's that equals none.
+        pub sent: Rtp,
+        /// Receiver: bytes of RTP of the last packet passed up.
+        pub heard_length: u16,
+        /// Observer: bytes of RTP of the last packet of the PBX's that equals none.
+        pub sent_length: u16,
+        /// Observer: ticks of that packet; 0 before the first.
+        pub spoken: u32,
+        /// Receiver: what `echoed` was when `unanswered` began.
+        pub answered: u32,
+        /// Observer: ticks of the last report of another address that the PBX sends from.
+        pub sent_reported: u32,
     }
 }
 

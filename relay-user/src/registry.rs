@@ -182,6 +182,8 @@ pub struct Heirloom {
     origin: Origin,
     specs: [StreamSpec; 2],
     epochs: [u32; 2],
+    /// Of all rounds that their states remember.
+    last_epoch: u32,
 }
 
 impl Heirloom {
@@ -498,6 +500,7 @@ impl Registry {
             origin,
             specs,
             epochs,
+            last_epoch,
         } = heirloom;
         self.check(&pair)?;
         let slots = specs.map(|spec| spec.slot);
@@ -507,7 +510,7 @@ impl Registry {
             });
         }
         self.next_id = self.next_id.max(id + 1);
-        self.last_epoch = self.last_epoch.max(epochs[0]).max(epochs[1]);
+        self.last_epoch = self.last_epoch.max(last_epoch);
         for (index, leg) in pair.legs.iter().enumerate() {
             self.locals.insert(leg.local, (id, index));
             self.slots.insert(slots[index], (id, index));
@@ -1151,6 +1154,12 @@ fn heirloom(
         },
         specs: *specs,
         epochs: states.map(|state| state.epoch),
+        // A stream that was taken back has epoch 0, but still counts as proven in its last round.
+        last_epoch: states
+            .iter()
+            .flat_map(|state| [state.epoch, state.proven, state.suspended, state.watched])
+            .max()
+            .unwrap_or_default(),
     })
 }
 
@@ -1257,18 +1266,14 @@ fn difference(state: &State) -> &'static str {
     let near = |one: u32, other: u32, unit: u32| {
         one.wrapping_sub(other).min(other.wrapping_sub(one)) <= NEAR * unit
     };
-    let sequence = |facts: &stream::Facts| u32::from(facts.rtp.sequence.get());
-    if number(heard.rtp.ssrc) != number(sent.rtp.ssrc) {
+    let sequence = |rtp: &relay_common::wire::Rtp| u32::from(rtp.sequence.get());
+    if number(heard.ssrc) != number(sent.ssrc) {
         "the PBX sends it with another SSRC"
     } else if !near(sequence(heard), sequence(sent), 1) {
         "the PBX sends it with other sequence numbers"
-    } else if !near(
-        number(heard.rtp.timestamp),
-        number(sent.rtp.timestamp),
-        6000,
-    ) {
+    } else if !near(number(heard.timestamp), number(sent.timestamp), 6000) {
         "the PBX sends it with other timestamps"
-    } else if heard.length != sent.length {
+    } else if state.heard_length != state.sent_length {
         "the PBX sends packets of another length"
     } else {
         "the PBX changes the payload, or sends to another address"
@@ -1694,7 +1699,7 @@ mod tests {
         );
         let mut transcoded = watching;
         transcoded.unequal = 1;
-        transcoded.sent.rtp.ssrc = [7, 7].map(relay_common::wire::Be16::new);
+        transcoded.sent.ssrc = [7, 7].map(relay_common::wire::Be16::new);
         assert_eq!(
             words(transcoded),
             "proof 0/8: the PBX sends it with another SSRC"
@@ -1842,6 +1847,38 @@ mod tests {
             .expect("its slots are free");
         assert!(after.add(Origin::Api, numbered(5), hop(), UNKNOWN).is_ok());
         assert!(after.add(Origin::Api, numbered(6), hop(), UNKNOWN).is_err());
+    }
+
+    #[test]
+    fn what_an_earlier_daemon_had_taken_back_is_never_proven_by_an_old_round() {
+        let (_, installs) = registry(2)
+            .add(from_ami(1), proven_pair(), [known(11), known(12)], UNKNOWN)
+            .expect("room");
+        let map: Vec<_> = installs
+            .iter()
+            .filter_map(|change| match change {
+                Change::Install(spec) => Some((spec.key(), spec.compile())),
+                _ => None,
+            })
+            .collect();
+        let state = |slot: u32| State {
+            proven: 40 + slot,
+            ..State::default()
+        };
+        let mut after = registry(2);
+        let (mut heirlooms, _) = after.heirlooms(&map, state);
+        let heirloom = heirlooms.pop().expect("a pair");
+        let id = heirloom.id;
+        let hop = [known(11), known(12)];
+        assert_eq!(after.adopt(heirloom, hop).expect("room"), []);
+        for _ in 0..2 {
+            for change in after.restart(id, state) {
+                let Change::Watch { epoch, .. } = change else {
+                    panic!("not to be proven: {change:?}");
+                };
+                assert!(epoch > 41, "{epoch} was proven once");
+            }
+        }
     }
 
     #[derive(Clone, Debug)]

@@ -1,5 +1,7 @@
 //! A plain AMI client for tests: what it learns is learnt without any code of the relay.
 
+mod proxy;
+
 use std::{
     fmt,
     io::{BufRead as _, BufReader, ErrorKind, Write as _},
@@ -9,6 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use md5::{Digest as _, Md5};
+
+pub use proxy::{Proxy, Trouble};
 
 use crate::namespace::Host;
 

@@ -367,9 +367,10 @@ fn faults([without, with, after]: &[Column; 3], tolerated_loss: f64) -> Vec<Stri
     }
     let share_with = share(&with.load) * 100.0;
     check(
-        share_with >= 99.0,
+        // One packet of a phone without RTCP in 3 seconds, which is one of 50 where only a second is measured.
+        share_with >= 97.0,
         format!(
-            "only {share_with:.1}% of the packets went through the kernel with the relay; it should be all"
+            "only {share_with:.1}% of the packets went through the kernel with the relay; it should be all but a few"
         ),
     );
     check(

@@ -6,14 +6,15 @@ use std::net::{IpAddr, SocketAddr};
 use relay_common::{
     stream::{
         Address, DSCP_KEEP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec,
-        VlanTag, feed,
+        VlanTag, feed, ticks,
     },
     wire::Mac,
 };
 
 use crate::{
     draft::{Checksum, Draft, QINQ, UDP, VLAN, socket_address},
-    tables::Entry,
+    fixture::{SECOND, ago},
+    tables::{Entry, NOW},
 };
 
 /// A source of random numbers (SplitMix64).
@@ -38,7 +39,8 @@ impl Generator {
         number ^ number >> 31
     }
 
-    fn below(&mut self, end: usize) -> usize {
+    /// A number below another.
+    pub fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize
     }
 
@@ -55,11 +57,13 @@ impl Generator {
         }
     }
 
-    fn one_in(&mut self, times: usize) -> bool {
+    /// True once in so many times.
+    pub fn one_in(&mut self, times: usize) -> bool {
         self.below(times) == 0
     }
 
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    /// One of these.
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
     }
 
@@ -110,18 +114,102 @@ impl Generator {
                 match self.below(12) {
                     0 => entry.state.proven = 0,
                     1 => entry.state.suspended = entry.state.epoch,
+                    2 => entry.state.epoch = 0,
                     _ => {}
+                }
+                if self.one_in(2) {
+                    self.grow_old(&mut entry);
                 }
                 entry
             })
             .collect()
     }
 
+    /// Has a stream proven on the wire, with anything that may have happened to it by now. Its times are so far from
+    /// what matters that it does not matter when exactly a packet comes.
+    fn grow_old(&mut self, entry: &mut Entry) {
+        let (stream, state) = (&mut entry.stream, &mut entry.state);
+        stream.proof = self.pick(&[1, 2, 8, 255]);
+        stream.keepalive = self.pick(&[0, ticks(1000 * SECOND)]);
+        let mut before = |times: &[u64]| match self.pick(times) {
+            0 => 0,
+            time => ago(time * SECOND),
+        };
+        state.last_seen = before(&[0, 0, 5]);
+        state.last_passed = before(&[1, 100, 9900]);
+        state.last_rtcp = before(&[0, 1, 9900]);
+        if self.one_in(8) {
+            state.last_seen = ticks(NOW);
+        }
+        state.noted = self.pick(&[0, 3, 8, u32::MAX, u32::MAX - 6]);
+        state.echoed = state.noted;
+        if self.one_in(8) {
+            state.echoed = self.next() as u32;
+        }
+        state.answered = self.pick(&[0, state.echoed]);
+        state.unanswered = self.pick(&[0, 0, 7, 8, 9]);
+        state.watched = self.pick(&[state.epoch, state.epoch, 0]);
+        if state.proven == 0 && self.one_in(2) {
+            state.payload_types[2..].fill(PayloadType::UNUSED);
+        }
+    }
+
+    /// Until when streams are relayed, ns: mostly for ever.
+    pub fn lease(&mut self) -> u64 {
+        if self.one_in(30) { 1 } else { u64::MAX }
+    }
+
+    /// What the PBX makes of a packet of one of the table's streams: mostly the same for its other leg.
+    pub fn forwarded(&mut self, packet: &Draft, entry: &Entry) -> Vec<u8> {
+        let Entry { stream, state } = entry;
+        let mut out = Draft {
+            destination_mac: stream.next_hop.destination_mac.bytes,
+            source_mac: stream.next_hop.source_mac.bytes,
+            source: socket_address(stream.new_source),
+            destination: socket_address(stream.new_destination),
+            hop_limit: 64,
+            ..packet.clone()
+        };
+        let known = state
+            .payload_types
+            .iter()
+            .find(|known| known.from == packet.payload[1] & 0x7f);
+        if let Some(known) = known {
+            out.payload[1] = packet.payload[1] & 0x80 | known.to;
+        }
+        match self.below(16) {
+            0 => out.payload[1] ^= 0x80,
+            1 => out.payload[1] ^= 1,
+            2 => {
+                let at = self.below(out.payload.len());
+                out.payload[at] ^= 0x10;
+            }
+            3 => out.payload.truncate(13),
+            4 => {
+                out.payload.truncate(13);
+                out.payload[1] = self.pick(&[13, 13 | 0x80, 14]);
+                out.payload[0] = 0x80;
+            }
+            5 => self.disturb(&mut out.destination),
+            6 => out.destination.set_port(out.destination.port() ^ 1),
+            7 => self.disturb(&mut out.source),
+            8 => out.payload[1] = self.pick(&[200, 201, 0]),
+            9 => {
+                let mut frame = out.bytes();
+                self.damage(&mut frame, &out);
+                return frame;
+            }
+            _ => {}
+        }
+        out.bytes()
+    }
+
     /// An offloaded stream that can relay packets of some size, unproven. Its slot is 0.
     pub fn entry(&mut self) -> Entry {
         let v4 = self.one_in(2);
         let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
-        let first = self.byte() % 64;
+        // With a marker, 64 to 95 are RTCP's.
+        let first = self.pick(&[0, 8, 50, 96, 101]);
         for number in 0..=self.below(PAYLOAD_TYPES) as u8 {
             // At any place in the table, and different from each other.
             let place = self.below(PAYLOAD_TYPES);
@@ -163,6 +251,7 @@ impl Generator {
             epoch: 1,
             proven: 1,
             watched: 1,
+            ssrc: self.next() as u32,
             payload_types,
             ..State::default()
         };
@@ -232,12 +321,16 @@ impl Generator {
             .iter()
             .filter(|entry| **entry != PayloadType::UNUSED)
             .collect();
-        let payload_type = known[self.below(known.len())].from;
+        let payload_type = match known.len() {
+            0 => self.byte() % 64,
+            several => known[self.below(several)].from,
+        };
         let head = 12 + sources * 4;
         let length = head + extension.map_or(0, |words| 4 + words * 4) + voice;
         let mut packet = self.fill(length);
         packet[0] = 0x80 | sources as u8;
         packet[1] = packet[1] & 0x80 | payload_type;
+        packet[8..12].copy_from_slice(&state.ssrc.to_be_bytes());
         if let Some(words) = extension {
             packet[0] |= 0x10;
             packet[head + 2..head + 4].copy_from_slice(&(words as u16).to_be_bytes());
@@ -248,14 +341,23 @@ impl Generator {
     /// A frame that meets the table: a packet of one of its streams, the same with a few fields changed or bytes
     /// damaged, or noise.
     pub fn frame(&mut self, table: &[Entry]) -> Vec<u8> {
+        self.exchange(table).swap_remove(0)
+    }
+
+    /// The same, and where it is a packet of a stream, mostly what the PBX makes of it.
+    pub fn exchange(&mut self, table: &[Entry]) -> Vec<Vec<u8>> {
         if table.is_empty() || self.one_in(50) {
             let length = 14 + self.below(120);
-            return self.fill(length);
+            return vec![self.fill(length)];
         }
         let entry = self.pick(table);
         let mut draft = self.packet_of(&entry);
         if self.one_in(2) {
-            return draft.bytes();
+            let mut frames = vec![draft.bytes()];
+            if !self.one_in(8) {
+                frames.push(self.forwarded(&draft, &entry));
+            }
+            return frames;
         }
         for _ in 0..=self.below(2) {
             self.change(&mut draft, table);
@@ -266,12 +368,12 @@ impl Generator {
                 self.damage(&mut frame, &draft);
             }
         }
-        frame
+        vec![frame]
     }
 
     /// Changes a field, lengths and checksums following.
     fn change(&mut self, draft: &mut Draft, table: &[Entry]) {
-        match self.below(16) {
+        match self.below(18) {
             0 => draft.hop_limit = self.byte() % 3,
             1 => draft.payload[1] = self.byte(),
             2 => draft.payload[0] = self.byte(),
@@ -297,6 +399,14 @@ impl Generator {
                 };
                 draft.payload.resize(length.max(2), 0x5a);
             }
+            15 => {
+                // RTCP.
+                draft.payload[1] = 192 + self.byte() % 32;
+                if self.one_in(2) {
+                    draft.destination.set_port(draft.destination.port() | 1);
+                }
+            }
+            16 if draft.payload.len() >= 12 => draft.payload[8] ^= 1,
             _ => {
                 // A packet of two streams: what one checks must not be taken from the other.
                 let other = self.pick(table).stream;

@@ -17,7 +17,7 @@ use aya::{
 use nix::time::{ClockId, clock_gettime};
 use relay_common::{
     reason::{Reason, Verdict},
-    stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey},
+    stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey, ticks},
 };
 use relay_user::datapath::{self, AttachMode, names};
 use zerocopy::FromBytes as _;
@@ -25,7 +25,7 @@ use zerocopy::FromBytes as _;
 use crate::{
     fixture::Hook,
     program::{self, Run},
-    tables::Entry,
+    tables::{Entry, NOW, later},
 };
 
 /// `XDP_PASS` and `XDP_TX` (`enum xdp_action`), `TC_ACT_UNSPEC`, `TC_ACT_STOLEN` and `TC_ACT_REDIRECT`
@@ -66,7 +66,7 @@ impl Kernel {
         Ok(Self { ebpf, slots })
     }
 
-    /// Replaces all streams and states, sets the counters to zero and the end of the lease to never, and forgets all
+    /// Replaces all streams and states, whose times are put on this machine's clock, sets the counters to zero and the end of the lease to never, and forgets all
     /// events.
     ///
     /// # Errors
@@ -95,14 +95,6 @@ impl Kernel {
                 (zerocopy::transmute!(key), zerocopy::transmute!(value));
             out_legs.insert(key, value, 0)?;
         }
-        let slots = self.slots;
-        let mut states: Array<_, [u8; STATE]> = Array::try_from(self.map_mut(names::STATE)?)?;
-        for slot in 0..slots {
-            let entry = entries.iter().find(|entry| entry.stream.slot == slot);
-            let state = entry.map_or_else(State::default, |entry| entry.state);
-            let state: [u8; STATE] = zerocopy::transmute!(state);
-            states.set(slot, state, 0)?;
-        }
         let mut counters: PerCpuArray<_, [u8; COUNTER]> =
             PerCpuArray::try_from(self.map_mut(names::COUNTERS)?)?;
         let cpus = nr_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))?;
@@ -112,6 +104,16 @@ impl Kernel {
         }
         self.set_lease(u64::MAX)?;
         self.take_events()?;
+        // Last, for their times grow old.
+        let slots = self.slots;
+        let passed = ticks(now()?).wrapping_sub(ticks(NOW));
+        let mut states: Array<_, [u8; STATE]> = Array::try_from(self.map_mut(names::STATE)?)?;
+        for slot in 0..slots {
+            let entry = entries.iter().find(|entry| entry.stream.slot == slot);
+            let state = entry.map_or_else(State::default, |entry| later(entry.state, passed));
+            let state: [u8; STATE] = zerocopy::transmute!(state);
+            states.set(slot, state, 0)?;
+        }
         Ok(())
     }
 
@@ -278,21 +280,34 @@ pub fn now() -> Result<u64> {
     Ok(Duration::from(now).as_nanos() as u64)
 }
 
-/// Shows a frame that leaves to the observer, once.
+/// Shows a frame that leaves to the observer, once. None as for [`show`].
 ///
 /// # Errors
 /// The kernel does not run it, or it returns what it never should.
-pub fn show_observer(program: BorrowedFd<'_>, frame: &[u8]) -> Result<Verdict> {
+pub fn show_observer(program: BorrowedFd<'_>, frame: &[u8]) -> Result<Option<Verdict>> {
+    let Some((verdict, after)) = run_once(program, frame, 0)? else {
+        return Ok(None);
+    };
+    ensure!(after == *frame, "the observer changes a packet");
+    match verdict {
+        TC_ACT_UNSPEC => Ok(Some(Verdict::Pass)),
+        TC_ACT_STOLEN => Ok(Some(Verdict::Drop)),
+        other => bail!("the observer returned {other}"),
+    }
+}
+
+/// What a program returns, and the frame afterwards.
+fn run_once(program: BorrowedFd<'_>, frame: &[u8], flags: u32) -> Result<Option<(u32, Vec<u8>)>> {
     let mut after = vec![0; frame.len() + 64];
     let Run {
         verdict, length, ..
-    } = program::test_run(program, frame, &mut after, 1, 0).context("BPF_PROG_TEST_RUN")?;
-    ensure!(after[..length] == *frame, "the observer changes a packet");
-    match verdict {
-        TC_ACT_UNSPEC => Ok(Verdict::Pass),
-        TC_ACT_STOLEN => Ok(Verdict::Drop),
-        other => bail!("the observer returned {other}"),
-    }
+    } = match program::test_run(program, frame, &mut after, 1, flags) {
+        Ok(run) => run,
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Ok(None),
+        Err(error) => return Err(error).context("BPF_PROG_TEST_RUN"),
+    };
+    after.truncate(length);
+    Ok(Some((verdict, after)))
 }
 
 /// Shows a frame to a program, once. None where the kernel takes the frame for none and does not run the program.
@@ -305,15 +320,9 @@ pub fn show(
     frame: &[u8],
     flags: u32,
 ) -> Result<Option<(Verdict, Vec<u8>)>> {
-    let mut after = vec![0; frame.len() + 64];
-    let Run {
-        verdict, length, ..
-    } = match program::test_run(program, frame, &mut after, 1, flags) {
-        Ok(run) => run,
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Ok(None),
-        Err(error) => return Err(error).context("BPF_PROG_TEST_RUN"),
+    let Some((verdict, after)) = run_once(program, frame, flags)? else {
+        return Ok(None);
     };
-    after.truncate(length);
     let verdict = match (hook, verdict) {
         (Hook::NativeXdp | Hook::GenericXdp, XDP_TX) | (Hook::Tc, TC_ACT_REDIRECT) => Verdict::Send,
         (Hook::NativeXdp | Hook::GenericXdp, XDP_PASS) | (Hook::Tc, TC_ACT_UNSPEC) => Verdict::Pass,

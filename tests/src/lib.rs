@@ -18,8 +18,12 @@ pub mod pair;
 pub mod pbx;
 pub mod phone;
 pub mod program;
+pub mod proof;
 pub mod relay;
 pub mod rtp;
+pub mod scenario;
+pub mod sip;
+pub mod softphone;
 pub mod tables;
 pub mod topology;
 

@@ -154,6 +154,14 @@ impl Pbx {
         self.order("native", call)
     }
 
+    /// From now on the callee hears the caller in another coding, and nothing on AMI says so.
+    ///
+    /// # Errors
+    /// No such call.
+    pub fn transcode(&self, call: Call) -> Result<()> {
+        self.order("transcode", call)
+    }
+
     /// Cuts every AMI connection, as a restart of Asterisk's manager does. New ones are welcome.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! RTP endpoints with real sockets. One thread serves all phones of a [`Bank`], so hundreds are cheap.
 
 use std::{
-    collections::BTreeMap,
-    io,
+    collections::{BTreeMap, VecDeque},
+    io, mem,
     net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
     sync::{
@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -30,11 +30,23 @@ use crate::{
     capture::Quality,
     datagram,
     namespace::Host,
-    rtp::{PAYLOAD, Rtp, Stamp},
+    rtp::{Event, PAYLOAD, Rtp, Stamp},
 };
 
 /// Time between two packets of an ordinary phone.
 pub const PACKET_TIME: Duration = Duration::from_millis(20);
+/// First sequence number and timestamp: near the wrap, so that every test longer than a second crosses it.
+const FIRST: (u16, u32) = (65_500, u32::MAX - 10_000);
+/// Time between two RTCP reports of a phone that sends any.
+const REPORT_TIME: Duration = Duration::from_secs(2);
+/// Packets of one digit while its key is down, and after it: RFC 4733 sends the end three times.
+const DIGIT_PACKETS: u16 = 5;
+const DIGIT_ENDS: u16 = 3;
+/// Packets of voice between two digits.
+const DIGIT_PAUSE: u16 = 5;
+/// Static payload type of comfort noise (RFC 3551), and a level.
+const COMFORT_NOISE: u8 = 13;
+const NOISE_LEVEL: u8 = 60;
 /// epoll tokens that are no phone.
 const KICK: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
@@ -82,6 +94,8 @@ pub struct Arrival {
     pub rtp: Option<Rtp>,
     /// Who sent it, if the payload is exactly what a phone sent.
     pub stamp: Option<Stamp>,
+    /// The telephone event, if the payload is as long as one.
+    pub event: Option<Event>,
 }
 
 /// What one phone heard of another.
@@ -131,10 +145,23 @@ struct Lines {
 #[derive(Debug)]
 struct Line {
     socket: UdpSocket,
+    /// Sockets that only receive: of [`Phone::listen`], and of before [`Phone::switch`].
+    others: Vec<UdpSocket>,
     sender: u32,
     sent: u64,
+    /// When each of these was sent, since the Unix epoch.
+    sendings: Vec<Duration>,
     voice: Option<Voice>,
+    reports: Option<Reports>,
     arrivals: Vec<Arrival>,
+}
+
+/// RTCP of a phone.
+#[derive(Debug)]
+struct Reports {
+    socket: UdpSocket,
+    to: SocketAddr,
+    due: Instant,
 }
 
 /// The state of a stream that a phone sends.
@@ -146,6 +173,25 @@ struct Voice {
     marker: bool,
     left: Option<u64>,
     due: Option<Instant>,
+    /// Packets to send in place of the next ones of voice.
+    inserted: VecDeque<Inserted>,
+    /// Timestamp of the digit whose packets are being sent.
+    digit: u32,
+}
+
+/// A packet in place of one of voice.
+#[derive(Clone, Copy, Debug)]
+enum Inserted {
+    /// A telephone event; the first of a digit has the marker.
+    Event {
+        event: Event,
+        payload_type: u8,
+        first: bool,
+    },
+    /// Comfort noise (RFC 3389).
+    Noise,
+    /// Voice all the same.
+    Voice,
 }
 
 impl Exchange {
@@ -196,22 +242,8 @@ impl Bank {
     /// The address is not the machine's, or taken.
     pub fn phone(&self, local: SocketAddr) -> Result<Phone> {
         static SENDER: AtomicU32 = AtomicU32::new(1);
-        let socket = self
-            .host
-            .run(|| UdpSocket::bind(local))
-            .with_context(|| format!("cannot bind a phone to {local}"))?;
+        let socket = media_socket(&self.host, local)?;
         let local = socket.local_addr()?;
-        setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
-        let (level, options) = match local {
-            SocketAddr::V4(_) => (libc::IPPROTO_IP, [libc::IP_RECVTOS, libc::IP_RECVTTL]),
-            SocketAddr::V6(_) => (
-                libc::IPPROTO_IPV6,
-                [libc::IPV6_RECVTCLASS, libc::IPV6_RECVHOPLIMIT],
-            ),
-        };
-        for option in options {
-            datagram::set_option(socket.as_fd(), level, option, 1)?;
-        }
         let sender = SENDER.fetch_add(1, Ordering::Relaxed);
         let mut lines = self.exchange.lines();
         let id = lines.next;
@@ -221,19 +253,42 @@ impl Bank {
             id,
             Line {
                 socket,
+                others: Vec::new(),
                 sender,
                 sent: 0,
+                sendings: Vec::new(),
                 voice: None,
+                reports: None,
                 arrivals: Vec::new(),
             },
         );
         Ok(Phone {
             exchange: Arc::clone(&self.exchange),
+            host: self.host.clone(),
             id,
             local,
             sender,
         })
     }
+}
+
+/// A socket that tells of each datagram when it came, and with what TOS and TTL.
+fn media_socket(host: &Host, local: SocketAddr) -> Result<UdpSocket> {
+    let socket = host
+        .run(|| UdpSocket::bind(local))
+        .with_context(|| format!("cannot bind a phone to {local}"))?;
+    setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
+    let (level, options) = match local {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, [libc::IP_RECVTOS, libc::IP_RECVTTL]),
+        SocketAddr::V6(_) => (
+            libc::IPPROTO_IPV6,
+            [libc::IPV6_RECVTCLASS, libc::IPV6_RECVHOPLIMIT],
+        ),
+    };
+    for option in options {
+        datagram::set_option(socket.as_fd(), level, option, 1)?;
+    }
+    Ok(socket)
 }
 
 impl Drop for Bank {
@@ -250,6 +305,7 @@ impl Drop for Bank {
 #[derive(Debug)]
 pub struct Phone {
     exchange: Arc<Exchange>,
+    host: Host,
     id: u64,
     local: SocketAddr,
     sender: u32,
@@ -262,9 +318,14 @@ impl Drop for Phone {
 }
 
 impl Phone {
-    /// Where it receives, and sends from.
+    /// Where it receives, and sends from, unless it has moved since.
     pub fn local(&self) -> SocketAddr {
         self.local
+    }
+
+    /// What marks its packets: [`Stamp::sender`].
+    pub fn sender(&self) -> u32 {
+        self.sender
     }
 
     /// Begins to send, at once. Replaces what it sent before.
@@ -276,8 +337,7 @@ impl Phone {
                     (voice.talk, voice.left, voice.due) = (talk, talk.count, due);
                 }
                 voice => {
-                    // Near the wrap, so that every test longer than a second crosses it.
-                    let (sequence, timestamp) = (65_500, u32::MAX - 10_000);
+                    let (sequence, timestamp) = FIRST;
                     *voice = Some(Voice {
                         talk,
                         sequence,
@@ -285,6 +345,8 @@ impl Phone {
                         marker: true,
                         left: talk.count,
                         due,
+                        inserted: VecDeque::new(),
+                        digit: 0,
                     });
                 }
             }
@@ -297,6 +359,132 @@ impl Phone {
         self.line(|line| {
             if let Some(voice) = &mut line.voice {
                 voice.due = None;
+            }
+        });
+    }
+
+    /// Sends what it sends to another address from now on, in sequence.
+    pub fn aim(&self, to: SocketAddr) {
+        self.line(|line| {
+            if let Some(voice) = &mut line.voice {
+                voice.talk.to = to;
+            }
+            if let Some(reports) = &mut line.reports {
+                reports.to = rtcp(to);
+            }
+        });
+    }
+
+    /// Receives at another address of its machine too.
+    ///
+    /// # Errors
+    /// The address is not the machine's, or taken.
+    pub fn listen(&self, local: SocketAddr) -> Result<()> {
+        let socket = media_socket(&self.host, local)?;
+        self.exchange.watch(socket.as_fd(), self.id)?;
+        self.line(|line| line.others.push(socket));
+        Ok(())
+    }
+
+    /// Sends from the address of the last [`Phone::listen`] from now on, in sequence. What still comes to the old one
+    /// is received as before.
+    pub fn switch(&self) {
+        self.line(|line| {
+            if let Some(newest) = line.others.last_mut() {
+                mem::swap(&mut line.socket, newest);
+            }
+        });
+    }
+
+    /// Dials digits (`0`–`9`, `*`, `#`) by telephone events of this payload type (RFC 4733) in place of voice, each
+    /// of 100 ms with as much voice between them.
+    ///
+    /// # Panics
+    /// Another character.
+    pub fn dial(&self, digits: &str, payload_type: u8) {
+        let mut packets = Vec::new();
+        for digit in digits.chars() {
+            let code = "0123456789*#".find(digit).expect("a digit") as u8;
+            for number in 1..=DIGIT_PACKETS + DIGIT_ENDS {
+                let event = Event {
+                    code,
+                    end: number > DIGIT_PACKETS,
+                    duration: number.min(DIGIT_PACKETS) * PAYLOAD as u16,
+                };
+                packets.push(Inserted::Event {
+                    event,
+                    payload_type,
+                    first: number == 1,
+                });
+            }
+            packets.extend([Inserted::Voice; DIGIT_PAUSE as usize]);
+        }
+        self.insert(packets);
+    }
+
+    /// Waits until everything dialled has been sent.
+    ///
+    /// # Errors
+    /// It has not within `timeout`: the phone does not talk.
+    pub fn wait_dialled(&self, timeout: Duration) -> Result<()> {
+        self.wait_line(timeout, |line| {
+            let voice = line.voice.as_ref();
+            voice.is_none_or(|voice| voice.inserted.is_empty())
+        })
+    }
+
+    /// Sends one packet of comfort noise (payload type 13) in place of one of voice.
+    pub fn noise(&self) {
+        self.insert(vec![Inserted::Noise]);
+    }
+
+    fn insert(&self, packets: Vec<Inserted>) {
+        self.line(|line| {
+            if let Some(voice) = &mut line.voice {
+                voice.inserted.extend(packets);
+            }
+        });
+    }
+
+    /// Sends RTCP from now on: a receiver report without content every two seconds, from the port above its own to
+    /// the port above `to`.
+    ///
+    /// # Errors
+    /// The port above its own is taken.
+    pub fn report(&self, to: SocketAddr) -> Result<()> {
+        let local = rtcp(self.local);
+        let socket = self
+            .host
+            .run(|| UdpSocket::bind(local))
+            .with_context(|| format!("cannot bind a phone's RTCP to {local}"))?;
+        let (to, due) = (rtcp(to), Instant::now());
+        self.line(|line| line.reports = Some(Reports { socket, to, due }));
+        self.exchange.wake();
+        Ok(())
+    }
+
+    /// When each packet of voice was sent, since the Unix epoch, by its [`Stamp::number`].
+    pub fn sendings(&self) -> Vec<Duration> {
+        self.line(|line| line.sendings.clone())
+    }
+
+    /// Goes on with what [`Phone::hush`] stopped.
+    pub fn resume(&self) {
+        self.line(|line| {
+            if let Some(voice) = &mut line.voice {
+                voice.due.get_or_insert_with(Instant::now);
+            }
+        });
+        self.exchange.wake();
+    }
+
+    /// Sends with another SSRC, and sequence and timestamp from the beginning, without a pause.
+    pub fn change_ssrc(&self, ssrc: u32) {
+        self.line(|line| {
+            if let Some(voice) = &mut line.voice {
+                voice.talk.ssrc = ssrc;
+                (voice.sequence, voice.timestamp) = FIRST;
+                voice.marker = true;
             }
         });
     }
@@ -528,45 +716,53 @@ impl Exchange {
 
 impl Line {
     fn receive(&mut self, buffer: &mut [u8]) -> Result<()> {
-        loop {
-            let facts = match datagram::receive(self.socket.as_fd(), buffer) {
-                Ok(facts) => facts,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error).context("a phone's socket"),
-            };
-            let Some(from) = facts.source else {
-                bail!("a datagram without source")
-            };
-            let parsed = buffer.get(..facts.len).and_then(Rtp::parse);
-            self.arrivals.push(Arrival {
-                at: facts.at,
-                from,
-                tos: facts.tos,
-                ttl: facts.ttl,
-                rtp: parsed.map(|(rtp, _)| rtp),
-                stamp: parsed.and_then(|(_, payload)| Stamp::read(payload)),
-            });
+        for socket in self.others.iter().chain([&self.socket]) {
+            receive(socket, buffer, &mut self.arrivals)?;
         }
+        Ok(())
     }
 
     /// Sends what is due and returns when the next packet is.
     fn speak(&mut self, now: Instant) -> Result<Option<Instant>> {
+        let reports = self.report(now)?;
         let Some(voice) = &mut self.voice else {
-            return Ok(None);
+            return Ok(reports);
         };
         while let Some(due) = voice.due.filter(|due| *due <= now) {
-            let rtp = Rtp {
+            let mut rtp = Rtp {
                 marker: voice.marker,
                 payload_type: voice.talk.payload_type,
                 sequence: voice.sequence,
                 timestamp: voice.timestamp,
                 ssrc: voice.talk.ssrc,
             };
-            let payload = Stamp {
-                sender: self.sender,
-                number: self.sent,
-            }
-            .write();
+            let inserted = voice.inserted.pop_front();
+            let payload = match inserted {
+                Some(Inserted::Event {
+                    event,
+                    payload_type,
+                    first,
+                }) => {
+                    if first {
+                        voice.digit = voice.timestamp;
+                    }
+                    (rtp.marker, rtp.payload_type) = (first, payload_type);
+                    rtp.timestamp = voice.digit;
+                    event.write().to_vec()
+                }
+                Some(Inserted::Noise) => {
+                    rtp.payload_type = COMFORT_NOISE;
+                    vec![NOISE_LEVEL]
+                }
+                Some(Inserted::Voice) | None => {
+                    let number = self.sent;
+                    self.sent += 1;
+                    self.sendings
+                        .push(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?);
+                    let sender = self.sender;
+                    Stamp { sender, number }.write().to_vec()
+                }
+            };
             let mut packet = rtp.packet(&payload);
             if looks_unfinished(self.socket.local_addr()?, voice.talk.to, &packet) {
                 let timestamp = rtp.timestamp.wrapping_add(1);
@@ -575,14 +771,60 @@ impl Line {
             self.socket
                 .send_to(&packet, voice.talk.to)
                 .with_context(|| format!("a phone cannot send to {}", voice.talk.to))?;
-            self.sent += 1;
             voice.marker = false;
             voice.sequence = voice.sequence.wrapping_add(1);
             voice.timestamp = voice.timestamp.wrapping_add(PAYLOAD as u32);
             voice.left = voice.left.map(|left| left - 1);
             voice.due = (voice.left != Some(0)).then(|| due + voice.talk.interval);
         }
-        Ok(voice.due)
+        Ok(voice.due.into_iter().chain(reports).min())
+    }
+
+    /// Sends the RTCP report that is due and returns when the next one is.
+    fn report(&mut self, now: Instant) -> Result<Option<Instant>> {
+        let Some(reports) = &mut self.reports else {
+            return Ok(None);
+        };
+        if reports.due <= now {
+            // A receiver report without blocks (RFC 3550, section 6.4.2).
+            let mut report = vec![0x80, 201, 0, 1];
+            report.extend(self.sender.to_be_bytes());
+            reports
+                .socket
+                .send_to(&report, reports.to)
+                .with_context(|| format!("a phone cannot send to {}", reports.to))?;
+            reports.due = now + REPORT_TIME;
+        }
+        Ok(Some(reports.due))
+    }
+}
+
+/// Where RTCP belongs to RTP at this address.
+fn rtcp(rtp: SocketAddr) -> SocketAddr {
+    SocketAddr::new(rtp.ip(), rtp.port() + 1)
+}
+
+/// Takes everything that has come to a socket.
+fn receive(socket: &UdpSocket, buffer: &mut [u8], arrivals: &mut Vec<Arrival>) -> Result<()> {
+    loop {
+        let facts = match datagram::receive(socket.as_fd(), buffer) {
+            Ok(facts) => facts,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error).context("a phone's socket"),
+        };
+        let Some(from) = facts.source else {
+            bail!("a datagram without source")
+        };
+        let parsed = buffer.get(..facts.len).and_then(Rtp::parse);
+        arrivals.push(Arrival {
+            at: facts.at,
+            from,
+            tos: facts.tos,
+            ttl: facts.ttl,
+            rtp: parsed.map(|(rtp, _)| rtp),
+            stamp: parsed.and_then(|(_, payload)| Stamp::read(payload)),
+            event: parsed.and_then(|(_, payload)| Event::read(payload)),
+        });
     }
 }
 

@@ -91,6 +91,41 @@ impl Stamp {
     }
 }
 
+/// The payload of a telephone event (RFC 4733, section 2.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Event {
+    /// 0–9, 10 for `*`, 11 for `#`.
+    pub code: u8,
+    /// The key is up again.
+    pub end: bool,
+    /// In units of the timestamp, since the key went down.
+    pub duration: u16,
+}
+
+impl Event {
+    /// Volume of a digit: −10 dBm0.
+    const VOLUME: u8 = 10;
+
+    /// The payload.
+    pub fn write(self) -> [u8; 4] {
+        let [high, low] = self.duration.to_be_bytes();
+        let flags = u8::from(self.end) << 7 | Self::VOLUME;
+        [self.code, flags, high, low]
+    }
+
+    /// Reads a payload; `None` for one of another length.
+    pub fn read(payload: &[u8]) -> Option<Self> {
+        let &[code, flags, high, low] = payload else {
+            return None;
+        };
+        Some(Self {
+            code,
+            end: flags & 0x80 != 0,
+            duration: u16::from_be_bytes([high, low]),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -17,14 +17,44 @@ use relay_common::{
 pub struct Entry {
     /// The stream.
     pub stream: StreamSpec,
-    /// Its state.
+    /// Its state, at the time [`NOW`].
     pub state: State,
 }
 
-/// What the clock of [`MemoryTables`] shows first, ns: far from 0, and from where [`ticks`] wrap.
-///
-/// [`ticks`]: relay_common::stream::ticks
-const START: u64 = 1_000_000_000_000;
+/// What the clock of [`MemoryTables`] shows first, ns: far from 0, and from where ticks wrap.
+pub const NOW: u64 = 100_000_000_000_000;
+
+/// The fields of a state that hold a time.
+const fn times(state: &mut State) -> [&mut u32; 6] {
+    [
+        &mut state.last_seen,
+        &mut state.last_passed,
+        &mut state.spoken,
+        &mut state.last_rtcp,
+        &mut state.reported,
+        &mut state.sent_reported,
+    ]
+}
+
+/// A state with all its times later by so many ticks. What has never happened still has not.
+#[must_use]
+pub fn later(mut state: State, ticks: u32) -> State {
+    for time in times(&mut state) {
+        if *time != 0 {
+            *time = time.wrapping_add(ticks);
+        }
+    }
+    state
+}
+
+/// A state without its times, but for whether they are set: to compare states of different clocks.
+#[must_use]
+pub fn timeless(mut state: State) -> State {
+    for time in times(&mut state) {
+        *time = u32::from(*time != 0);
+    }
+    state
+}
 
 /// The maps of one thread.
 #[derive(Debug)]
@@ -62,7 +92,7 @@ impl MemoryTables {
             states: states.into_iter().map(UnsafeCell::new).collect(),
             counters: array::from_fn(|_| Cell::default()),
             lease: Cell::new(u64::MAX),
-            now: Cell::new(START),
+            now: Cell::new(NOW),
             events: RefCell::default(),
         }
     }

@@ -814,11 +814,8 @@ fn the_least_privileged_user_sees_what_the_relay_needs() {
     // The timeout of an endpoint, which is "0" where none is set.
     let rtp_timeout = |client: &mut Client, endpoint: &str| {
         let variable = format!("PJSIP_ENDPOINT({endpoint},rtp_timeout)");
-        let fields = [
-            ("Channel", pairs[0][0].channel.as_str()),
-            ("Variable", &variable),
-        ];
-        let answer = client.action("Getvar", &fields).expect("Getvar");
+        let answer = client.action("Getvar", &[("Variable", &variable)]);
+        let answer = answer.expect("Getvar");
         answer[0].get("Value").map(str::to_owned)
     };
     assert_eq!(rtp_timeout(&mut client, CALLER).as_deref(), Some("0"));

@@ -1,6 +1,8 @@
-//! The life of the daemon: what it refuses, what it leaves behind, and what becomes of calls when it ends.
+//! The life of the daemon: what it refuses, what it leaves behind, and what becomes of calls when it ends, stands
+//! still, or makes room for the next.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{self, Seek as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -12,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::signal::Signal,
@@ -22,7 +25,7 @@ use relay_tests::{
     pair::{Legs, Sockets},
     pbx::{self, Pbx},
     phone::{Bank, Talk},
-    relay::{Relay, binary},
+    relay::{Followed, Relay, binary},
     topology::{Direct, PBX_V4},
 };
 use serde_json::Value;
@@ -31,6 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A good pair of the network [`Direct`].
 const FIRST: &str = "192.0.2.1:10000=192.0.2.11:30000";
 const SECOND: &str = "192.0.2.1:10002=192.0.2.12:30002";
+/// Where the daemon of eth0 pins.
+const PINS: &str = "/sys/fs/bpf/relay/v2/eth0";
 /// Where refused daemons would put their sockets.
 const SOCKET: &str = "/run/refused.sock";
 /// CAP_NET_ADMIN (12) and CAP_BPF (39), as `/proc/PID/status` shows them.
@@ -97,6 +102,15 @@ fn xdp_program(host: &Host, interface: &str) -> Option<u32> {
     Some(id.try_into().expect("32 bits"))
 }
 
+/// The ids of the programs that look at what leaves by an interface.
+fn observers(host: &Host, interface: &str) -> Vec<u32> {
+    host.run(|| {
+        let (_, programs) =
+            SchedClassifier::query_tcx(interface, TcAttachType::Egress).expect("TCX");
+        programs.iter().map(|program| program.id()).collect()
+    })
+}
+
 fn exists(host: &Host, path: impl AsRef<Path> + Send) -> bool {
     host.run(|| fs::symlink_metadata(path).is_ok())
 }
@@ -105,38 +119,38 @@ fn exists(host: &Host, path: impl AsRef<Path> + Send) -> bool {
 fn nothing_left(host: &Host, socket: &Path) {
     assert!(!exists(host, "/sys/fs/bpf/relay"), "pins");
     assert_eq!(xdp_program(host, "eth0"), None, "program");
+    assert_eq!(observers(host, "eth0"), [0; 0], "observer");
     let lock = socket.with_extension("sock.lock");
     assert!(!exists(host, socket) && !exists(host, lock), "socket");
 }
 
 /// What one attached daemon has in the kernel.
 struct Kernel {
-    program: u32,
-    maps: Vec<u32>,
+    programs: BTreeSet<u32>,
+    maps: BTreeSet<u32>,
 }
 
 impl Kernel {
     fn of(host: &Host) -> Self {
         let maps = host.run(|| {
-            let pins = fs::read_dir("/sys/fs/bpf/relay/v1/eth0").expect("pins");
-            pins.map(|pin| {
-                let path = pin.expect("pin").path();
-                let info = aya::maps::MapInfo::from_pin(path).expect("a map");
-                info.id()
-            })
-            .collect()
+            let pins = fs::read_dir(PINS).expect("pins");
+            let pins = pins.map(|pin| pin.expect("pin").path());
+            pins.filter(|pin| !pin.to_string_lossy().ends_with("_link"))
+                .map(|pin| aya::maps::MapInfo::from_pin(pin).expect("a map").id())
+                .collect()
         });
-        Self {
-            program: xdp_program(host, "eth0").expect("attached"),
-            maps,
-        }
+        let mut programs = BTreeSet::from_iter(observers(host, "eth0"));
+        programs.insert(xdp_program(host, "eth0").expect("attached"));
+        Self { programs, maps }
     }
 
     /// The kernel frees what nobody holds any more a moment later.
     fn is_gone(&self) -> bool {
         let programs = aya::programs::loaded_programs().filter_map(Result::ok);
         let maps = aya::maps::loaded_maps().filter_map(Result::ok);
-        programs.map(|it| it.id()).all(|id| id != self.program)
+        programs
+            .map(|it| it.id())
+            .all(|id| !self.programs.contains(&id))
             && maps.map(|it| it.id()).all(|id| !self.maps.contains(&id))
     }
 }
@@ -393,7 +407,7 @@ fn bpffs_is_mounted_where_it_is_missing() {
         .run(|| fs::read_to_string("/proc/thread-self/mounts"))
         .expect("mounts");
     assert!(mounts.contains("bpf /sys/fs/bpf bpf"), "{mounts}");
-    assert!(exists(host, "/sys/fs/bpf/relay/v1/eth0/STREAMS"));
+    assert!(exists(host, format!("{PINS}/STREAMS")));
     relay.stop().expect("a clean end");
 }
 
@@ -857,7 +871,7 @@ fn a_second_daemon_is_refused_and_the_first_goes_on() {
     let ask = |words: &[&str]| run(host, &[&[program], words].concat());
     until("the first is up", || ask(&["status"]).0 == Some(0));
     let [one, other, flag, types] = legs.arguments();
-    let (code, text) = ask(&["add", &one, &other, &flag, &types]);
+    let (code, text) = ask(&["add", "--proof", "none", &one, &other, &flag, &types]);
     assert_eq!(code, Some(0), "{text}");
     until("relayed", || ask(&["list"]).1.contains("offloaded"));
     sockets.talk(0, 0, None);
@@ -897,40 +911,7 @@ fn a_second_daemon_is_refused_and_the_first_goes_on() {
     );
 }
 
-#[test]
-fn a_stale_pin_is_refused_and_detach_removes_it() {
-    let net = Direct::new(1).expect("network");
-    let host = &net.pbx;
-    let directory = Path::new("/sys/fs/bpf/relay/v1/eth0");
-    let pin = directory.join("STREAMS");
-    host.run(|| fs::create_dir_all(directory))
-        .expect("directory");
-    let mut command = Command::new("bpftool");
-    command.args(["map", "create"]).arg(&pin).args([
-        "type", "hash", "key", "4", "value", "4", "entries", "1", "name", "STREAMS",
-    ]);
-    host.output(command).expect("bpftool");
-    let program = program();
-    let program = program.to_str().expect("text");
-    let attach = [program, "attach", "eth0", "--socket", SOCKET];
-    let says = [
-        pin.to_str().expect("text"),
-        "another layout",
-        "key 4 bytes",
-        "relay-user detach eth0",
-    ];
-    refused(host, &attach, &says);
-    assert!(exists(host, &pin), "not ours to remove unasked");
-    assert_eq!(xdp_program(host, "eth0"), None);
-    assert!(!exists(host, SOCKET));
-    let (code, text) = run(host, &[program, "detach", "eth0", "--socket", SOCKET]);
-    assert_eq!(code, Some(0), "{text}");
-    nothing_left(host, Path::new(SOCKET));
-    let relay = Relay::attach(host, "eth0", ["-v"]).expect("attached");
-    relay.stop().expect("a clean end");
-}
-
-/// Two calls in progress, IPv4 and IPv6, on an attached daemon.
+/// Two calls in progress, IPv4 and IPv6, on an attached daemon. Nobody proves them: the PBX only listens.
 struct Calls {
     net: Direct,
     relay: Relay,
@@ -940,9 +921,10 @@ struct Calls {
 }
 
 impl Calls {
-    fn start() -> Self {
+    fn start(arguments: &[&str]) -> Self {
         let net = Direct::new(2).expect("network");
-        let relay = Relay::attach(&net.pbx, "eth0", ["-v"]).expect("attached");
+        let arguments = [&["-v"], arguments].concat();
+        let relay = Relay::attach(&net.pbx, "eth0", arguments).expect("attached");
         let banks = [&net.phones, &net.pbx].map(|host| Bank::new(host).expect("sockets"));
         let sockets =
             Legs::direct().map(|legs| Sockets::open(legs, &banks[0], &banks[1]).expect("sockets"));
@@ -954,7 +936,8 @@ impl Calls {
             }
         }
         let kernel = Kernel::of(&net.pbx);
-        assert!(!kernel.is_gone() && kernel.maps.len() == 3);
+        assert!(!kernel.is_gone() && kernel.maps.len() == 6);
+        assert_eq!(kernel.programs.len(), 2);
         Self {
             net,
             relay,
@@ -964,20 +947,86 @@ impl Calls {
         }
     }
 
+    /// Both directions of both.
+    fn streams(&self) -> impl Iterator<Item = (&Sockets, usize)> {
+        let sockets = self.sockets.iter();
+        sockets.flat_map(|sockets| [(sockets, 0), (sockets, 1)])
+    }
+
+    /// Waits until the kernel has relayed more of every stream.
+    fn relayed_on(&self) {
+        for (sockets, leg) in self.streams() {
+            let heard = sockets.phones[1 - leg].arrivals().len();
+            sockets.relayed(leg, heard + 50).expect("relayed");
+        }
+    }
+
+    /// Waits until more of every stream has come to the PBX.
+    fn passed_on(&self) {
+        for (sockets, leg) in self.streams() {
+            let heard = sockets.pbx[leg].arrivals().len();
+            sockets.passed(leg, heard + 25).expect("at the PBX");
+        }
+    }
+
+    /// Silences everyone; asserts that no packet of any stream was lost, and that each stream was relayed (true) and
+    /// left to the PBX (false) in this order. Returns how many packets came to the PBX.
+    fn went(&self, turns: &[bool]) -> u64 {
+        self.streams()
+            .map(|(sockets, leg)| {
+                let fate = sockets.fate(leg).expect("no loss");
+                let went: Vec<_> = fate.iter().map(|(relayed, _)| *relayed).collect();
+                assert_eq!(went, turns, "{fate:?}");
+                let passed = fate.iter().filter(|(relayed, _)| !relayed);
+                passed.map(|(_, packets)| *packets as u64).sum::<u64>()
+            })
+            .sum()
+    }
+
     /// Every call goes on at the PBX, and no packet was lost on the way there.
     fn fell_back(&self) {
-        for sockets in &self.sockets {
-            for leg in [0, 1] {
-                sockets.passed(leg, 25).expect("at the PBX");
-                let fate = sockets.fate(leg).expect("no loss");
-                assert!(matches!(fate[..], [(true, _), (false, _)]), "{fate:?}");
-            }
-        }
+        self.passed_on();
+        self.went(&[true, false]);
+    }
+
+    /// Kills the daemon, which leaves all that it has in the kernel.
+    fn kill(&mut self) {
+        self.relay.signal(Signal::SIGKILL);
+        self.relay.wait(PATIENCE).expect("ended");
+    }
+
+    /// A new daemon in the place of the one that has ended.
+    fn attach_again(&mut self, arguments: &[&str]) {
+        let arguments = [&["-v"], arguments].concat();
+        self.relay = Relay::attach(&self.net.pbx, "eth0", arguments).expect("attached again");
     }
 }
 
+/// The number of a pair and the stream that an event is about.
+fn subject(event: &Value) -> (Option<u64>, Option<u64>) {
+    (event["pair"].as_u64(), event["stream"].as_u64())
+}
+
+/// Waits for one event of this kind for each of the subjects, in any order; returns those before and among them.
+fn told_of_each<T: PartialEq>(
+    events: &Followed,
+    kind: &str,
+    subject: impl Fn(&Value) -> Option<T>,
+    subjects: &[T],
+) -> Vec<Value> {
+    let mut told = Vec::new();
+    let is_told = |told: &[Value], wanted: &T| {
+        let mut told = told.iter().filter(|event| event["kind"] == kind);
+        told.any(|event| subject(event).as_ref() == Some(wanted))
+    };
+    while !subjects.iter().all(|wanted| is_told(&told, wanted)) {
+        told.extend(events.until(kind).expect(kind));
+    }
+    told
+}
+
 fn ends_cleanly(end: impl FnOnce(&Relay)) {
-    let mut calls = Calls::start();
+    let mut calls = Calls::start(&[]);
     end(&calls.relay);
     let status = calls.relay.wait(PATIENCE).expect("ended");
     assert!(status.success(), "{status}: {}", calls.relay.log());
@@ -1006,50 +1055,28 @@ fn detach_gives_every_call_back_and_leaves_nothing() {
 }
 
 #[test]
-fn a_killed_daemon_leaves_its_calls_to_the_pbx_and_its_rests_to_the_next() {
-    let mut calls = Calls::start();
-    calls.relay.signal(Signal::SIGKILL);
-    calls.relay.wait(PATIENCE).expect("ended");
+fn a_killed_daemons_calls_go_on_until_its_lease_is_over_and_detach_removes_the_rest() {
+    let mut calls = Calls::start(&[]);
+    calls.kill();
     let host = calls.net.pbx.clone();
-    until("the kernel has detached", || {
-        xdp_program(&host, "eth0").is_none()
-    });
+    calls.relayed_on();
     calls.fell_back();
     let socket = calls.relay.socket();
-    let pins = "/sys/fs/bpf/relay/v1/eth0/STREAMS";
     assert!(
-        exists(&host, pins) && exists(&host, &socket),
+        exists(&host, PINS) && exists(&host, &socket),
         "what it could not remove"
     );
+    assert!(xdp_program(&host, "eth0").is_some() && !calls.kernel.is_gone());
     let gone = calls.relay.run(["list"]).expect("run");
     assert!(!gone.status.success());
     let text = String::from_utf8_lossy(&gone.stderr);
     assert!(text.contains("relay-user attach"), "{text}");
 
-    // The next one removes it …
-    let mut next = Relay::attach(&host, "eth0", ["-v"]).expect("attached again");
-    assert!(
-        next.log().contains("removed what a killed daemon left"),
-        "{}",
-        next.log()
-    );
-    until("the first one's maps are freed", || calls.kernel.is_gone());
-    for sockets in &calls.sockets {
-        let heard = sockets.phones[1].arrivals().len();
-        sockets.offload(&next).expect("offloaded");
-        sockets.talk(0, 0, Some(25));
-        sockets.relayed(0, heard + 25).expect("relayed again");
-    }
-    let kernel = Kernel::of(&host);
-    next.signal(Signal::SIGKILL);
-    next.wait(PATIENCE).expect("ended");
-
-    // … and so does `detach`.
-    let detached = next.json(["detach", "eth0"]).expect("detached");
+    let detached = calls.relay.json(["detach", "eth0"]).expect("detached");
     assert_eq!(detached["found"], "left_behind");
-    nothing_left(&host, &next.socket());
-    until("maps and program are freed", || kernel.is_gone());
-    let nothing = next.run(["detach", "eth0"]).expect("run");
+    nothing_left(&host, &socket);
+    until("maps and programs are freed", || calls.kernel.is_gone());
+    let nothing = calls.relay.run(["detach", "eth0"]).expect("run");
     let text = String::from_utf8_lossy(&nothing.stderr);
     assert!(
         !nothing.status.success() && text.contains("nothing to detach"),
@@ -1058,8 +1085,235 @@ fn a_killed_daemon_leaves_its_calls_to_the_pbx_and_its_rests_to_the_next() {
 }
 
 #[test]
+fn an_upgrade_in_mid_call_loses_no_packet_and_leaves_none_to_the_pbx() {
+    const UPGRADES: usize = 3;
+    let mut calls = Calls::start(&[]);
+    let host = calls.net.pbx.clone();
+    let shown = |calls: &Calls| {
+        ["1", "2"].map(|id| {
+            let mut pair = calls.relay.json(["show", id]).expect("show");
+            assert_eq!(pair["state"], "offloaded", "{pair:#}");
+            // What moves on.
+            for stream in pair["streams"].as_array_mut().expect("streams") {
+                for moving in ["packets", "bytes", "silent_ms"] {
+                    stream.as_object_mut().expect("a stream").remove(moving);
+                }
+            }
+            pair
+        })
+    };
+    let before = shown(&calls);
+    for _ in 0..UPGRADES {
+        calls.kill();
+        calls.attach_again(&[]);
+        let events = calls.relay.follow().expect("events");
+        let told = told_of_each(&events, "adopted", |event| event["pair"].as_u64(), &[1, 2]);
+        let ends = ["suspended", "taken_back", "lease_lost"];
+        let ended = told
+            .iter()
+            .find(|event| ends.iter().any(|end| event["kind"] == *end));
+        assert_eq!(ended, None);
+        let kernel = Kernel::of(&host);
+        assert_eq!(kernel.maps, calls.kernel.maps, "the maps stay");
+        assert!(
+            kernel.programs.is_disjoint(&calls.kernel.programs),
+            "the programs are new"
+        );
+        calls.kernel = kernel;
+        calls.relayed_on();
+        assert_eq!(shown(&calls), before, "the pairs are what they were");
+    }
+    let reasons = calls.relay.reasons().expect("status");
+    assert_eq!(calls.went(&[true]), 0, "packets at the PBX");
+    let sent: u64 = calls
+        .streams()
+        .map(|(sockets, leg)| sockets.phones[leg].sent())
+        .sum();
+    assert!(
+        (1..=sent).contains(&reasons["relayed"]),
+        "all daemons' packets: {reasons:?}"
+    );
+
+    // They are this daemon's pairs by now: the next one gets the next number, and they can be removed.
+    let added = calls
+        .relay
+        .offload([
+            "192.0.2.1:10004=192.0.2.11:30004",
+            "192.0.2.1:10006=192.0.2.12:30006",
+        ])
+        .expect("offloaded");
+    assert_eq!(added, 3);
+    calls.relay.json(["remove", "1"]).expect("removed");
+    let [first, second] = &calls.sockets;
+    first.talk(0, 0, Some(25));
+    first.passed(0, 25).expect("removed");
+    let heard = second.phones[1].arrivals().len();
+    second.talk(0, 0, Some(25));
+    second.relayed(0, heard + 25).expect("left alone");
+    calls.relay.signal(Signal::SIGTERM);
+    let status = calls.relay.wait(PATIENCE).expect("ended");
+    assert!(status.success(), "{status}: {}", calls.relay.log());
+    nothing_left(&host, &calls.relay.socket());
+}
+
+#[test]
+fn a_daemon_that_comes_after_the_lease_takes_the_calls_up_again() {
+    let mut calls = Calls::start(&[]);
+    calls.kill();
+    calls.passed_on();
+    calls.attach_again(&[]);
+    let events = calls.relay.follow().expect("events");
+    told_of_each(&events, "adopted", |event| event["pair"].as_u64(), &[1, 2]);
+    events.until("lease_lost").expect("told");
+    let streams = [1, 2].map(|pair| [0, 1].map(|stream| (Some(pair), Some(stream))));
+    told_of_each(
+        &events,
+        "offloaded",
+        |event| Some(subject(event)),
+        streams.as_flattened(),
+    );
+    calls.relayed_on();
+    calls.went(&[true, false, true]);
+}
+
+#[test]
+fn a_frozen_daemon_loses_its_lease_and_no_packet() {
+    // Nobody expires who talks, although the datapath does not look at what it does not relay.
+    let calls = Calls::start(&["--silence", "1", "--expire", "2"]);
+    let events = calls.relay.follow().expect("events");
+    let streams = [1, 2].map(|pair| [0, 1].map(|stream| (Some(pair), Some(stream))));
+    let told = |kind: &str| {
+        let subject = |event: &Value| Some(subject(event));
+        told_of_each(&events, kind, subject, streams.as_flattened())
+    };
+    told("offloaded");
+    calls.relay.signal(Signal::SIGSTOP);
+    // By itself: nobody else is there to take them back. And for longer than 2 s:
+    calls.passed_on();
+    for (sockets, leg) in calls.streams() {
+        sockets.passed(leg, 1250).expect("at the PBX");
+    }
+    calls.relay.signal(Signal::SIGCONT);
+    let mut since = events.until("lease_lost").expect("told");
+    let lost = since.pop().expect("the event");
+    assert_eq!(subject(&lost), (None, None), "{lost}");
+    assert_eq!(since, [] as [Value; 0]);
+    for event in told("offloaded") {
+        let kind = event["kind"].as_str().expect("a kind");
+        assert!(["suspended", "offloaded"].contains(&kind), "{event}");
+        let says = event["cause"].as_str().expect("a cause");
+        assert!(
+            kind == "offloaded" || says == "the lease was over",
+            "{event}"
+        );
+    }
+    calls.relayed_on();
+    let passed = calls.went(&[true, false, true]);
+    // The last few came between the new lease and the new rounds.
+    let reasons = calls.relay.reasons().expect("status");
+    let (over, suspended) = (reasons["lease_over"], reasons["suspended"]);
+    assert_eq!(over + suspended, passed);
+    assert!(over >= 100 && suspended < over, "{over}, {suspended}");
+    let list = calls.relay.json(["list"]).expect("list");
+    let ids: Vec<_> = (0..2).map(|pair| &list["pairs"][pair]["id"]).collect();
+    assert_eq!(ids, [1, 2]);
+}
+
+#[test]
+fn a_daemon_that_persists_leaves_its_calls_to_the_lease() {
+    let persist = ["--persist"];
+    let mut calls = Calls::start(&persist);
+    let host = calls.net.pbx.clone();
+    let end = |calls: &mut Calls| {
+        calls.relay.signal(Signal::SIGTERM);
+        let status = calls.relay.wait(PATIENCE).expect("ended");
+        assert!(status.success(), "{status}: {}", calls.relay.log());
+        assert!(!exists(&host, calls.relay.socket()), "socket");
+        assert!(exists(&host, PINS), "pins");
+    };
+    // The next one is there in time …
+    end(&mut calls);
+    calls.relayed_on();
+    calls.attach_again(&persist);
+    calls.relayed_on();
+    // … or too late.
+    end(&mut calls);
+    calls.relayed_on();
+    calls.passed_on();
+    calls.attach_again(&persist);
+    calls.relayed_on();
+    // An operator who detaches means it.
+    let detached = calls.relay.json(["detach", "eth0"]).expect("detached");
+    assert_eq!(detached["found"], "running");
+    calls.passed_on();
+    calls.went(&[true, false, true, false]);
+    nothing_left(&host, &calls.relay.socket());
+    until("maps and programs are freed", || calls.kernel.is_gone());
+}
+
+#[test]
+fn a_silent_phone_is_told_of_and_a_pair_without_packets_expires() {
+    let net = Direct::new(2).expect("network");
+    let banks = [&net.phones, &net.pbx].map(|host| Bank::new(host).expect("sockets"));
+    let [legs, _] = Legs::direct();
+    let sockets = Sockets::open(legs, &banks[0], &banks[1]).expect("sockets");
+    let arguments = ["--silence", "1", "--expire", "2"];
+    let relay = Relay::attach(&net.pbx, "eth0", arguments).expect("attached");
+    let events = relay.follow().expect("events");
+    let pair = sockets.offload(&relay).expect("offloaded");
+    sockets.talk(0, 0, None);
+    sockets.talk(1, 0, Some(10));
+    let of = |stream: Option<u64>| (Some(pair), stream);
+    let last = |kind: &str| {
+        let mut told = events.until(kind).expect(kind);
+        let event = told.pop().expect("the event");
+        (told, subject(&event), event)
+    };
+    // Looked at once a second, so that it may be more by then.
+    let silent_for = |event: &Value, least: u64| {
+        let cause = event["cause"].as_str().expect("a cause");
+        let seconds = cause.strip_prefix("no packet for ");
+        let seconds = seconds.and_then(|rest| rest.strip_suffix(" s")?.parse().ok());
+        assert!(
+            seconds.is_some_and(|seconds: u64| seconds >= least),
+            "{event}"
+        );
+    };
+
+    let (_, whom, event) = last("silent");
+    assert_eq!(whom, of(Some(1)));
+    silent_for(&event, 1);
+    // While one of the two talks, the pair is in use. More than 3 s:
+    let heard = sockets.phones[1].arrivals().len();
+    sockets.relayed(0, heard + 1600).expect("relayed");
+    sockets.talk(1, 0, Some(10));
+    let (between, whom, _) = last("resumed");
+    assert_eq!(whom, of(Some(1)));
+    assert_eq!(between, [] as [Value; 0]);
+
+    sockets.phones[0].hush();
+    let (before, whom, event) = last("expired");
+    assert_eq!(whom, of(None));
+    silent_for(&event, 2);
+    let silent = before.iter().filter(|event| event["kind"] == "silent");
+    let silent: BTreeSet<_> = silent.map(subject).collect();
+    assert_eq!(silent, BTreeSet::from([of(Some(0)), of(Some(1))]));
+    let status = relay.json(["status"]).expect("status");
+    assert_eq!(
+        (&status["pairs"], &status["streams"]),
+        (&0.into(), &0.into())
+    );
+    for leg in [0, 1] {
+        sockets.talk(leg, 0, Some(10));
+        sockets.passed(leg, 10).expect("at the PBX");
+        let fate = sockets.fate(leg).expect("no loss");
+        assert!(matches!(fate[..], [(true, _), (false, 10)]), "{fate:?}");
+    }
+}
+
+#[test]
 fn people_and_programs_can_read_the_state() {
-    let calls = Calls::start();
+    let calls = Calls::start(&[]);
     let text = |args: &[&str]| {
         let output = calls.relay.run(args).expect("run");
         assert!(output.status.success(), "{args:?}: {output:?}");
@@ -1077,7 +1331,9 @@ fn people_and_programs_can_read_the_state() {
         (&status["pairs"], &status["offloaded"], &status["streams"]),
         (&2.into(), &2.into(), &4.into())
     );
-    assert_eq!(status["pins"], "/sys/fs/bpf/relay/v1/eth0");
+    assert_eq!(status["pins"], PINS);
+    let lease = status["lease_ms"].as_u64().expect("a time");
+    assert!((1..=5000).contains(&lease), "{status:#}");
     assert_eq!(status["pid"], calls.relay.id());
     let shows: [(&[&str], &[&str]); 3] = [
         (
@@ -1131,18 +1387,30 @@ fn people_and_programs_can_read_the_state() {
     let unknown = String::from_utf8_lossy(&unknown.stderr).into_owned();
     assert!(unknown.contains("there is no pair 9"), "{unknown}");
     // Debian's bpftool reads the maps by the names of their fields.
-    let mut command = Command::new("bpftool");
-    command.args(["--json", "--pretty", "map", "dump", "pinned"]);
-    command.arg("/sys/fs/bpf/relay/v1/eth0/STREAMS");
-    let dump = calls.net.pbx.output(command).expect("bpftool").stdout;
-    let dump = String::from_utf8(dump).expect("text");
-    for field in [
-        "\"source_port\": 30000",
-        "\"destination_mac\"",
-        "\"payload_types\"",
-        "\"mtu\": 1500",
-    ] {
-        assert!(dump.contains(field), "no `{field}` in {dump}");
+    const DUMP: &[&str] = &["dump"];
+    const FIRST_ENTRY: &[&str] = &["lookup", "key", "0", "0", "0", "0"];
+    let maps: [(&str, &[&str], &[&str]); 3] = [
+        (
+            "STREAMS",
+            DUMP,
+            &[
+                "\"source_port\": 30000",
+                "\"destination_mac\"",
+                "\"mtu\": 1500",
+            ],
+        ),
+        ("STATE", FIRST_ENTRY, &["\"payload_types\"", "\"proven\": "]),
+        ("LEASE", FIRST_ENTRY, &["\"deadline\": "]),
+    ];
+    for (map, how, fields) in maps {
+        let mut command = Command::new("bpftool");
+        command.args(["--json", "--pretty", "map", how[0], "pinned"]);
+        command.arg(Path::new(PINS).join(map)).args(&how[1..]);
+        let dump = calls.net.pbx.output(command).expect("bpftool").stdout;
+        let dump = String::from_utf8(dump).expect("text");
+        for field in fields {
+            assert!(dump.contains(field), "no `{field}` in {map}");
+        }
     }
 }
 

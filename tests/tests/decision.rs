@@ -1,16 +1,28 @@
 //! The per-packet decision on the host: the fixtures, and what holds for every packet.
 
 use proptest::prelude::*;
-use relay_common::{packet::Frame, reason::Reason, relay::relay, stream::Counter};
+use relay_common::{
+    packet::Frame,
+    reason::Reason,
+    relay::relay,
+    stream::{Counter, PayloadType, State, event},
+};
 use relay_tests::{
-    fixture::{self, Hook, SLOTS, suspended, watching},
+    draft::Draft,
+    fixture::{
+        self, Family, Hook, SECOND, SLOTS, ago, proven, received, stream, suspended, taken_back,
+        watching,
+    },
     generator::Generator,
-    tables::{Entry, MemoryTables},
+    tables::{Entry, MemoryTables, NOW},
 };
 
 /// Decides on a frame, alone.
 fn decide(frame: &[u8], streams: &[Entry], hook: Hook) -> (Reason, Vec<u8>, MemoryTables) {
-    let tables = MemoryTables::new(streams, SLOTS);
+    decide_by(frame, MemoryTables::new(streams, SLOTS), hook)
+}
+
+fn decide_by(frame: &[u8], tables: MemoryTables, hook: Hook) -> (Reason, Vec<u8>, MemoryTables) {
     let mut after = frame.to_vec();
     let reason = relay(
         &mut Frame::new(&mut after, hook.partial_checksum()),
@@ -53,13 +65,164 @@ fn fixtures() {
     for fixture in fixture::all() {
         // TC's own way with checksums is the kernel's: `kernel.rs` has it.
         for hook in [Hook::NativeXdp, Hook::GenericXdp] {
-            let (reason, after, tables) = decide(&fixture.frame, &fixture.streams, hook);
+            let tables = MemoryTables::new(&fixture.streams, SLOTS);
+            tables.set_lease(fixture.lease);
+            let (reason, after, tables) = decide_by(&fixture.frame, tables, hook);
             let expected = fixture.expected(hook).expect("XDP sees every packet");
             let what = format!("{} ({hook:?})", fixture.description);
             assert_eq!((reason, &after[..]), expected, "{what}");
             assert_accounted(&fixture.frame, &fixture.streams, reason, &tables);
         }
     }
+}
+
+/// A packet and what it meets, with a fault more.
+type Fault = fn(&mut Draft, &mut Entry, &mut u64);
+
+/// Everything that may be against relaying a packet, in the order in which it is told.
+const FAULTS: [(Reason, Fault); 18] = [
+    (Reason::OtherHost, |draft, _, _| {
+        draft.destination_mac[5] ^= 1;
+    }),
+    (Reason::LeaseOver, |_, _, lease| *lease = 1),
+    (Reason::Suspended, |_, entry, _| {
+        entry.state.suspended = entry.state.epoch;
+    }),
+    (Reason::UnexpectedSource, |draft, _, _| {
+        draft.source.set_port(1);
+    }),
+    (Reason::NotRtp, |draft, _, _| draft.payload[0] &= 0x3f),
+    (Reason::Rtcp, |draft, _, _| draft.payload[1] = 200),
+    (Reason::Watching, |_, entry, _| entry.state.proven = 0),
+    (Reason::RtpPadding, |draft, _, _| draft.payload[0] |= 0x20),
+    (Reason::RtpLength, |draft, _, _| {
+        draft.payload[0] |= 0x10;
+        draft.payload[14] = 0xff;
+    }),
+    (Reason::PayloadType, |_, entry, _| {
+        entry.state.payload_types[0] = PayloadType::UNUSED;
+    }),
+    (Reason::HopLimit, |draft, _, _| draft.hop_limit = 1),
+    (Reason::TooBig, |_, entry, _| {
+        entry.stream.next_hop.mtu = 100;
+    }),
+    (Reason::VlanMismatch, |_, entry, _| {
+        entry.stream.next_hop.vlan_depth = 1;
+    }),
+    (Reason::Keepalive, |_, entry, _| entry.stream.keepalive = 1),
+    (Reason::NewSsrc, |_, entry, _| entry.state.ssrc += 1),
+    (Reason::AfterPause, |_, entry, _| entry.state.last_seen = 0),
+    (Reason::AwaitingEcho, |_, entry, _| entry.state.noted += 1),
+    (Reason::UdpChecksum, |draft, _, _| {
+        *draft = draft.clone().made_ambiguous();
+    }),
+];
+
+/// A packet of a proven stream with some faults.
+fn with(faults: &[(Reason, Fault)]) -> (Reason, State) {
+    let mut draft = received(Family::V4);
+    let mut entry = proven(stream(Family::V4));
+    let mut lease = u64::MAX;
+    for (_, fault) in faults {
+        fault(&mut draft, &mut entry, &mut lease);
+    }
+    let tables = MemoryTables::new(&[entry], SLOTS);
+    tables.set_lease(lease);
+    let (reason, _, tables) = decide_by(&draft.bytes(), tables, Hook::NativeXdp);
+    (reason, tables.state_of(entry.stream.slot).expect("a state"))
+}
+
+#[test]
+fn the_first_reason_is_told() {
+    for (index, (reason, _)) in FAULTS.iter().enumerate() {
+        assert_eq!(with(&FAULTS[index..=index]).0, *reason, "alone");
+        assert_eq!(with(&FAULTS[index..]).0, *reason, "with all behind it");
+    }
+    assert_eq!(with(&[]).0, Reason::Relayed);
+}
+
+/// What the phone sends counts as seen; what the PBX gets of it as passed, and noted.
+#[test]
+fn a_state_tells_when_the_phone_was_seen_and_by_whom() {
+    let before = proven(stream(Family::V4)).state;
+    let now = ago(0);
+    for (reason, fault) in FAULTS {
+        let (_, state) = with(&[(reason, fault)]);
+        let is_phones = !matches!(
+            reason,
+            Reason::OtherHost
+                | Reason::LeaseOver
+                | Reason::Suspended
+                | Reason::UnexpectedSource
+                | Reason::NotRtp
+                | Reason::Rtcp
+        );
+        let what = reason.name();
+        assert_eq!(state.last_seen == now, is_phones, "{what}");
+        assert_eq!(state.last_passed == now, is_phones, "{what}");
+        let noted = before.noted + u32::from(reason == Reason::AwaitingEcho);
+        assert_eq!(state.noted, noted + u32::from(is_phones), "{what}");
+        assert_eq!(state.last_rtcp == now, reason == Reason::Rtcp, "{what}");
+        assert_eq!(state.packets, 0, "{what}");
+    }
+    let (_, relayed) = with(&[]);
+    let fields = (relayed.last_seen, relayed.last_passed, relayed.noted);
+    assert_eq!(fields, (now, before.last_passed, before.noted));
+    assert_eq!((relayed.packets, relayed.last_rtcp), (1, 0));
+}
+
+/// RTCP beside the stream's port is seen in any mode, and is not RTP.
+#[test]
+fn rtcp_is_seen_whatever_the_mode() {
+    for entry in [
+        proven(stream(Family::V6)),
+        watching(stream(Family::V6)),
+        suspended(stream(Family::V6)),
+        taken_back(stream(Family::V6)),
+    ] {
+        let mut report = received(Family::V6);
+        report.destination.set_port(report.destination.port() + 1);
+        report.payload = vec![0x80, 201, 0, 1, 0, 0, 0, 0];
+        let (reason, _, tables) = decide(&report.bytes(), &[entry], Hook::NativeXdp);
+        let state = tables.state_of(entry.stream.slot).expect("a state");
+        assert_eq!((reason, state.last_rtcp), (Reason::Rtcp, ago(0)));
+        let rtcp = State {
+            last_rtcp: ago(0),
+            ..entry.state
+        };
+        assert_eq!(state, rtcp);
+    }
+}
+
+/// One report, not one for each packet, in any mode but suspended.
+#[test]
+fn an_unexpected_source_is_reported_at_times() {
+    let mut stranger = received(Family::V4);
+    stranger.source.set_port(5);
+    for entry in [proven(stream(Family::V4)), watching(stream(Family::V4))] {
+        let mut tables = MemoryTables::new(&[entry], SLOTS);
+        let mut reported = Vec::new();
+        for packet in 0..100_u64 {
+            tables.set_now(NOW + packet * SECOND / 50);
+            let (reason, _, same) = decide_by(&stranger.bytes(), tables, Hook::NativeXdp);
+            assert_eq!(reason, Reason::UnexpectedSource);
+            tables = same;
+            for event in tables.take_events() {
+                let told = (event.kind, event.slot, event.epoch, event.port);
+                let expected = (event::UNEXPECTED_SOURCE, entry.stream.slot, 1, 5);
+                let address = entry.stream.source.address;
+                assert_eq!((told, event.address), (expected, address));
+                reported.push(packet);
+            }
+        }
+        assert_eq!(reported[0], 0);
+        let gaps: Vec<_> = reported.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(gaps.iter().all(|gap| (5..=6).contains(gap)), "{gaps:?}");
+        assert!(reported.len() >= 16, "{reported:?}");
+    }
+    let entry = suspended(proven(stream(Family::V4)).stream);
+    let (_, _, tables) = decide(&stranger.bytes(), &[entry], Hook::NativeXdp);
+    assert!(tables.take_events().is_empty());
 }
 
 proptest! {

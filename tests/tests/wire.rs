@@ -475,6 +475,19 @@ fn passed_packets(legs: &Legs) -> Vec<Passed> {
                 // Sender report (RFC 3550, section 6.4.1).
                 it.payload = [&[0x80, 200, 0, 6][..], &[1; 24]].concat();
             }),
+            "rtcp",
+            Some(rtp + 1),
+        ),
+        case(
+            "RTCP on RTP's port",
+            // Receiver report (RFC 3550, section 6.4.2).
+            with([&[0x80, 201, 0, 1][..], &[1; 4]].concat()),
+            "rtcp",
+            Some(rtp),
+        ),
+        case(
+            "something else on RTCP's port",
+            changed(&|it| it.destination.set_port(rtp + 1)),
             "no_stream",
             Some(rtp + 1),
         ),
@@ -527,6 +540,15 @@ fn passed_packets(legs: &Legs) -> Vec<Passed> {
                 it[12..16].copy_from_slice(&[0xbe, 0xde, 0xff, 0xff]);
             }),
             "rtp_length",
+            Some(rtp),
+        ),
+        case(
+            "RTP with padding",
+            payload(&|it| {
+                it[0] |= 0x20;
+                *it.last_mut().expect("a payload") = 4;
+            }),
+            "rtp_padding",
             Some(rtp),
         ),
         case(

@@ -35,11 +35,35 @@ const RECEIVED: &str = "CHANNEL(rtcp,rxcount)";
 pub const STATUS_VARIABLES: &str = "CHANNEL(audioreadformat),CHANNEL(audiowriteformat),CHANNEL(audionativeformat),\
     CHANNEL(videonativeformat)";
 /// What must be asked by `Getvar` to judge a leg.
-pub const LEG_ITEMS: [&str; 6] = [SRC, DEST, DIRECT, SECURE, HOLD, RECEIVED];
+const LEG_ITEMS: [&str; 6] = [SRC, DEST, DIRECT, SECURE, HOLD, RECEIVED];
+/// The same with proof. What never comes, or leaves encrypted anew, is never proven: direct media and
+/// encryption only explain why. What the phone sends is seen on the wire.
+const PROVEN_LEG_ITEMS: [&str; 3] = [SRC, DEST, HOLD];
+/// The same where the explanation was asked for before.
+const EXPLAINED_LEG_ITEMS: [&str; 5] = [SRC, DEST, DIRECT, SECURE, HOLD];
 /// What must be asked by `Getvar` to see that an offered leg is still where it was: the one thing
 /// that changes without an event. Another codec, direct media or encryption comes by re-INVITE or
 /// with another bridge technology; both raise events.
-pub const POLL_ITEMS: [&str; 1] = [DEST];
+const POLL_ITEMS: [&str; 1] = [DEST];
+/// The first poll of a call that was offered without what only explains: it asks for that too.
+const EXPLAINING_POLL_ITEMS: [&str; 3] = [DEST, DIRECT, SECURE];
+
+/// What a round asks of each leg by `Getvar`. `full`: every condition, not only whether an offer
+/// still stands. `explained`: with proof, what only explains was asked for before.
+pub fn items(full: bool, proven: bool, explained: bool) -> &'static [&'static str] {
+    match (full, proven, explained) {
+        (true, false, _) => &LEG_ITEMS,
+        (true, true, false) => &PROVEN_LEG_ITEMS,
+        (true, true, true) => &EXPLAINED_LEG_ITEMS,
+        (false, true, false) => &EXPLAINING_POLL_ITEMS,
+        (false, ..) => &POLL_ITEMS,
+    }
+}
+
+/// Whether among these [`items`] is what [`relayed_in_clear`] judges.
+pub(super) fn explains(items: &[&str]) -> bool {
+    items.contains(&DIRECT) && items.contains(&SECURE)
+}
 
 /// Asterisk's names of the codecs with one static payload type, RFC 3551 table 4. Left out are
 /// names that stand for several numbers there (adpcm: DVI4 at four rates; slin: L16) and numbers
@@ -217,9 +241,6 @@ pub struct LegFacts {
     pub leg: Leg,
     /// Its one codec, in Asterisk's words.
     pub codec: String,
-    /// After how long without RTP or RTCP from its phone Asterisk hangs up. `None`: never, or
-    /// Asterisk does not tell.
-    pub rtp_timeout: Option<Duration>,
 }
 
 /// Judges the answer to `BridgeInfo`: two PJSIP channels under native_rtp. Returns them sorted, so
@@ -274,8 +295,6 @@ pub(super) struct LegAnswers {
     pub(super) status: Option<Answer>,
     /// To `Getvar`, by item.
     pub(super) items: Vec<(&'static str, Answer)>,
-    /// To `Getvar` with [`rtp_timeout_of`].
-    pub(super) rtp_timeout: Option<Answer>,
 }
 
 /// The endpoint that a PJSIP channel belongs to. `None` where the name would not survive as an
@@ -290,10 +309,11 @@ pub(super) fn rtp_timeout_of(endpoint: &str) -> String {
     format!("PJSIP_ENDPOINT({endpoint},rtp_timeout)")
 }
 
-/// Judges all answers about one channel.
+/// Judges all answers about one channel, which was asked for these [`items`].
 pub(super) fn leg(
     call: &str,
     channel: &str,
+    asked: &[&str],
     answers: &LegAnswers,
     proving: Option<&Proving>,
 ) -> Result<LegFacts, Refusal> {
@@ -305,17 +325,8 @@ pub(super) fn leg(
     if flag(channel, HOLD, item(HOLD)?)? {
         return Err(Refusal::OnHold(name()));
     }
-    if flag(channel, SECURE, item(SECURE)?)? {
-        return Err(Refusal::Encrypted(name()));
-    }
-    match item(DIRECT)? {
-        "(null)" => {}
-        peer => {
-            return Err(Refusal::DirectMedia {
-                channel: name(),
-                peer: shown(peer),
-            });
-        }
+    if explains(asked) {
+        relayed_in_clear(channel, answers)?;
     }
     let codec = codec(channel, format(READ)?, format(WRITE)?, format(NATIVE)?)?;
     match format(VIDEO)? {
@@ -341,21 +352,36 @@ pub(super) fn leg(
         })?;
         local.set_ip(*own);
     }
-    match item(RECEIVED)?.parse::<u64>() {
-        Ok(0) => return Err(Refusal::NothingReceived(name())),
-        Ok(_) => {}
-        Err(_) => return Err(odd(channel, RECEIVED, item(RECEIVED)?)),
+    if asked.contains(&RECEIVED) {
+        match item(RECEIVED)?.parse::<u64>() {
+            Ok(0) => return Err(Refusal::NothingReceived(name())),
+            Ok(_) => {}
+            Err(_) => return Err(odd(channel, RECEIVED, item(RECEIVED)?)),
+        }
     }
     Ok(LegFacts {
         leg: Leg::new(local, remote),
         codec,
-        rtp_timeout: rtp_timeout(answers.rtp_timeout.as_ref()),
     })
 }
 
+/// Judges what only explains where a proof follows: encryption and direct media.
+pub(super) fn relayed_in_clear(channel: &str, answers: &LegAnswers) -> Result<(), Refusal> {
+    if flag(channel, SECURE, value(answers, channel, SECURE)?)? {
+        return Err(Refusal::Encrypted(channel.to_owned()));
+    }
+    match value(answers, channel, DIRECT)? {
+        "(null)" => Ok(()),
+        peer => Err(Refusal::DirectMedia {
+            channel: channel.to_owned(),
+            peer: shown(peer),
+        }),
+    }
+}
+
 /// Never a reason to refuse: a user, a module or an endpoint that cannot be asked leaves it unknown.
-fn rtp_timeout(answer: Option<&Answer>) -> Option<Duration> {
-    let answer = answer.filter(|answer| answer.is_success())?;
+pub(super) fn rtp_timeout(answer: Option<Answer>) -> Option<Duration> {
+    let answer = answer.filter(Answer::is_success)?;
     let seconds: u32 = answer.response.get("Value")?.parse().ok()?;
     (seconds > 0).then(|| Duration::from_secs(seconds.into()))
 }
@@ -383,7 +409,7 @@ pub(super) fn pair(first: &LegFacts, second: &LegFacts, proven: bool) -> Result<
     Ok(Pair::new([first.leg, second.leg], payload_types, proof)?)
 }
 
-/// Judges the answers to [`POLL_ITEMS`] of an offered leg: is it still where it was?
+/// Judges the answers to a poll of an offered leg: is it still where it was?
 pub(super) fn unmoved(
     channel: &str,
     offered: &LegFacts,

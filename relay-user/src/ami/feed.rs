@@ -138,7 +138,7 @@ async fn serve<S: AsyncRead + AsyncWrite>(
     }
     tracker.up(now());
     // The tracker bounds how many questions are open.
-    let mut unasked = VecDeque::new();
+    let (mut unasked, mut unbegun) = (VecDeque::new(), VecDeque::new());
     let mut asked: HashMap<u64, Query> = HashMap::new();
     loop {
         for output in tracker.take_outputs() {
@@ -148,11 +148,12 @@ async fn serve<S: AsyncRead + AsyncWrite>(
                         return End::Over;
                     }
                 }
+                Output::Ask(query) if query.begins() => unbegun.push_back(query),
                 Output::Ask(query) => unasked.push_back(query),
             }
         }
         while session.is_ready()
-            && let Some(query) = unasked.pop_front()
+            && let Some(query) = unasked.pop_front().or_else(|| unbegun.pop_front())
         {
             match query.action() {
                 Ok(action) => {
@@ -574,6 +575,30 @@ mod tests {
             () = offers => {}
             () = server.serve(&pbx) => unreachable!("the feed goes on"),
         }
+    }
+
+    /// What the first call has to be asked comes before the last call's turn.
+    #[tokio::test(start_paused = true)]
+    async fn the_first_of_many_calls_need_not_wait_for_the_last() {
+        let mut pbx = Pbx::default();
+        for call in 0..1000 {
+            let names = ["a", "b"].map(|name| format!("PJSIP/{name}-{call}"));
+            pbx.bridge(&format!("b{call}"), "native_rtp", &[&names[0], &names[1]]);
+        }
+        let (mut feed, mut server) = feed(4).await;
+        feed.next().await;
+        let mut begun = 0;
+        let serve = async {
+            while let Some(action) = server.action().await {
+                begun += usize::from(action["Action"] == "BridgeInfo");
+                server.answer(&action, &pbx).await;
+            }
+        };
+        tokio::select! {
+            told = feed.next() => assert!(told.starts_with("offer "), "{told}"),
+            () = serve => unreachable!("the feed goes on"),
+        }
+        assert!(begun < 200, "{begun}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -9,7 +9,7 @@ use tokio::io::{
 };
 
 use super::{
-    conditions::{LEG_ITEMS, endpoint},
+    conditions,
     session::{AmiError, Session},
     simulation::Pbx,
     tracker::{CallId, Query},
@@ -179,19 +179,18 @@ impl<S: AsyncRead + AsyncWrite> Server<S> {
                 channel: action["Channel"].clone(),
             },
             "Getvar" if action["Variable"].starts_with("PJSIP_ENDPOINT") => Query::RtpTimeout {
-                call: call("unknown"),
-                generation: 0,
-                channel: action["Channel"].clone(),
-                endpoint: endpoint(&action["Channel"])
-                    .expect("a channel of an endpoint")
+                endpoint: action["Variable"]
+                    .trim_start_matches("PJSIP_ENDPOINT(")
+                    .trim_end_matches(",rtp_timeout)")
                     .to_owned(),
             },
             "Getvar" => Query::Item {
                 call: call("unknown"),
                 generation: 0,
                 channel: action["Channel"].clone(),
-                item: LEG_ITEMS
-                    .into_iter()
+                item: conditions::items(true, false, false)
+                    .iter()
+                    .copied()
                     .find(|item| *item == action["Variable"])
                     .expect("an item that the conditions need"),
             },

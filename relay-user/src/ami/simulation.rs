@@ -105,7 +105,7 @@ impl Pbx {
                     items: Vec::new(),
                 };
             }
-            Query::RtpTimeout { endpoint, .. } => {
+            Query::RtpTimeout { endpoint } => {
                 let item = conditions::rtp_timeout_of(endpoint);
                 let value = self.item(endpoint, &item);
                 let text = format!("Response: Success\r\nVariable: {item}\r\nValue: {value}\r\n");

@@ -20,6 +20,10 @@ use crate::pair::Pair;
 
 /// A burst of events is over after this much silence; native_rtp starts about 10 ms after it.
 pub const DEBOUNCE: Duration = Duration::from_millis(100);
+/// The same with proof, where an offer that comes too early does no harm: the wire does not prove it.
+/// A burst takes 2 ms. What is not yet is asked again after as long, then doubled, and is told once
+/// [`DEBOUNCE`] is over.
+pub const PROVEN_DEBOUNCE: Duration = Duration::from_millis(25);
 /// How often a call is asked about that gave no reason to: where its phones are.
 pub const POLL: Duration = Duration::from_secs(2);
 /// The same for an offered call with proof: there the datapath tells of a phone that moved, on its
@@ -35,6 +39,8 @@ pub const MAX_BRIDGES: usize = 32_768;
 pub const MAX_NAME: usize = 200;
 /// Channels remembered of one bridge: one more than a pair, to see that it is none.
 const MAX_CHANNELS: usize = 3;
+/// Endpoints whose `rtp_timeout` is remembered. Beyond it all are asked anew.
+const MAX_ENDPOINTS: usize = 4096;
 
 /// A call of this feed: the unique id of its bridge.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -160,20 +166,20 @@ pub enum Query {
         /// The function to evaluate.
         item: &'static str,
     },
-    /// The `rtp_timeout` of a channel's endpoint.
+    /// The `rtp_timeout` of an endpoint.
     RtpTimeout {
-        /// The bridge.
-        call: CallId,
-        /// Its generation when asked.
-        generation: u64,
-        /// The channel.
-        channel: String,
-        /// Its endpoint.
+        /// The endpoint.
         endpoint: String,
     },
 }
 
 impl Query {
+    /// Whether more questions may follow from its answer. Those of a call that has been begun come
+    /// before the next call is begun, so that the first calls need not wait for the last.
+    pub fn begins(&self) -> bool {
+        matches!(self, Self::Bridges | Self::Bridge { .. })
+    }
+
     /// The action that asks it.
     ///
     /// # Errors
@@ -190,11 +196,10 @@ impl Query {
             Self::Item { channel, item, .. } => Action::new("Getvar")
                 .with("Channel", channel)?
                 .with("Variable", item),
-            Self::RtpTimeout {
-                channel, endpoint, ..
-            } => Action::new("Getvar")
-                .with("Channel", channel)?
-                .with("Variable", &conditions::rtp_timeout_of(endpoint)),
+            // Without a channel, so that the end of a call leaves no answer out.
+            Self::RtpTimeout { endpoint } => {
+                Action::new("Getvar").with("Variable", &conditions::rtp_timeout_of(endpoint))
+            }
         }
     }
 }
@@ -228,6 +233,8 @@ struct Round {
     channels: Option<[String; 2]>,
     /// Every condition is asked, not only whether an offer still stands.
     full: bool,
+    /// What is asked of each channel by `Getvar`.
+    items: &'static [&'static str],
     answers: [LegAnswers; 2],
 }
 
@@ -247,6 +254,8 @@ struct Bridge {
     polls: u8,
     /// The receiver wants to hear whether the offer still stands.
     confirm: bool,
+    /// With proof: what only explains a refusal was asked for, since the last offer was taken back.
+    explained: bool,
     round: Option<Round>,
     said: Said,
 }
@@ -262,6 +271,8 @@ pub struct Tracker {
     /// The channels that a `Hold` event put on hold, wherever they went since. `rtp,hold` may
     /// follow later than the event.
     held: HashSet<String>,
+    /// `rtp_timeout` by endpoint, asked once for each. `None`: none, unknown, or not yet answered.
+    rtp_timeouts: HashMap<String, Option<Duration>>,
     due: BTreeSet<(Instant, CallId)>,
     list_due: Option<Instant>,
     /// The bridges of the list about which nothing is said yet; `None` before the list and after
@@ -289,6 +300,7 @@ impl Tracker {
             bridges: HashMap::new(),
             members: HashMap::new(),
             held: HashSet::new(),
+            rtp_timeouts: HashMap::new(),
             due: BTreeSet::new(),
             list_due: None,
             unsynced: None,
@@ -467,15 +479,10 @@ impl Tracker {
                     answers.items.extend(answer.map(|answer| (*item, answer)));
                 });
             }
-            Query::RtpTimeout {
-                call,
-                generation,
-                channel,
-                ..
-            } => {
-                self.leg_answered(call, *generation, channel, now, |answers| {
-                    answers.rtp_timeout = answer;
-                });
+            Query::RtpTimeout { endpoint } => {
+                if let Some(known) = self.rtp_timeouts.get_mut(endpoint) {
+                    *known = conditions::rtp_timeout(answer);
+                }
             }
         }
         self.tick(now);
@@ -497,6 +504,7 @@ impl Tracker {
                 patience: DEBOUNCE,
                 polls: BRIDGE_POLLS,
                 confirm: false,
+                explained: false,
                 round: None,
                 said: Said::Nothing,
             };
@@ -608,14 +616,19 @@ impl Tracker {
     /// Something happened to the bridge: takes back first, asks afterwards.
     fn touch(&mut self, call: &CallId, now: Instant, cause: impl FnOnce() -> String) {
         let generation = self.next_generation();
+        let debounce = match self.proving {
+            Some(_) => PROVEN_DEBOUNCE,
+            None => DEBOUNCE,
+        };
         let Some(bridge) = self.bridges.get_mut(call) else {
             return;
         };
         bridge.generation = generation;
-        bridge.patience = DEBOUNCE;
+        bridge.patience = debounce;
         bridge.confirm = false;
         if matches!(bridge.said, Said::Offered { .. }) {
             bridge.said = Said::TakenBack;
+            bridge.explained = false;
             self.out.push(Output::Tell(FeedEvent::TakeBack {
                 call: call.clone(),
                 cause: cause(),
@@ -628,7 +641,7 @@ impl Tracker {
                 self.schedule(call, None);
                 self.refuse(call, Refusal::ChannelCount(count));
             }
-            _ => self.schedule(call, Some(now + DEBOUNCE)),
+            _ => self.schedule(call, Some(now + debounce)),
         }
         // A bridge that changes over and over must not keep the others waiting.
         self.settled(call);
@@ -678,6 +691,7 @@ impl Tracker {
             unanswered: 1,
             channels: None,
             full: offered.is_none(),
+            items: &[],
             answers: Default::default(),
         });
         if let Some(channels) = offered {
@@ -810,30 +824,29 @@ impl Tracker {
 
     /// The second half of a round.
     fn ask_channels(&mut self, call: &CallId, channels: [String; 2], full: bool) {
+        if full {
+            // Before all else: Asterisk answers in order, so an offer need not wait for it.
+            for endpoint in channels
+                .iter()
+                .filter_map(|channel| conditions::endpoint(channel))
+            {
+                self.ask_rtp_timeout(endpoint);
+            }
+        }
         let Some(bridge) = self.bridges.get_mut(call) else {
             return;
         };
         let generation = bridge.generation;
+        let items = conditions::items(full, self.proving.is_some(), bridge.explained);
         let mut queries = Vec::new();
         for channel in &channels {
-            let items: &[_] = if full {
+            if full {
                 queries.push(Query::Channel {
                     call: call.clone(),
                     generation,
                     channel: channel.clone(),
                 });
-                queries.extend(
-                    conditions::endpoint(channel).map(|endpoint| Query::RtpTimeout {
-                        call: call.clone(),
-                        generation,
-                        channel: channel.clone(),
-                        endpoint: endpoint.to_owned(),
-                    }),
-                );
-                &conditions::LEG_ITEMS
-            } else {
-                &conditions::POLL_ITEMS
-            };
+            }
             queries.extend(items.iter().map(|&item| Query::Item {
                 call: call.clone(),
                 generation,
@@ -845,10 +858,28 @@ impl Tracker {
             round.unanswered = u8::try_from(queries.len()).unwrap_or(u8::MAX);
             round.channels = Some(channels);
             round.full = full;
+            round.items = items;
         }
         for query in queries {
             self.ask(query);
         }
+    }
+
+    /// Once for each endpoint.
+    fn ask_rtp_timeout(&mut self, endpoint: &str) {
+        if self.rtp_timeouts.contains_key(endpoint) {
+            return;
+        }
+        if self.rtp_timeouts.len() >= MAX_ENDPOINTS {
+            self.rtp_timeouts.clear();
+        }
+        let endpoint = endpoint.to_owned();
+        self.rtp_timeouts.insert(endpoint.clone(), None);
+        self.ask(Query::RtpTimeout { endpoint });
+    }
+
+    fn rtp_timeout(&self, channel: &str) -> Option<Duration> {
+        *self.rtp_timeouts.get(conditions::endpoint(channel)?)?
     }
 
     /// BridgeInfo's list is the truth about who is in the bridge.
@@ -909,31 +940,38 @@ impl Tracker {
         let Some(Round {
             channels: Some(channels),
             full,
+            items,
             answers,
             ..
         }) = bridge.round.take()
         else {
             return;
         };
+        let explains = conditions::explains(items);
+        bridge.explained |= explains;
         let verdict = match &bridge.said {
             Said::Offered { legs, .. } if !full => {
                 let stands = (0..2).try_for_each(|leg| {
                     conditions::unmoved(&channels[leg], &legs[leg], &answers[leg])
                 });
-                match stands {
-                    Ok(()) => Ok((channels, *legs.clone())),
-                    Err(refusal) => {
-                        // What it is now takes every condition again, and at once.
-                        self.touch(call, now, || refusal.to_string());
-                        return self.schedule(call, Some(now));
-                    }
+                if let Err(refusal) = stands {
+                    // What it is now takes every condition again, and at once.
+                    self.touch(call, now, || refusal.to_string());
+                    return self.schedule(call, Some(now));
                 }
+                let judged = if explains { 0..2 } else { 0..0 };
+                let mut judged =
+                    judged.map(|leg| conditions::relayed_in_clear(&channels[leg], &answers[leg]));
+                judged
+                    .try_for_each(|verdict| verdict)
+                    .map(|()| (channels, *legs.clone()))
             }
             _ => {
                 let leg = |leg: usize| {
                     conditions::leg(
                         call.as_str(),
                         &channels[leg],
+                        items,
                         &answers[leg],
                         self.proving.as_ref(),
                     )
@@ -963,15 +1001,15 @@ impl Tracker {
                 .map(|pair| (channels, legs, pair)),
             Err(refusal) => Err(refusal),
         };
-        let poll = match self.proving {
-            Some(_) => PROVEN_POLL,
-            None => POLL,
-        };
         let Some(bridge) = self.bridges.get_mut(call) else {
             return;
         };
         bridge.round = None;
         let confirm = std::mem::take(&mut bridge.confirm);
+        let poll = match self.proving {
+            Some(_) if bridge.explained => PROVEN_POLL,
+            _ => POLL,
+        };
         let wait = match verdict {
             Ok((channels, legs, pair)) => {
                 let same = matches!(&bridge.said, Said::Offered { channels: c, legs: l } if *c == channels && **l == legs);
@@ -981,11 +1019,11 @@ impl Tracker {
                     Some(Duration::ZERO)
                 } else {
                     if !same || confirm {
-                        let rtp_timeout = [legs[0].rtp_timeout, legs[1].rtp_timeout];
                         bridge.said = Said::Offered {
                             channels: channels.clone(),
                             legs: Box::new(legs),
                         };
+                        let rtp_timeout = [0, 1].map(|leg: usize| self.rtp_timeout(&channels[leg]));
                         self.tell(FeedEvent::Offer {
                             call: call.clone(),
                             pair,
@@ -1007,8 +1045,14 @@ impl Tracker {
                 } else {
                     POLL
                 };
+                // So soon after a change this is no news.
+                let untold = refusal.is_not_yet()
+                    && bridge.patience < DEBOUNCE
+                    && !matches!(bridge.said, Said::Offered { .. });
                 bridge.patience = wait * 2;
-                self.refuse(call, refusal);
+                if !untold {
+                    self.refuse(call, refusal);
+                }
                 Some(wait)
             }
         };
@@ -1063,8 +1107,10 @@ mod tests {
     const A: &str = "PJSIP/a-1";
     const B: &str = "PJSIP/b-2";
     const SECOND: Duration = Duration::from_secs(1);
-    /// The bridge; each channel, its endpoint's timeout, and its items.
-    const FULL_ROUND: usize = 1 + 2 * (2 + conditions::LEG_ITEMS.len());
+    /// The bridge; each channel and its items.
+    const FULL_ROUND: usize = 1 + 2 * (1 + 6);
+    /// The same with proof: without what the wire shows, or only explains.
+    const PROVEN_ROUND: usize = 1 + 2 * (1 + 3);
 
     fn bridge_event(name: &str, bridge: &str, count: usize, channel: &str) -> String {
         format!(
@@ -1678,18 +1724,169 @@ mod tests {
         simulation.pass(PROVEN_POLL * u32::from(BRIDGE_POLLS) * 10);
         let polls = 10 * usize::from(BRIDGE_POLLS);
         let questions = simulation.queries.len() - asked;
-        // Both phones at each poll, and the bridge at every fifth; or a poll fewer.
+        // Both phones at each poll, and the bridge at every fifth; or a poll fewer. Once, what only
+        // explains.
         assert!(
-            (polls * 2 + 9 - 2..=polls * 2 + 10).contains(&questions),
+            (polls * 2 + 9 - 2..=polls * 2 + 10 + 6).contains(&questions),
             "{questions}"
         );
         assert_eq!(simulation.told(), Vec::<String>::new());
         // What is refused is asked about as often as without.
-        let mut simulation = proving(&[], |pbx| pbx.set(A, "CHANNEL(rtp,secure)", "1"));
+        let mut simulation = proving(&[], |pbx| pbx.set(A, "CHANNEL(rtp,hold)", "1"));
         simulation.told.clear();
-        simulation.pbx.set(A, "CHANNEL(rtp,secure)", "0");
+        simulation.pbx.set(A, "CHANNEL(rtp,hold)", "0");
         simulation.pass(POLL);
         assert!(simulation.told()[0].starts_with("offer "));
+    }
+
+    fn asked<'a>(queries: &'a [Query], wanted: &str) -> Vec<&'a Query> {
+        let of = |query: &&Query| matches!(query, Query::Item { item, .. } if *item == wanted);
+        queries.iter().filter(of).collect()
+    }
+
+    #[test]
+    fn with_proof_an_offer_waits_for_nothing_that_the_wire_shows() {
+        // The list; the two endpoints.
+        const ONCE: usize = 1 + 2;
+        let mut simulation = proving(&[], |pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", "0"));
+        assert_eq!(simulation.queries.len(), ONCE + PROVEN_ROUND);
+        assert!(simulation.told()[0].starts_with("offer "));
+        simulation.pass(30 * SECOND);
+        simulation.event(&varset(A));
+        simulation.pass(30 * SECOND);
+        assert!(asked(&simulation.queries, "CHANNEL(rtcp,rxcount)").is_empty());
+        // Once for each leg and offer.
+        for item in ["CHANNEL(rtp,direct)", "CHANNEL(rtp,secure)"] {
+            assert_eq!(asked(&simulation.queries, item).len(), 4, "{item}");
+        }
+    }
+
+    #[test]
+    fn with_proof_what_will_never_be_proven_is_explained_soon_and_for_good() {
+        for (item, value, words) in [
+            (
+                "CHANNEL(rtp,direct)",
+                "192.0.2.9:4000",
+                "refused PJSIP/b-2 has direct media with 192.0.2.9:4000",
+            ),
+            (
+                "CHANNEL(rtp,secure)",
+                "1",
+                "refused PJSIP/b-2 has encrypted media",
+            ),
+            (
+                "CHANNEL(rtp,secure)",
+                "",
+                "refused CHANNEL(rtp,secure) of PJSIP/b-2 is empty",
+            ),
+        ] {
+            let mut simulation = proving(&[], |pbx| pbx.set(B, item, value));
+            simulation.pass(POLL);
+            let told = simulation.told();
+            assert!(
+                told.len() == 2 && told[0].starts_with("offer ") && told[1].starts_with(words),
+                "{told:?}"
+            );
+            // Neither time nor events bring an offer that would be refused again.
+            simulation.pass(10 * POLL);
+            simulation.event(&varset(A));
+            simulation.pass(10 * POLL);
+            assert_eq!(simulation.told(), Vec::<String>::new());
+            simulation.pbx.items.clear();
+            simulation.pass(POLL);
+            let told = simulation.told();
+            assert!(told.len() == 1 && told[0].starts_with("offer "), "{told:?}");
+        }
+    }
+
+    /// A call that comes up before our eyes, native this long after its last event.
+    fn comes_up(native: Duration) -> (Duration, Vec<String>) {
+        let mut simulation = Simulation::proving(Pbx::default(), &[]);
+        simulation.pass(SECOND);
+        simulation.told.clear();
+        simulation.pbx.bridge("one", "simple_bridge", &[A, B]);
+        for (count, channel) in [(1, A), (2, B)] {
+            simulation.event(&bridge_event("BridgeEnter", "one", count, channel));
+            simulation.event(&varset(channel));
+        }
+        let up = simulation.now - simulation.start;
+        let end = simulation.now + SECOND;
+        simulation.run_until(end, |pbx, time| {
+            if time >= up + native {
+                pbx.bridge("one", "native_rtp", &[A, B]);
+            }
+        });
+        let bridges = simulation.queries.iter();
+        let bridges = bridges.filter(|query| matches!(query, Query::Bridge { .. }));
+        (PROVEN_DEBOUNCE * bridges.count() as u32, simulation.told())
+    }
+
+    #[test]
+    fn with_proof_a_call_is_asked_about_early_and_what_is_not_yet_is_no_news() {
+        let ms = Duration::from_millis;
+        for (native, questions) in [(10, 1), (40, 2), (60, 3)] {
+            let (asked, told) = comes_up(ms(native));
+            assert!(
+                told.len() == 1 && told[0].starts_with("offer "),
+                "{native}: {told:?}"
+            );
+            assert_eq!(asked, PROVEN_DEBOUNCE * questions);
+        }
+        let (_, told) = comes_up(DEBOUNCE + ms(50));
+        assert!(
+            told.len() == 2
+                && told[0].starts_with("refused bridge technology")
+                && told[1].starts_with("offer "),
+            "{told:?}"
+        );
+        // But an offer that does not stand is taken back at once.
+        let mut simulation = Simulation::proving(Pbx::default(), &[]);
+        simulation.pbx.bridge("one", "native_rtp", &[A, B]);
+        for (count, channel) in [(1, A), (2, B)] {
+            simulation.event(&bridge_event("BridgeEnter", "one", count, channel));
+            simulation.event(&varset(channel));
+        }
+        simulation.pass(SECOND);
+        simulation.told.clear();
+        simulation.pbx.bridge("one", "simple_bridge", &[A, B]);
+        simulation.ask("one");
+        simulation.pass(ms(5));
+        assert!(simulation.told()[0].starts_with("refused bridge technology"));
+    }
+
+    #[test]
+    fn an_endpoint_is_asked_for_its_timeout_once_a_session_and_few_are_remembered() {
+        let mut pbx = Pbx::default();
+        for call in 0..20 {
+            let names = ["caller", "callee"].map(|name| format!("PJSIP/{name}-{call}"));
+            pbx.bridge(&call.to_string(), "native_rtp", &[&names[0], &names[1]]);
+        }
+        pbx.set("callee", "PJSIP_ENDPOINT(callee,rtp_timeout)", "30");
+        let mut simulation = Simulation::new(pbx);
+        simulation.pass(SECOND);
+        simulation.event(&varset("PJSIP/caller-3"));
+        simulation.pass(SECOND);
+        let endpoints = |simulation: &Simulation| {
+            let queries = simulation.queries.iter();
+            queries
+                .filter(|query| matches!(query, Query::RtpTimeout { .. }))
+                .count()
+        };
+        assert_eq!(endpoints(&simulation), 2);
+        assert_eq!(timeouts(&simulation), [[Some(30), None]; 21]);
+        simulation.up();
+        simulation.pass(SECOND);
+        assert_eq!(endpoints(&simulation), 4);
+
+        let mut pbx = Pbx::default();
+        for call in 0..MAX_ENDPOINTS {
+            let names = ["a", "b"].map(|name| format!("PJSIP/{name}{call}-1"));
+            pbx.bridge(&call.to_string(), "native_rtp", &[&names[0], &names[1]]);
+        }
+        let mut simulation = Simulation::bounded(pbx, 2 * MAX_ENDPOINTS);
+        simulation.pass(SECOND);
+        assert_eq!(endpoints(&simulation), 2 * MAX_ENDPOINTS);
+        assert!(simulation.tracker.rtp_timeouts.len() <= MAX_ENDPOINTS);
     }
 
     #[test]
@@ -2068,9 +2265,16 @@ mod tests {
         /// After every event: an offer stands only for two channels that are alone together and
         /// not held. And once it is quiet, every such pair is offered, and is confirmed when asked for.
         #[test]
-        fn no_offer_outlives_its_bridge(steps in proptest::collection::vec(step(), 1..80)) {
+        fn no_offer_outlives_its_bridge(
+            steps in proptest::collection::vec(step(), 1..80),
+            proof in any::<bool>(),
+        ) {
             let mut world = World::default();
-            let mut simulation = Simulation::new(Pbx::default());
+            let mut simulation = if proof {
+                Simulation::proving(Pbx::default(), &[])
+            } else {
+                Simulation::new(Pbx::default())
+            };
             for step in &steps {
                 world.apply(step, &mut simulation);
                 let pairs = world.pairs();

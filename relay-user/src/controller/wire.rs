@@ -41,6 +41,7 @@ pub(super) struct Watch {
 
 /// What goes on with a pair.
 struct Vigil {
+    /// From when on its phones would have been noticed: before, the datapath may not have looked.
     since: Instant,
     /// When to ask whether it may be proven again, or whether its addresses changed.
     ask_at: Option<Instant>,
@@ -247,10 +248,13 @@ impl Controller {
             let state = self.datapath.state(spec.slot);
             self.scout(id, leg, &spec, &state, age);
             offloaded[leg] = state.mode() == mode::OFFLOADED;
-            if state.last_seen != 0 {
+            if state.mode() == mode::SUSPENDED {
+                // The datapath does not look at its packets.
+                silence[leg] = Duration::ZERO;
+            } else if state.last_seen != 0 {
                 // The datapath's clock may be a tick ahead.
                 let ticks = now_ticks.wrapping_sub(state.last_seen) as i32;
-                silence[leg] = Duration::from_nanos((ticks.max(0) as u64) << 20);
+                silence[leg] = Duration::from_nanos((ticks.max(0) as u64) << 20).min(age);
             }
         }
         for leg in 0..2 {
@@ -352,8 +356,8 @@ impl Controller {
         }
     }
 
-    /// What no phone has used for long is not trusted any longer: a stream must be proven again, and
-    /// a pair that a client added is forgotten.
+    /// What no phone has used for long is not trusted any longer: a stream must be proven again,
+    /// where proof is asked for, and a pair that a client added is forgotten.
     async fn expire(
         &mut self,
         id: u64,
@@ -367,7 +371,9 @@ impl Controller {
             return self.forget(id, TransitionKind::Expired, &why()).await;
         }
         for leg in 0..2 {
-            if silence[leg] < limit || !offloaded[leg] {
+            let spec = self.registry.installed(id, leg);
+            let provable = spec.is_some_and(|spec| spec.proof != 0);
+            if silence[leg] < limit || !offloaded[leg] || !provable {
                 continue;
             }
             if let Some(change) = self.registry.doubt(id, leg) {
@@ -420,6 +426,11 @@ impl Controller {
     pub(super) async fn restart(&mut self, id: u64) -> Result<(), ControllerError> {
         let datapath = &self.datapath;
         let changes = self.registry.restart(id, |slot| datapath.state(slot));
+        if let Some(vigil) = self.wire.pairs.get_mut(&id)
+            && !changes.is_empty()
+        {
+            vigil.since = Instant::now();
+        }
         self.apply(changes).await?;
         self.notice(id);
         Ok(())

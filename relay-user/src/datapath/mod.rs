@@ -232,7 +232,7 @@ impl Datapath {
         mut pins: Pins,
         others: &[Directory],
     ) -> Result<Self, DatapathError> {
-        pins.unstage(earlier.as_ref().map(|earlier| earlier.info.id))?;
+        pins.begin(earlier.as_ref().map(|earlier| earlier.info.id))?;
         let mut loaded = Loaded::new(mode, max_streams, None)?;
         pins.stage(&loaded.0)?;
         let maps = Maps::take(&mut loaded.0, max_streams)?;

@@ -345,13 +345,21 @@ fn unlocked(interface: &str, index: u32) -> Result<Option<AttachedLink>, Datapat
         .map(|version| version.path().join(pin_name(interface)))
         .filter(|path| path.is_dir())
         .collect();
-    attached(directories.iter().map(PathBuf::as_path), index)
+    match attached(directories.iter().map(PathBuf::as_path), index) {
+        // A daemon ends meanwhile, and removes its directory.
+        Err(DatapathError::Pins { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        outcome => outcome,
+    }
 }
 
 /// What becomes of the pins when [`Pins`] is dropped.
 enum AtEnd {
-    /// Only what is being prepared goes.
-    Unstage,
+    /// Nothing goes that is there.
+    Untouched,
+    /// Only what is being prepared goes, and is detached, but for this link of an earlier instance.
+    Unstage(Option<u32>),
     /// All go, and what they hold is detached.
     Remove,
     /// All stay.
@@ -377,7 +385,7 @@ impl Pins {
         };
         let pins = Self {
             directory,
-            at_end: AtEnd::Unstage,
+            at_end: AtEnd::Untouched,
         };
         pins.directory.own_contents()?;
         Ok(pins)
@@ -423,6 +431,12 @@ impl Pins {
             [one] => Some(Observer::Filter(one)),
             _ => None,
         })
+    }
+
+    /// Begins to prepare a new instance, besides the earlier one that has the spared link.
+    pub(super) fn begin(&mut self, spared: Option<u32>) -> Result<(), DatapathError> {
+        self.at_end = AtEnd::Unstage(spared);
+        self.unstage(spared)
     }
 
     /// Removes what a daemon that was killed had prepared.
@@ -501,8 +515,12 @@ impl Pins {
 impl Drop for Pins {
     fn drop(&mut self) {
         let outcome = match self.at_end {
-            AtEnd::Unstage => self.unstage(None).map(|()| {
-                // Not empty where an earlier instance stays.
+            // Not empty where an earlier instance stays.
+            AtEnd::Untouched => {
+                let _ = self.directory.remove_folders();
+                Ok(())
+            }
+            AtEnd::Unstage(spared) => self.unstage(spared).map(|()| {
                 let _ = self.directory.remove_folders();
             }),
             AtEnd::Remove => self.directory.remove(None),

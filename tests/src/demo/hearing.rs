@@ -66,8 +66,8 @@ pub(super) struct Hearing {
     pub(super) largest_gap: Duration,
     /// Longest time of a packet from phone to phone, if the sending was seen.
     pub(super) longest_way: Option<Duration>,
-    /// DSCP values in the last of the parts, in rising order; not those of less than one packet in a hundred, which
-    /// may go through the PBX for a good reason of their own.
+    /// DSCP values in the last of the parts, in rising order; not those of less than three packets in a hundred,
+    /// which may go through the PBX for a good reason of their own: it must hear of each phone every 3 seconds.
     pub(super) dscp: Vec<u8>,
 }
 
@@ -108,7 +108,7 @@ impl Hearing {
         let all: u64 = dscp.values().sum();
         hearing.dscp = dscp
             .into_iter()
-            .filter(|(_, packets)| packets * 100 >= all)
+            .filter(|(_, packets)| packets * 100 >= 3 * all)
             .map(|(code, _)| code)
             .collect();
         hearing

@@ -49,6 +49,8 @@ pub(super) struct Call {
     pub(super) caller: Channel,
     pub(super) callee: Channel,
     pub(super) native: AtomicBool,
+    /// What the caller says reaches the callee in another coding, whatever signalling claims.
+    pub(super) transcoded: AtomicBool,
     pub(super) started: Instant,
 }
 
@@ -427,6 +429,7 @@ mod tests {
                 "192.0.2.12:38346",
             ),
             native: AtomicBool::new(true),
+            transcoded: AtomicBool::new(false),
             started: Instant::now(),
         }
     }

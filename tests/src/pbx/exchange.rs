@@ -138,6 +138,7 @@ impl Exchange {
             caller: channel("caller", 0),
             callee: channel("callee", 1),
             native: AtomicBool::new(false),
+            transcoded: AtomicBool::new(false),
             started: Instant::now(),
         });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
@@ -235,6 +236,11 @@ impl Exchange {
             }),
             ["native", call] => Ok({
                 self.switch(&*self.call(id(call)?)?, true);
+                json!({})
+            }),
+            ["transcode", call] => Ok({
+                let call = self.call(id(call)?)?;
+                call.transcoded.store(true, Ordering::Relaxed);
                 json!({})
             }),
             ["counters"] => Ok(self.counters()),

@@ -18,6 +18,9 @@ use super::call::{Call, Side, Technology};
 /// Time from the bridge to native RTP.
 const NATIVE_AFTER: Duration = Duration::from_millis(10);
 
+/// Length of an RTP header without CSRCs and extension: phones send no others.
+const HEADER: usize = 12;
+
 /// SSRC and sequence that the PBX gives a stream while the bridge is not native.
 #[derive(Clone, Copy, Debug)]
 struct Own {
@@ -82,7 +85,7 @@ pub(super) fn forward(
             // As `strictrtp=yes`: media of strangers goes nowhere.
             if source.ip() != channel.remote.ip()
                 || source.port() != channel.remote.port()
-                || len < 12
+                || len < HEADER
             {
                 continue;
             }
@@ -92,6 +95,10 @@ pub(super) fn forward(
                 packet[2..4].copy_from_slice(&own.sequence.to_be_bytes());
                 packet[8..12].copy_from_slice(&own.ssrc.to_be_bytes());
                 own.sequence = own.sequence.wrapping_add(1);
+            }
+            if side == Side::Caller && call.transcoded.load(Ordering::Relaxed) {
+                // What A-law does to the idle pattern; any reversible change will do.
+                packet[HEADER..].iter_mut().for_each(|byte| *byte ^= 0x55);
             }
             // A phone that is gone does not end the call; SIP does.
             if sockets[1 - number].send_to(packet, peer.remote).is_ok() {
