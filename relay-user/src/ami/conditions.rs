@@ -85,7 +85,9 @@ pub enum Refusal {
     #[error("channels in the bridge: {0}; a pair is two")]
     ChannelCount(usize),
     /// Asterisk bridges in another way, because it has to look at the media.
-    #[error("bridge technology {0}; only native_rtp forwards media unchanged")]
+    #[error(
+        "bridge technology {0}: Asterisk handles the media itself, as for a recording, a jitter buffer or DTMF features (t, T)"
+    )]
     Technology(String),
     /// Another channel driver.
     #[error("{0} is not a PJSIP channel")]
@@ -213,6 +215,18 @@ impl Refusal {
             Self::NoAnswer { .. } => "no_answer",
             Self::TooManyBridges(_) => "too_many_bridges",
         }
+    }
+
+    /// Whether Asterisk cannot bridge natively for this reason.
+    pub const fn explains_technology(&self) -> bool {
+        matches!(
+            self,
+            Self::OnHold(_)
+                | Self::Encrypted(_)
+                | Self::Transcoding { .. }
+                | Self::DifferentCodecs(..)
+                | Self::Video { .. }
+        )
     }
 
     /// Whether the condition is expected to come true by itself within a moment, so that asking

@@ -34,6 +34,8 @@ pub const PROVEN_POLL: Duration = Duration::from_secs(10);
 const BRIDGE_POLLS: u8 = 5;
 /// Bridges tracked at a time, unless the caller says otherwise: half of the default 65,536 streams.
 pub const MAX_BRIDGES: usize = 32_768;
+/// A technology that was still the same after waits of up to this stays.
+const LASTING: Duration = Duration::from_millis(400);
 /// Longest bridge id or channel name taken, in bytes. Asterisk's own are at most 80
 /// (AST_CHANNEL_NAME) and 36.
 pub const MAX_NAME: usize = 200;
@@ -236,6 +238,8 @@ struct Round {
     /// What is asked of each channel by `Getvar`.
     items: &'static [&'static str],
     answers: [LegAnswers; 2],
+    /// Refused already, for its technology: the answers are to say why Asterisk took that.
+    refused: Option<Refusal>,
 }
 
 #[derive(Debug)]
@@ -256,6 +260,8 @@ struct Bridge {
     confirm: bool,
     /// With proof: what only explains a refusal was asked for, since the last offer was taken back.
     explained: bool,
+    /// Why Asterisk handles the media itself, and the generation that it was asked in.
+    reason: Option<(u64, Refusal)>,
     round: Option<Round>,
     said: Said,
 }
@@ -505,6 +511,7 @@ impl Tracker {
                 polls: BRIDGE_POLLS,
                 confirm: false,
                 explained: false,
+                reason: None,
                 round: None,
                 said: Said::Nothing,
             };
@@ -693,6 +700,7 @@ impl Tracker {
             full: offered.is_none(),
             items: &[],
             answers: Default::default(),
+            refused: None,
         });
         if let Some(channels) = offered {
             bridge.polls -= 1;
@@ -811,7 +819,7 @@ impl Tracker {
         }
         let channels = match conditions::bridge(call.as_str(), &answer) {
             Ok(channels) => channels,
-            Err(refusal) => return self.decide(call, now, full, Err(refusal)),
+            Err(refusal) => return self.refused_for_its_bridge(call, now, full, refusal),
         };
         if let Some(held) = channels.iter().find(|channel| self.held.contains(*channel)) {
             let refusal = Refusal::OnHold(held.clone());
@@ -820,6 +828,43 @@ impl Tracker {
         // A poll asks only whether the offer still stands; of other channels it knows nothing.
         let full = full || offered.is_none_or(|offered| offered != channels);
         self.ask_channels(call, channels, full);
+    }
+
+    /// A technology that stays is explained: transcoding, encryption and recording all look alike in
+    /// it. The legs are asked once.
+    fn refused_for_its_bridge(
+        &mut self,
+        call: &CallId,
+        now: Instant,
+        full: bool,
+        refusal: Refusal,
+    ) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        if !matches!(refusal, Refusal::Technology(_)) {
+            return self.decide(call, now, full, Err(refusal));
+        }
+        match &bridge.reason {
+            Some((generation, reason)) if *generation == bridge.generation => {
+                let reason = reason.clone();
+                return self.decide(call, now, full, Err(reason));
+            }
+            _ => {}
+        }
+        let stays = bridge.patience >= LASTING && !matches!(bridge.said, Said::Offered { .. });
+        let mut channels = bridge.channels.clone();
+        channels.sort_unstable();
+        match <[String; 2]>::try_from(channels) {
+            Ok(channels) if stays => {
+                bridge.explained = true;
+                if let Some(round) = &mut bridge.round {
+                    round.refused = Some(refusal);
+                }
+                self.ask_channels(call, channels, true);
+            }
+            _ => self.decide(call, now, full, Err(refusal)),
+        }
     }
 
     /// The second half of a round.
@@ -942,6 +987,7 @@ impl Tracker {
             full,
             items,
             answers,
+            refused,
             ..
         }) = bridge.round.take()
         else {
@@ -981,7 +1027,17 @@ impl Tracker {
                     .map(|legs| (channels, legs))
             }
         };
-        self.decide(call, now, full, verdict);
+        let Some(technology) = refused else {
+            return self.decide(call, now, full, verdict);
+        };
+        let proving = self.proving.is_some();
+        let reason = verdict.and_then(|(_, legs)| conditions::pair(&legs[0], &legs[1], proving));
+        let reason = match reason {
+            Err(reason) if reason.explains_technology() => reason,
+            _ => technology,
+        };
+        bridge.reason = Some((bridge.generation, reason.clone()));
+        self.decide(call, now, full, Err(reason));
     }
 
     /// Ends a round: offers or refuses, and sets the time of the next one. `full`: the round asked
@@ -1089,11 +1145,18 @@ impl Tracker {
 }
 
 fn refused(call: CallId, channels: Vec<String>, refusal: &Refusal) -> FeedEvent {
+    // In the order of a pair's legs.
+    let mut legs: Vec<_> = channels.iter().collect();
+    legs.sort_unstable();
+    let mut cause = refusal.to_string();
+    for (leg, channel) in ["A", "B"].into_iter().zip(legs) {
+        cause = cause.replace(channel, &format!("leg {leg} ({channel})"));
+    }
     FeedEvent::Refused {
         call,
         channels,
         name: refusal.name(),
-        cause: refusal.to_string(),
+        cause,
     }
 }
 
@@ -1160,19 +1223,19 @@ mod tests {
             ),
             (
                 |pbx| pbx.set(B, "CHANNEL(rtp,hold)", "1"),
-                "PJSIP/b-2 is on hold",
+                "leg B (PJSIP/b-2) is on hold",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtp,secure)", "1"),
-                "PJSIP/a-1 has encrypted media",
+                "leg A (PJSIP/a-1) has encrypted media",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtp,dest)", "(null)"),
-                "PJSIP/a-1 has no remote RTP address",
+                "leg A (PJSIP/a-1) has no remote RTP address",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtp,dest)", ""),
-                "CHANNEL(rtp,dest) of PJSIP/a-1 is empty",
+                "CHANNEL(rtp,dest) of leg A (PJSIP/a-1) is empty",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtp,dest)", "phone"),
@@ -1196,7 +1259,7 @@ mod tests {
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(audiowriteformat)", "alaw"),
-                "transcoding alaw→ulaw at PJSIP/a-1",
+                "transcoding alaw→ulaw at leg A (PJSIP/a-1)",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(audionativeformat)", "(ulaw|alaw)"),
@@ -1212,11 +1275,11 @@ mod tests {
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", "0"),
-                "no RTP from PJSIP/a-1 yet",
+                "no RTP from leg A (PJSIP/a-1) yet",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", ""),
-                "rxcount) of PJSIP/a-1 is empty",
+                "rxcount) of leg A (PJSIP/a-1) is empty",
             ),
             (
                 |pbx| pbx.bridge("one", "softmix", &[A, B]),
@@ -1224,7 +1287,7 @@ mod tests {
             ),
             (
                 |pbx| pbx.bridge("one", "native_rtp", &[A, "Local/x@y-1;2"]),
-                "Local/x@y-1;2 is not a PJSIP channel",
+                "leg A (Local/x@y-1;2) is not a PJSIP channel",
             ),
             (
                 |pbx| pbx.bridge("one", "native_rtp", &[A, B, "PJSIP/c-3"]),
@@ -1336,7 +1399,7 @@ mod tests {
             pbx.set(B, "CHANNEL(audioreadformat)", "slin");
         })
         .told();
-        assert_eq!(told, ["refused transcoding opus→slin at PJSIP/b-2"]);
+        assert_eq!(told, ["refused transcoding opus→slin at leg B (PJSIP/b-2)"]);
         let told = proving(&[], |pbx| {
             for item in ["audioreadformat", "audiowriteformat"] {
                 pbx.set(B, &format!("CHANNEL({item})"), "opus");
@@ -1362,7 +1425,8 @@ mod tests {
             );
             let told = proving(&own[..1], |pbx| wildcard(pbx, address)).told();
             assert!(
-                told[0].starts_with("refused Asterisk names no local address for PJSIP/a-1"),
+                told[0]
+                    .starts_with("refused Asterisk names no local address for leg A (PJSIP/a-1)"),
                 "{told:?}"
             );
         }
@@ -1445,7 +1509,7 @@ mod tests {
         simulation.pbx.set(A, "CHANNEL(rtp,hold)", "1");
         simulation.ask("one");
         simulation.pass(SECOND / 100);
-        assert_eq!(simulation.told(), ["refused PJSIP/a-1 is on hold"]);
+        assert_eq!(simulation.told(), ["refused leg A (PJSIP/a-1) is on hold"]);
 
         let mut simulation = offered();
         simulation
@@ -1499,7 +1563,10 @@ mod tests {
         simulation.pass(SECOND);
         assert_eq!(
             simulation.told(),
-            ["back Hold (PJSIP/b-2)", "refused PJSIP/b-2 is on hold"]
+            [
+                "back Hold (PJSIP/b-2)",
+                "refused leg B (PJSIP/b-2) is on hold"
+            ]
         );
     }
 
@@ -1670,7 +1737,10 @@ mod tests {
         simulation.pass(5 * SECOND);
         assert_eq!(
             simulation.told(),
-            ["back Hold (PJSIP/a-1)", "refused PJSIP/a-1 is on hold"]
+            [
+                "back Hold (PJSIP/a-1)",
+                "refused leg A (PJSIP/a-1) is on hold"
+            ]
         );
         simulation.event(&channel_event("Unhold", A));
         simulation.pass(SECOND);
@@ -1767,17 +1837,17 @@ mod tests {
             (
                 "CHANNEL(rtp,direct)",
                 "192.0.2.9:4000",
-                "refused PJSIP/b-2 has direct media with 192.0.2.9:4000",
+                "refused leg B (PJSIP/b-2) has direct media with 192.0.2.9:4000",
             ),
             (
                 "CHANNEL(rtp,secure)",
                 "1",
-                "refused PJSIP/b-2 has encrypted media",
+                "refused leg B (PJSIP/b-2) has encrypted media",
             ),
             (
                 "CHANNEL(rtp,secure)",
                 "",
-                "refused CHANNEL(rtp,secure) of PJSIP/b-2 is empty",
+                "refused CHANNEL(rtp,secure) of leg B (PJSIP/b-2) is empty",
             ),
         ] {
             let mut simulation = proving(&[], |pbx| pbx.set(B, item, value));
