@@ -16,6 +16,7 @@ use crate::{
         PairState, StatusReport, StreamReport, StreamState, Verdict,
     },
     events::{Event, Lagged, TransitionKind},
+    pair::Proof,
 };
 
 /// How the output looks.
@@ -132,15 +133,29 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
     }
     let types: Vec<_> = pair.payload_types.iter().map(ToString::to_string).collect();
     facts.add("payload types", types.join(", "));
+    if pair.proof == Proof::None {
+        facts.add("proof", "none: relayed on the word of whoever added it");
+    }
+    for (name, stream) in ["from first", "from second"].into_iter().zip(&pair.streams) {
+        if let Some(why) = &stream.why {
+            facts.add(name, why);
+        }
+    }
     if pair.streams.is_empty() {
         return facts.drawn();
     }
-    let mut table = style.table(&["FROM", "TO", "STATE", "PACKETS", "BYTES", "NEXT HOP"]);
+    let mut table = style.table(&[
+        "FROM", "TO", "STATE", "PROOF", "PACKETS", "BYTES", "NEXT HOP",
+    ]);
     for stream in &pair.streams {
         table.add_row([
             Cell::new(stream.from),
             Cell::new(stream.to),
             stream_state(stream, style),
+            text(&stream.proof.map_or_else(
+                || "-".into(),
+                |proof| format!("{}/{}", proof.equal, proof.of),
+            )),
             number(stream.packets),
             number(stream.bytes),
             text(
@@ -562,7 +577,15 @@ mod tests {
             "payload types  0, 101:96",
             "02:00:00:00:00:01 > 02:00:00:00:00:0c, VLAN 100, MTU 1500",
             "321000",
+            "8/8",
         ] {
+            assert!(text.contains(fragment), "{fragment} in {text}");
+        }
+        let mut waiting: PairReport = example("A pair");
+        waiting.proof = Proof::None;
+        waiting.streams[1].why = Some("proof 3/8".into());
+        let text = pair(&waiting, Style::PLAIN);
+        for fragment in ["proof          none", "from second    proof 3/8"] {
             assert!(text.contains(fragment), "{fragment} in {text}");
         }
     }
