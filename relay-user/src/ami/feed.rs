@@ -304,7 +304,7 @@ mod tests {
         };
         assert_eq!(
             (refused.as_str(), start.elapsed()),
-            ("refused PJSIP/a-1 is on hold", DEBOUNCE)
+            ("refused leg A (PJSIP/a-1) is on hold", DEBOUNCE)
         );
         feed.shutdown.cancel();
         feed.task.await.expect("a clean end");

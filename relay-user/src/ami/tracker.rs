@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    conditions::{self, LegAnswers, LegFacts, Proving, Refusal},
+    conditions::{self, Bridged, LegAnswers, LegFacts, Proving, Refusal},
     message::{Action, ActionError, Message},
     session::Answer,
 };
@@ -22,8 +22,11 @@ use crate::pair::Pair;
 pub const DEBOUNCE: Duration = Duration::from_millis(100);
 /// The same with proof, where an offer that comes too early does no harm: the wire does not prove it.
 /// A burst takes 2 ms. What is not yet is asked again after as long, then doubled, and is told once
-/// [`DEBOUNCE`] is over.
+/// [`DEBOUNCE`] is over, or for a bridge technology [`LASTING`].
 pub const PROVEN_DEBOUNCE: Duration = Duration::from_millis(25);
+/// A bridge technology that lasts this long after a change is no moment of setting up: Asterisk is
+/// asked why, and the call is refused.
+pub const LASTING: Duration = Duration::from_millis(400);
 /// How often a call is asked about that gave no reason to: where its phones are.
 pub const POLL: Duration = Duration::from_secs(2);
 /// The same for an offered call with proof: there the datapath tells of a phone that moved, on its
@@ -102,7 +105,7 @@ pub enum FeedEvent {
         call: CallId,
         /// Name of the rule (`conditions::Refusal::name`).
         name: &'static str,
-        /// The channels, as far as known.
+        /// The channels, as far as known: of two the first is leg A.
         channels: Vec<String>,
         /// In words.
         cause: String,
@@ -235,6 +238,8 @@ struct Round {
     full: bool,
     /// What is asked of each channel by `Getvar`.
     items: &'static [&'static str],
+    /// The bridge technology of which the answers tell why.
+    explaining: Option<String>,
     answers: [LegAnswers; 2],
 }
 
@@ -256,8 +261,19 @@ struct Bridge {
     confirm: bool,
     /// With proof: what only explains a refusal was asked for, since the last offer was taken back.
     explained: bool,
+    /// When an event touched it last. `None`: it stands as it was found.
+    changed: Option<Instant>,
+    /// A technology that was asked about since, and what it turned out to mean.
+    technology: Option<(String, Refusal)>,
     round: Option<Round>,
     said: Said,
+}
+
+impl Bridge {
+    /// Whether it is as it is for long enough that it will not become native_rtp in a moment.
+    fn lasts(&self, now: Instant) -> bool {
+        self.changed.is_none_or(|at| now >= at + LASTING)
+    }
 }
 
 /// The state machine.
@@ -505,6 +521,8 @@ impl Tracker {
                 polls: BRIDGE_POLLS,
                 confirm: false,
                 explained: false,
+                changed: None,
+                technology: None,
                 round: None,
                 said: Said::Nothing,
             };
@@ -626,6 +644,8 @@ impl Tracker {
         bridge.generation = generation;
         bridge.patience = debounce;
         bridge.confirm = false;
+        bridge.changed = Some(now);
+        bridge.technology = None;
         if matches!(bridge.said, Said::Offered { .. }) {
             bridge.said = Said::TakenBack;
             bridge.explained = false;
@@ -692,6 +712,7 @@ impl Tracker {
             channels: None,
             full: offered.is_none(),
             items: &[],
+            explaining: None,
             answers: Default::default(),
         });
         if let Some(channels) = offered {
@@ -810,16 +831,53 @@ impl Tracker {
             self.learn_members(call, &answer, now);
         }
         let channels = match conditions::bridge(call.as_str(), &answer) {
-            Ok(channels) => channels,
+            Ok(Bridged {
+                channels,
+                other_technology: Some(technology),
+            }) => return self.technology_answered(call, channels, technology, now),
+            Ok(bridged) => bridged.channels,
             Err(refusal) => return self.decide(call, now, full, Err(refusal)),
         };
-        if let Some(held) = channels.iter().find(|channel| self.held.contains(*channel)) {
-            let refusal = Refusal::OnHold(held.clone());
+        let legs = conditions::legs(&channels);
+        if let Some(held) = legs.iter().find(|leg| self.held.contains(leg.channel)) {
+            let refusal = Refusal::OnHold(held.to_string());
             return self.decide(call, now, full, Err(refusal));
         }
         // A poll asks only whether the offer still stands; of other channels it knows nothing.
         let full = full || offered.is_none_or(|offered| offered != channels);
         self.ask_channels(call, channels, full);
+    }
+
+    /// Asterisk bridges in another way than by native_rtp. Where that may have a reason that can be
+    /// told, asks for it, once.
+    fn technology_answered(
+        &mut self,
+        call: &CallId,
+        channels: [String; 2],
+        technology: String,
+        now: Instant,
+    ) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        let known = bridge.technology.as_ref();
+        let known = known.filter(|(explained, _)| *explained == technology);
+        let refusal = match known {
+            Some((_, refusal)) => refusal.clone(),
+            None => {
+                // A standing offer is taken back before anything is asked. The other technologies'
+                // names say enough.
+                let offered = matches!(bridge.said, Said::Offered { .. });
+                if technology == "simple_bridge" && bridge.lasts(now) && !offered {
+                    if let Some(round) = &mut bridge.round {
+                        round.explaining = Some(technology);
+                    }
+                    return self.ask_legs(call, channels, true, &conditions::TECHNOLOGY_ITEMS);
+                }
+                Refusal::Technology(technology)
+            }
+        };
+        self.decide(call, now, true, Err(refusal));
     }
 
     /// The second half of a round.
@@ -836,11 +894,28 @@ impl Tracker {
         let Some(bridge) = self.bridges.get_mut(call) else {
             return;
         };
-        let generation = bridge.generation;
+        if let Some(round) = &mut bridge.round {
+            round.full = full;
+        }
         let items = conditions::items(full, self.proving.is_some(), bridge.explained);
+        self.ask_legs(call, channels, full, items);
+    }
+
+    /// Asks the same of both channels.
+    fn ask_legs(
+        &mut self,
+        call: &CallId,
+        channels: [String; 2],
+        status: bool,
+        items: &'static [&'static str],
+    ) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        let generation = bridge.generation;
         let mut queries = Vec::new();
         for channel in &channels {
-            if full {
+            if status {
                 queries.push(Query::Channel {
                     call: call.clone(),
                     generation,
@@ -857,7 +932,6 @@ impl Tracker {
         if let Some(round) = &mut bridge.round {
             round.unanswered = u8::try_from(queries.len()).unwrap_or(u8::MAX);
             round.channels = Some(channels);
-            round.full = full;
             round.items = items;
         }
         for query in queries {
@@ -941,19 +1015,26 @@ impl Tracker {
             channels: Some(channels),
             full,
             items,
+            explaining,
             answers,
             ..
         }) = bridge.round.take()
         else {
             return;
         };
+        if let Some(technology) = explaining {
+            let refusal = conditions::explanation(call.as_str(), &channels, &answers)
+                .unwrap_or_else(|| Refusal::Technology(technology.clone()));
+            bridge.technology = Some((technology, refusal.clone()));
+            return self.decide(call, now, full, Err(refusal));
+        }
+        let names = conditions::legs(&channels);
         let explains = conditions::explains(items);
         bridge.explained |= explains;
         let verdict = match &bridge.said {
             Said::Offered { legs, .. } if !full => {
-                let stands = (0..2).try_for_each(|leg| {
-                    conditions::unmoved(&channels[leg], &legs[leg], &answers[leg])
-                });
+                let stands = (0..2)
+                    .try_for_each(|leg| conditions::unmoved(names[leg], &legs[leg], &answers[leg]));
                 if let Err(refusal) = stands {
                     // What it is now takes every condition again, and at once.
                     self.touch(call, now, || refusal.to_string());
@@ -961,7 +1042,7 @@ impl Tracker {
                 }
                 let judged = if explains { 0..2 } else { 0..0 };
                 let mut judged =
-                    judged.map(|leg| conditions::relayed_in_clear(&channels[leg], &answers[leg]));
+                    judged.map(|leg| conditions::relayed_in_clear(names[leg], &answers[leg]));
                 judged
                     .try_for_each(|verdict| verdict)
                     .map(|()| (channels, *legs.clone()))
@@ -970,7 +1051,7 @@ impl Tracker {
                 let leg = |leg: usize| {
                     conditions::leg(
                         call.as_str(),
-                        &channels[leg],
+                        names[leg],
                         items,
                         &answers[leg],
                         self.proving.as_ref(),
@@ -1023,6 +1104,7 @@ impl Tracker {
                             channels: channels.clone(),
                             legs: Box::new(legs),
                         };
+                        bridge.technology = None;
                         let rtp_timeout = [0, 1].map(|leg: usize| self.rtp_timeout(&channels[leg]));
                         self.tell(FeedEvent::Offer {
                             call: call.clone(),
@@ -1046,9 +1128,11 @@ impl Tracker {
                     POLL
                 };
                 // So soon after a change this is no news.
-                let untold = refusal.is_not_yet()
-                    && bridge.patience < DEBOUNCE
-                    && !matches!(bridge.said, Said::Offered { .. });
+                let soon = match refusal {
+                    Refusal::Technology(_) => !bridge.lasts(now),
+                    _ => refusal.is_not_yet() && bridge.patience < DEBOUNCE,
+                };
+                let untold = soon && !matches!(bridge.said, Said::Offered { .. });
                 bridge.patience = wait * 2;
                 if !untold {
                     self.refuse(call, refusal);
@@ -1088,7 +1172,9 @@ impl Tracker {
     }
 }
 
-fn refused(call: CallId, channels: Vec<String>, refusal: &Refusal) -> FeedEvent {
+fn refused(call: CallId, mut channels: Vec<String>, refusal: &Refusal) -> FeedEvent {
+    // The order of the legs.
+    channels.sort_unstable();
     FeedEvent::Refused {
         call,
         channels,
@@ -1160,19 +1246,19 @@ mod tests {
             ),
             (
                 |pbx| pbx.set(B, "CHANNEL(rtp,hold)", "1"),
-                "PJSIP/b-2 is on hold",
+                "leg B (PJSIP/b-2) is on hold",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtp,secure)", "1"),
-                "PJSIP/a-1 has encrypted media",
+                "leg A (PJSIP/a-1) has encrypted media",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtp,dest)", "(null)"),
-                "PJSIP/a-1 has no remote RTP address",
+                "leg A (PJSIP/a-1) has no remote RTP address",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtp,dest)", ""),
-                "CHANNEL(rtp,dest) of PJSIP/a-1 is empty",
+                "CHANNEL(rtp,dest) of leg A (PJSIP/a-1) is empty",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtp,dest)", "phone"),
@@ -1196,7 +1282,7 @@ mod tests {
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(audiowriteformat)", "alaw"),
-                "transcoding alaw→ulaw at PJSIP/a-1",
+                "transcoding alaw→ulaw at leg A (PJSIP/a-1)",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(audionativeformat)", "(ulaw|alaw)"),
@@ -1212,11 +1298,11 @@ mod tests {
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", "0"),
-                "no RTP from PJSIP/a-1 yet",
+                "no RTP from leg A (PJSIP/a-1) yet",
             ),
             (
                 |pbx| pbx.set(A, "CHANNEL(rtcp,rxcount)", ""),
-                "rxcount) of PJSIP/a-1 is empty",
+                "rxcount) of leg A (PJSIP/a-1) is empty",
             ),
             (
                 |pbx| pbx.bridge("one", "softmix", &[A, B]),
@@ -1336,7 +1422,7 @@ mod tests {
             pbx.set(B, "CHANNEL(audioreadformat)", "slin");
         })
         .told();
-        assert_eq!(told, ["refused transcoding opus→slin at PJSIP/b-2"]);
+        assert_eq!(told, ["refused transcoding opus→slin at leg B (PJSIP/b-2)"]);
         let told = proving(&[], |pbx| {
             for item in ["audioreadformat", "audiowriteformat"] {
                 pbx.set(B, &format!("CHANNEL({item})"), "opus");
@@ -1362,7 +1448,8 @@ mod tests {
             );
             let told = proving(&own[..1], |pbx| wildcard(pbx, address)).told();
             assert!(
-                told[0].starts_with("refused Asterisk names no local address for PJSIP/a-1"),
+                told[0]
+                    .starts_with("refused Asterisk names no local address for leg A (PJSIP/a-1)"),
                 "{told:?}"
             );
         }
@@ -1445,7 +1532,7 @@ mod tests {
         simulation.pbx.set(A, "CHANNEL(rtp,hold)", "1");
         simulation.ask("one");
         simulation.pass(SECOND / 100);
-        assert_eq!(simulation.told(), ["refused PJSIP/a-1 is on hold"]);
+        assert_eq!(simulation.told(), ["refused leg A (PJSIP/a-1) is on hold"]);
 
         let mut simulation = offered();
         simulation
@@ -1499,7 +1586,10 @@ mod tests {
         simulation.pass(SECOND);
         assert_eq!(
             simulation.told(),
-            ["back Hold (PJSIP/b-2)", "refused PJSIP/b-2 is on hold"]
+            [
+                "back Hold (PJSIP/b-2)",
+                "refused leg B (PJSIP/b-2) is on hold"
+            ]
         );
     }
 
@@ -1537,7 +1627,7 @@ mod tests {
         let kinds: Vec<_> = told.iter().map(|told| told.split(' ').next()).collect();
         assert_eq!(
             kinds,
-            ["refused", "refused", "offer", "synced"].map(Some),
+            ["refused", "offer", "refused", "synced"].map(Some),
             "{told:?}"
         );
         // Once after each Up.
@@ -1642,8 +1732,9 @@ mod tests {
         let told = simulation.told();
         assert_eq!(told.len(), 2, "{told:?}");
         assert!(
-            told[0]
-                .starts_with("back CHANNEL(rtp,dest) of PJSIP/a-1 is 192.0.2.99:5000 where it was"),
+            told[0].starts_with(
+                "back CHANNEL(rtp,dest) of leg A (PJSIP/a-1) is 192.0.2.99:5000 where it was"
+            ),
             "{told:?}"
         );
         assert!(
@@ -1663,6 +1754,136 @@ mod tests {
         assert_eq!(simulation.told(), ["gone"]);
     }
 
+    /// A standing call of which Asterisk handles the media.
+    fn handled(change: impl FnOnce(&mut Pbx)) -> Simulation {
+        standing(|pbx| {
+            pbx.bridge("one", "simple_bridge", &[A, B]);
+            change(pbx);
+        })
+    }
+
+    fn speak_alaw(pbx: &mut Pbx) {
+        // What either phone says is turned into the other's codec.
+        pbx.set(B, "CHANNEL(audioreadformat)", "alaw");
+        pbx.set(B, "CHANNEL(audionativeformat)", "(alaw)");
+        pbx.set(A, "CHANNEL(audiowriteformat)", "alaw");
+    }
+
+    #[test]
+    fn why_asterisk_handles_the_media_is_told_where_that_can_be_known() {
+        type Change = fn(&mut Pbx);
+        let cases: [(Change, &str, &str); 8] = [
+            (speak_alaw, "transcoding", "refused transcoding ulaw→alaw"),
+            (
+                |pbx| pbx.set(B, "CHANNEL(audiowriteformat)", "slin"),
+                "transcoding",
+                "refused transcoding slin→ulaw at leg B (PJSIP/b-2)",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,secure)", "1"),
+                "encrypted",
+                "refused leg A (PJSIP/a-1) has encrypted media (SRTP)",
+            ),
+            (
+                |pbx| pbx.set(B, "CHANNEL(videonativeformat)", "(h264)"),
+                "video",
+                "refused leg B (PJSIP/b-2) has video ((h264))",
+            ),
+            // What tells nothing.
+            (
+                |_| {},
+                "technology",
+                "refused bridge technology simple_bridge: Asterisk itself",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,secure)", ""),
+                "technology",
+                "refused bridge technology simple_bridge: Asterisk itself",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(audionativeformat)", "(ulaw|alaw)"),
+                "technology",
+                "refused bridge technology simple_bridge: Asterisk itself",
+            ),
+            (
+                |pbx| {
+                    pbx.bridge("one", "softmix", &[A, B]);
+                    speak_alaw(pbx);
+                },
+                "technology",
+                "refused bridge technology softmix: Asterisk mixes the media",
+            ),
+        ];
+        for (change, rule, words) in cases {
+            let mut simulation = handled(change);
+            let names = simulation.told.iter().filter_map(|event| match event {
+                FeedEvent::Refused { name, .. } => Some(*name),
+                _ => None,
+            });
+            assert_eq!(names.collect::<Vec<_>>(), [rule], "{words}");
+            let told = simulation.told();
+            assert!(
+                told.len() == 1 && told[0].starts_with(words),
+                "{words}: {told:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn why_asterisk_handles_the_media_is_asked_once_a_change_and_its_words_stand() {
+        let mut simulation = handled(speak_alaw);
+        assert_eq!(simulation.told(), ["refused transcoding ulaw→alaw"]);
+        let questions = |simulation: &Simulation| {
+            let (bridges, others): (Vec<_>, Vec<_>) = simulation
+                .queries
+                .iter()
+                .partition(|query| matches!(query, Query::Bridge { .. }));
+            // Not the list.
+            (bridges.len(), others.len() - 1)
+        };
+        // `Status` and whether it is encrypted, of either leg.
+        assert_eq!(questions(&simulation), (1, 4));
+        simulation.pass(10 * POLL);
+        let (bridges, others) = questions(&simulation);
+        assert!((10..=11).contains(&bridges), "{bridges}");
+        assert_eq!(others, 4);
+        for turn in 2..5 {
+            simulation.event(&varset(A));
+            simulation.pass(LASTING / 2);
+            simulation.event(&varset(B));
+            simulation.pass(2 * LASTING);
+            assert_eq!(questions(&simulation).1, 4 * turn);
+        }
+        assert_eq!(simulation.told(), Vec::<String>::new());
+        // The other codec is gone, and something else takes its place.
+        simulation.pbx.items.clear();
+        simulation.event(&varset(A));
+        simulation.pass(2 * LASTING);
+        let told = simulation.told();
+        assert!(
+            told.len() == 1 && told[0].starts_with("refused bridge technology simple_bridge"),
+            "{told:?}"
+        );
+        simulation.pbx.bridge("one", "native_rtp", &[A, B]);
+        simulation.pass(POLL);
+        assert!(simulation.told()[0].starts_with("offer "));
+    }
+
+    #[test]
+    fn an_offer_is_taken_back_before_anyone_asks_why() {
+        let mut simulation = offered();
+        simulation.pbx.bridge("one", "simple_bridge", &[A, B]);
+        speak_alaw(&mut simulation.pbx);
+        let asked = simulation.queries.len();
+        simulation.ask("one");
+        simulation.pass(Duration::from_millis(5));
+        let told = simulation.told();
+        assert!(told[0].starts_with("refused bridge technology simple_bridge"));
+        assert_eq!(simulation.queries.len() - asked, 1);
+        simulation.pass(SECOND);
+        assert_eq!(simulation.told(), ["refused transcoding ulaw→alaw"]);
+    }
+
     #[test]
     fn a_hold_that_the_channel_does_not_show_yet_is_believed() {
         let mut simulation = offered();
@@ -1670,7 +1891,10 @@ mod tests {
         simulation.pass(5 * SECOND);
         assert_eq!(
             simulation.told(),
-            ["back Hold (PJSIP/a-1)", "refused PJSIP/a-1 is on hold"]
+            [
+                "back Hold (PJSIP/a-1)",
+                "refused leg A (PJSIP/a-1) is on hold"
+            ]
         );
         simulation.event(&channel_event("Unhold", A));
         simulation.pass(SECOND);
@@ -1767,17 +1991,17 @@ mod tests {
             (
                 "CHANNEL(rtp,direct)",
                 "192.0.2.9:4000",
-                "refused PJSIP/b-2 has direct media with 192.0.2.9:4000",
+                "refused leg B (PJSIP/b-2) has direct media with 192.0.2.9:4000",
             ),
             (
                 "CHANNEL(rtp,secure)",
                 "1",
-                "refused PJSIP/b-2 has encrypted media",
+                "refused leg B (PJSIP/b-2) has encrypted media",
             ),
             (
                 "CHANNEL(rtp,secure)",
                 "",
-                "refused CHANNEL(rtp,secure) of PJSIP/b-2 is empty",
+                "refused CHANNEL(rtp,secure) of leg B (PJSIP/b-2) is empty",
             ),
         ] {
             let mut simulation = proving(&[], |pbx| pbx.set(B, item, value));
@@ -1832,10 +2056,12 @@ mod tests {
             );
             assert_eq!(asked, PROVEN_DEBOUNCE * questions);
         }
-        let (_, told) = comes_up(DEBOUNCE + ms(50));
+        let (_, told) = comes_up(LASTING - ms(50));
+        assert!(told.len() == 1 && told[0].starts_with("offer "), "{told:?}");
+        let (_, told) = comes_up(LASTING + ms(50));
         assert!(
             told.len() == 2
-                && told[0].starts_with("refused bridge technology")
+                && told[0].starts_with("refused bridge technology simple_bridge: Asterisk itself")
                 && told[1].starts_with("offer "),
             "{told:?}"
         );
