@@ -404,12 +404,19 @@ fn print_programs(cases: &[Case]) -> Result<()> {
         "JITed bytes",
         "instructions verified",
     ]);
+    let relays = cases.iter().filter_map(|case| match &case.subject {
+        Subject::Relay(relay) => Some(relay),
+        Subject::Floor(_) => None,
+    });
+    let mut infos = Vec::new();
     for hook in [Hook::NativeXdp, Hook::Tc] {
-        let kernel = cases.iter().find_map(|case| match &case.subject {
-            Subject::Relay(relay) if relay.hook == hook => Some(&relay.kernel),
-            _ => None,
-        });
-        let info = kernel.context("no case has this hook")?.info(hook)?;
+        let relay = relays.clone().find(|relay| relay.hook == hook);
+        let relay = relay.context("no case has this hook")?;
+        infos.push(relay.kernel.info(hook)?);
+    }
+    let relay = relays.clone().next().context("no case has a kernel")?;
+    infos.push(relay.kernel.observer_info()?);
+    for info in infos {
         let shown =
             |number: Option<u32>| number.map_or_else(|| "?".to_owned(), |it| it.to_string());
         table.add_row([

@@ -250,8 +250,7 @@ fn speak_on(state: *mut State, now_ticks: u32) {
 #[inline(always)]
 fn is_unprompted(state: *mut State, rtp: &Rtp, length: usize, now_ticks: u32) -> bool {
     let seen = load!(state, last_seen);
-    !is_keepalive(rtp, length)
-        && (seen == 0 || now_ticks.wrapping_sub(seen) as i32 >= QUIET)
+    !is_keepalive(rtp, length) && (seen == 0 || now_ticks.wrapping_sub(seen) as i32 >= QUIET)
 }
 
 /// What an echo teaches.

@@ -5,7 +5,7 @@ mod feed;
 mod wire;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     process,
     time::{Duration, Instant},
 };
@@ -17,7 +17,7 @@ use relay_common::{
 use tokio::sync::mpsc;
 
 use crate::{
-    ami::FeedCommand,
+    ami::{CallId, FeedCommand},
     clock,
     config::AttachSettings,
     control::{
@@ -41,8 +41,12 @@ pub const LEASE: Duration = Duration::from_secs(5);
 /// How often [`Controller::tick`] wants to be called.
 pub const TICK: Duration = Duration::from_millis(250);
 
-/// How long AMI may take to confirm the calls that an earlier daemon left.
+/// How long AMI may take to confirm the calls that an earlier daemon left. As long as it confirms
+/// some in such a time it may go on, up to [`LEASE`].
 const CONFIRMATION: Duration = Duration::from_secs(1);
+
+/// A daemon that was away for so long, ns, hears what Asterisk has said before it renews the lease.
+const ABSENT: u64 = 1_000_000_000;
 
 /// Registry, maps and next hops of one attached interface.
 pub struct Controller {
@@ -60,11 +64,25 @@ pub struct Controller {
     /// Pairs of the AMI feed that Asterisk has not confirmed since it was last lost.
     unconfirmed: BTreeSet<u64>,
     /// When those are taken back.
-    confirm_by: Option<Instant>,
+    confirmation: Option<Confirmation>,
+    /// When the lease was last renewed by this daemon, `CLOCK_MONOTONIC`, ns.
+    renewed: Option<u64>,
+    /// Calls that the operator took away, whatever Asterisk still answers about them.
+    dismissed: HashSet<CallId>,
     /// What goes on with each pair on the wire.
     wire: wire::Watch,
     /// By the name of the rule or the error's code, which are few.
     refusals: BTreeMap<String, u64>,
+}
+
+/// How long calls may stay unconfirmed.
+#[derive(Clone, Copy)]
+struct Confirmation {
+    by: Instant,
+    /// Not even a busy Asterisk gets longer.
+    at_last: Instant,
+    /// How many there were when `by` was set.
+    left: usize,
 }
 
 /// A command that ends the daemon, with the answer it owes.
@@ -119,7 +137,9 @@ impl Controller {
             ami,
             questions,
             unconfirmed: BTreeSet::new(),
-            confirm_by: None,
+            confirmation: None,
+            renewed: None,
+            dismissed: HashSet::new(),
             wire: wire::Watch::default(),
             refusals: BTreeMap::new(),
         }
@@ -180,9 +200,8 @@ impl Controller {
                 }
             }
         }
-        if !self.unconfirmed.is_empty() {
-            self.confirm_by = Some(Instant::now() + CONFIRMATION);
-        }
+        self.registry.adopted();
+        self.expect_confirmation(CONFIRMATION);
         Ok(())
     }
 
@@ -222,15 +241,48 @@ impl Controller {
     /// [`ControllerError`].
     pub async fn tick(&mut self, now: Instant) -> Result<(), ControllerError> {
         self.renew_lease().await?;
-        if self.confirm_by.is_some_and(|by| now >= by) {
-            let down = self.ami.as_ref().filter(|ami| ami.state == AmiState::Down);
-            let why = match down.and_then(|ami| ami.cause.as_deref()) {
-                Some(cause) => format!("AMI is down: {cause}"),
-                None => "Asterisk did not confirm it in time".to_owned(),
-            };
-            self.drop_unconfirmed(&why).await?;
-        }
+        self.judge_confirmation(now).await?;
         self.look(now).await
+    }
+
+    /// Gives Asterisk time to confirm what is unconfirmed. An earlier deadline stands: a connection
+    /// that comes and goes gives no new time.
+    fn expect_confirmation(&mut self, time: Duration) {
+        let left = self.unconfirmed.len();
+        if left == 0 {
+            return;
+        }
+        let now = Instant::now();
+        self.confirmation.get_or_insert(Confirmation {
+            by: now + time,
+            at_last: now + time + LEASE,
+            left,
+        });
+    }
+
+    /// Takes back what was not confirmed in time.
+    async fn judge_confirmation(&mut self, now: Instant) -> Result<(), ControllerError> {
+        let Some(Confirmation { by, at_last, left }) = self.confirmation else {
+            return Ok(());
+        };
+        if now < by {
+            return Ok(());
+        }
+        let down = self.ami.as_ref().filter(|ami| ami.state == AmiState::Down);
+        let still = self.unconfirmed.len();
+        if down.is_none() && still < left && now < at_last {
+            self.confirmation = Some(Confirmation {
+                by: now + CONFIRMATION,
+                at_last,
+                left: still,
+            });
+            return Ok(());
+        }
+        let why = match down.and_then(|ami| ami.cause.as_deref()) {
+            Some(cause) => format!("AMI is down: {cause}"),
+            None => "Asterisk did not confirm it in time".to_owned(),
+        };
+        self.drop_unconfirmed(&why).await
     }
 
     /// Pushes the lease forward. A controller that comes late first takes everything back: what it
@@ -241,6 +293,12 @@ impl Controller {
         let now = clock::monotonic_now();
         let lease = self.datapath.lease();
         let late = lease != 0 && now >= lease;
+        if !late && self.renewed.is_some_and(|renewed| now >= renewed + ABSENT) {
+            // What Asterisk said meanwhile is read before the next tick.
+            self.renewed = None;
+            return Ok(());
+        }
+        self.renewed = Some(now);
         if late {
             let ids: Vec<_> = self.registry.ids().collect();
             tracing::warn!(
@@ -325,6 +383,7 @@ impl Controller {
     async fn take_away(&mut self, id: u64, why: &str) -> Result<(), ControllerError> {
         match self.registry.call(id).cloned() {
             Some(call) if self.registry.is_held(id) => {
+                self.dismissed.insert(call.clone());
                 let why = format!("{why}, until its bridge changes or AMI reconnects");
                 self.set_aside(&call, None, PairState::Refused, why).await
             }

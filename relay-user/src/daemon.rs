@@ -237,15 +237,15 @@ async fn serve(
                 controller.tell_end(&format!("the daemon ends on {signal}"));
                 return Ok(None);
             }
+            change = sources.next_hops.recv() => match change {
+                Some(notice) => controller.resolved(&notice).await?,
+                None => bail!("the next hop resolver ended"),
+            },
             event = next(&mut sources.feed) => match event {
                 Some(event) => controller.feed(event).await?,
                 None => bail!("the AMI feed ended"),
             },
             event = sources.wire.next() => controller.wire(&event).await?,
-            change = sources.next_hops.recv() => match change {
-                Some(notice) => controller.resolved(&notice).await?,
-                None => bail!("the next hop resolver ended"),
-            },
             command = sources.commands.recv() => match command {
                 Some(command) => if let Handled::Detach(reply) = controller.command(command).await? {
                     tracing::info!(pairs = controller.pairs(), "detaching, as a client asked");

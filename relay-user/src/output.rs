@@ -647,7 +647,7 @@ mod tests {
             "offloaded",
             "7",
             "first",
-            "its next hop is known",
+            "proven on the wire",
         ];
         assert_eq!(rows[1], cells);
         assert_eq!(rows[2][1..4], ["taken back", "7", "-"]);

@@ -181,7 +181,6 @@ pub struct Heirloom {
     pub pair: Pair,
     origin: Origin,
     specs: [StreamSpec; 2],
-    epochs: [u32; 2],
     /// Of all rounds that their states remember.
     last_epoch: u32,
 }
@@ -222,7 +221,7 @@ pub struct Registry {
     paths: HashMap<Path, BTreeSet<(u64, usize)>>,
     /// Whose state a slot holds: pair, and index of the leg that the stream comes in on.
     slots: HashMap<u32, (u64, usize)>,
-    /// Among those of adopted streams, which are not free. Oldest first: a slot just freed may still be in the hands of a packet on another CPU.
+    /// Oldest first: a slot just freed may still be in the hands of a packet on another CPU.
     free_slots: VecDeque<u32>,
 }
 
@@ -264,8 +263,6 @@ struct StreamEntry {
     keepalive: u32,
     /// As it stands in the maps; none before its next hop is known.
     installed: Option<StreamSpec>,
-    /// The round of proof; 0 while it is taken back.
-    epoch: u32,
     /// Why it was taken back or suspended.
     why: Option<String>,
     /// What it was when last looked at.
@@ -391,7 +388,8 @@ impl Registry {
         if vlans_differ(watched.each_ref()) && origin == Origin::Api {
             return Err(Refusal::Vlans);
         }
-        let (Some(one), Some(other)) = (self.take_slot(), self.take_slot()) else {
+        let (Some(one), Some(other)) = (self.free_slots.pop_front(), self.free_slots.pop_front())
+        else {
             return Err(Refusal::Full {
                 max_streams: self.policy.max_streams,
             });
@@ -416,7 +414,6 @@ impl Registry {
             way,
             keepalive,
             installed: None,
-            epoch: 0,
             why: None,
             last: StreamState::Waiting,
         };
@@ -447,15 +444,6 @@ impl Registry {
                 .flat_map(|index| self.settle(id, index))
                 .collect(),
         ))
-    }
-
-    fn take_slot(&mut self) -> Option<u32> {
-        loop {
-            let slot = self.free_slots.pop_front()?;
-            if !self.slots.contains_key(&slot) {
-                return Some(slot);
-            }
-        }
     }
 
     /// Sorts what an earlier daemon left in the maps: pairs that can be taken over, and streams that
@@ -499,7 +487,6 @@ impl Registry {
             pair,
             origin,
             specs,
-            epochs,
             last_epoch,
         } = heirloom;
         self.check(&pair)?;
@@ -525,7 +512,6 @@ impl Registry {
             way,
             keepalive: specs[index].keepalive,
             installed: Some(specs[index]),
-            epoch: epochs[index],
             why: None,
             last: StreamState::Waiting,
         };
@@ -543,6 +529,12 @@ impl Registry {
         // What is in the maps already need not be written again.
         changes.retain(|change| !matches!(change, Change::Update(spec) if specs.contains(spec)));
         Ok(changes)
+    }
+
+    /// To be called after the last [`Registry::adopt`]: the slots of what was adopted are not free.
+    pub fn adopted(&mut self) {
+        self.free_slots
+            .retain(|slot| !self.slots.contains_key(slot));
     }
 
     /// The number of a call, kept while the call is known.
@@ -660,7 +652,6 @@ impl Registry {
         };
         let stream = &mut streams[index];
         let spec = stream.installed?;
-        stream.epoch = epoch;
         stream.why = None;
         Some(if spec.proof == 0 {
             Change::Offload {
@@ -694,7 +685,6 @@ impl Registry {
         (0..2)
             .filter_map(|index| {
                 let stream = self.stream_mut(id, index)?;
-                stream.epoch = 0;
                 stream.why = Some(why.to_owned());
                 stream
                     .installed
@@ -783,14 +773,6 @@ impl Registry {
             self.calls.remove(&call);
         }
         changes
-    }
-
-    /// Forgets a call that is over.
-    pub fn gone(&mut self, call: &CallId) -> Vec<Change> {
-        match self.calls.get(call) {
-            Some(&id) => self.remove(id),
-            None => Vec::new(),
-        }
     }
 
     /// Leaves a call with the PBX, and remembers why.
@@ -894,11 +876,16 @@ impl Registry {
     }
 
     /// Gives an adopted pair its call, if Asterisk describes one just so.
-    pub fn recognise(&mut self, call: &CallId, pair: &Pair, channels: &[String]) -> Option<u64> {
+    pub fn recognise(
+        &mut self,
+        call: &CallId,
+        offered: &Claim,
+        channels: &[String],
+    ) -> Option<u64> {
         if self.calls.contains_key(call) {
             return None;
         }
-        let &(id, _) = self.locals.get(&pair.legs[0].local)?;
+        let &(id, _) = self.locals.get(&offered.pair.legs[0].local)?;
         let entry = self.entries.get_mut(&id)?;
         let Body::Held {
             pair: held, claim, ..
@@ -906,10 +893,10 @@ impl Registry {
         else {
             return None;
         };
-        if entry.origin != Origin::Adopted || held.legs != pair.legs {
+        if entry.origin != Origin::Adopted || held.legs != offered.pair.legs {
             return None;
         }
-        claim.pair = pair.clone();
+        *claim = offered.clone();
         entry.origin = Origin::Ami {
             call: call.clone(),
             channels: channels.to_vec(),
@@ -1043,8 +1030,12 @@ impl Registry {
                         .installed
                         .filter(|spec| spec.proof != 0)
                         .map(|spec| progress(&counted, spec.proof)),
-                    silent_ms: (counted.last_seen != 0)
-                        .then(|| ticks_to_ms(now.wrapping_sub(counted.last_seen))),
+                    silent_ms: (counted.last_seen != 0 && stream_state != StreamState::Suspended)
+                        .then(|| {
+                            // The datapath's clock may be a tick ahead.
+                            let ticks = now.wrapping_sub(counted.last_seen) as i32;
+                            ticks_to_ms(ticks.max(0).cast_unsigned())
+                        }),
                     packets: counted.packets,
                     bytes: counted.bytes,
                     next_hop: match &stream.way.resolution {
@@ -1123,6 +1114,9 @@ fn heirloom(
             && into.opposite_slot == back.slot
             && into.feed == back.feed
             && into.proof == back.proof
+            // Without a proof it has nothing to relay by, and with one it need not go unproven.
+            && (into.proof == 0 || policy.proof != 0)
+            && (into.feed == feed::API || (into.proof == 0) == (policy.proof == 0))
             && into.slot < policy.max_streams
     };
     if !fits(one, other) || !fits(other, one) || [one.leg, other.leg] != [0, 1] {
@@ -1153,7 +1147,6 @@ fn heirloom(
             _ => Origin::Adopted,
         },
         specs: *specs,
-        epochs: states.map(|state| state.epoch),
         // A stream that was taken back has epoch 0, but still counts as proven in its last round.
         last_epoch: states
             .iter()
@@ -1240,6 +1233,8 @@ fn why_not(stream: &StreamEntry, stream_state: StreamState, state: &State) -> Op
             if progress.equal == 0 && progress.unequal > 0 {
                 why.push_str(": ");
                 why.push_str(difference(state));
+            } else if progress.equal == 0 {
+                why.push_str(": nothing came out of the PBX yet");
             } else if progress.equal >= u16::from(of) {
                 why.push_str(", but the PBX itself speaks to this phone");
             }
@@ -1830,10 +1825,15 @@ mod tests {
         assert!(!after.is_ami(api) && after.is_ami(ami));
         let report = after.report(ami, state, 0).expect("adopted");
         assert_eq!((report.state, report.call), (PairState::Offloaded, None));
-        assert_eq!(after.recognise(&call(1), &numbered(3), &[]), None);
+        after.adopted();
+        let offer = |pair| Claim {
+            pair,
+            rtp_timeout: UNKNOWN,
+        };
+        assert_eq!(after.recognise(&call(1), &offer(numbered(3)), &[]), None);
         let channels = ["PJSIP/a".to_owned(), "PJSIP/b".to_owned()];
         assert_eq!(
-            after.recognise(&call(1), &proven_pair(), &channels),
+            after.recognise(&call(1), &offer(proven_pair()), &channels),
             Some(ami)
         );
         assert_eq!(after.held_as(&call(1), &proven_pair()), Some(ami));

@@ -604,6 +604,17 @@ impl Phone {
         }
     }
 
+    /// What this phone received from `other`, in order: which of its packets, counted from 0 as [`Phone::sent`] does,
+    /// and how it arrived.
+    pub fn received_from(&self, other: &Self) -> Vec<(u64, Arrival)> {
+        let arrivals = self.arrivals().into_iter();
+        let stamped = arrivals.filter_map(|arrival| Some((arrival.stamp?, arrival)));
+        stamped
+            .filter(|(stamp, _)| stamp.sender == other.sender)
+            .map(|(stamp, arrival)| (stamp.number, arrival))
+            .collect()
+    }
+
     /// What this phone heard of `other`.
     pub fn heard(&self, other: &Self) -> Report {
         let sent = other.sent();

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     env,
     ffi::{OsStr, OsString},
-    fs::File,
+    fs::{self, File},
     io::{BufRead as _, BufReader},
     os::{
         fd::AsFd as _,
@@ -396,6 +396,23 @@ impl Relay {
         self.process.signal(signal);
     }
 
+    /// Sends SIGSTOP, and waits until every thread of the daemon stands still.
+    ///
+    /// # Errors
+    /// It runs on, or has ended.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP);
+        let deadline = Instant::now() + PATIENCE;
+        let tasks = format!("/proc/{}/task", self.id());
+        while !all_stopped(&tasks).with_context(|| tasks.clone())? {
+            if Instant::now() > deadline {
+                bail!("relay-user runs on {PATIENCE:?} after SIGSTOP");
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Waits for the daemon's end.
     ///
     /// # Errors
@@ -417,4 +434,19 @@ impl Relay {
         }
         Ok(())
     }
+}
+
+/// Whether the state of every thread (field 3 of its `stat`, after the name in brackets; proc(5)) is "stopped".
+fn all_stopped(tasks: &str) -> Result<bool> {
+    for task in fs::read_dir(tasks)? {
+        let stat = fs::read_to_string(task?.path().join("stat"))?;
+        if !stat
+            .rsplit(')')
+            .next()
+            .is_some_and(|rest| rest.starts_with(" T "))
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

@@ -1,6 +1,11 @@
 //! The proof: what the relay takes over from a PBX, and what it must not.
 
-use std::{collections::VecDeque, net::SocketAddrV4, thread};
+use std::{
+    collections::VecDeque,
+    net::SocketAddrV4,
+    thread,
+    time::{Duration, Instant},
+};
 
 use proptest::prelude::*;
 use relay_common::{
@@ -116,7 +121,10 @@ fn nor_in_the_kernel() {
             if begun.elapsed() < Duration::from_millis(150) {
                 break kernels;
             }
-            assert!(attempts < 20, "trial {seed}: the machine has no time for it");
+            assert!(
+                attempts < 20,
+                "trial {seed}: the machine has no time for it"
+            );
         };
         assert_eq!(
             kernels.states.map(timeless),

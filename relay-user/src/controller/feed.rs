@@ -1,10 +1,6 @@
 //! What Asterisk says, and what becomes of its calls.
 
-use std::{
-    collections::BTreeSet,
-    mem,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, mem, time::Duration};
 
 use super::{Controller, ControllerError};
 use crate::{
@@ -12,7 +8,7 @@ use crate::{
     control::model::{AmiState, Feed, PairState},
     events::{Subject, TransitionKind},
     pair::Pair,
-    registry::Origin,
+    registry::{Claim, Origin},
 };
 
 impl Controller {
@@ -21,11 +17,21 @@ impl Controller {
     /// # Errors
     /// [`ControllerError`].
     pub async fn feed(&mut self, event: FeedEvent) -> Result<(), ControllerError> {
+        // Whatever happens to a call puts the operator's word about it behind.
+        match &event {
+            FeedEvent::Up { .. } => self.dismissed.clear(),
+            FeedEvent::TakeBack { call, .. }
+            | FeedEvent::Refused { call, .. }
+            | FeedEvent::Gone { call } => {
+                self.dismissed.remove(call);
+            }
+            FeedEvent::Offer { call, .. } if self.dismissed.contains(call) => return Ok(()),
+            _ => {}
+        }
         match event {
             FeedEvent::Up { asterisk } => self.ami_up(asterisk),
             FeedEvent::Down { cause } => self.ami_down(cause).await?,
             FeedEvent::Synced => {
-                self.confirm_by = None;
                 self.drop_unconfirmed("Asterisk knows it no longer").await?;
             }
             FeedEvent::Offer {
@@ -86,9 +92,7 @@ impl Controller {
         self.events
             .publish(Subject::feed(Feed::Ami), TransitionKind::AmiDown, cause);
         self.unconfirmed = self.registry.ami_ids();
-        let by = Instant::now() + grace;
-        // An earlier deadline stands: a connection that comes and goes gives no new grace.
-        self.confirm_by = Some(self.confirm_by.map_or(by, |earlier| earlier.min(by)));
+        self.expect_confirmation(grace);
         if grace == Duration::ZERO {
             self.drop_unconfirmed("AMI is down").await?;
         }
@@ -97,7 +101,7 @@ impl Controller {
 
     /// Takes back the calls that Asterisk has not confirmed.
     pub(super) async fn drop_unconfirmed(&mut self, why: &str) -> Result<(), ControllerError> {
-        self.confirm_by = None;
+        self.confirmation = None;
         let unconfirmed: BTreeSet<u64> = mem::take(&mut self.unconfirmed);
         if !unconfirmed.is_empty() {
             tracing::warn!(calls = unconfirmed.len(), why, "taken back");
@@ -116,10 +120,14 @@ impl Controller {
         rtp_timeout: [Option<Duration>; 2],
     ) -> Result<(), ControllerError> {
         let channels = channels.to_vec();
+        let claim = Claim {
+            pair: pair.clone(),
+            rtp_timeout,
+        };
         let known = self
             .registry
             .held_as(&call, &pair)
-            .or_else(|| self.registry.recognise(&call, &pair, &channels));
+            .or_else(|| self.registry.recognise(&call, &claim, &channels));
         if let Some(id) = known {
             // Asterisk says that nothing has changed: what was suspended may be proven again.
             self.unconfirmed.remove(&id);

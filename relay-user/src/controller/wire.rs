@@ -12,19 +12,20 @@ use super::{Controller, ControllerError, kind_of};
 use crate::{
     ami::FeedCommand,
     clock,
-    control::model::{PairState, StreamState},
+    control::model::PairState,
     events::TransitionKind,
-    registry::Origin,
+    pair::Pair,
+    registry::{Origin, Turn},
 };
 
 /// How often the states of all streams are looked at, for what no event told.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Least time between two questions about a pair whose phone sends from elsewhere.
-const ASK_INTERVAL: Duration = Duration::from_millis(500);
-
-/// The first wait before a pair that was suspended again may be proven again; doubled each time.
+/// The first wait before a pair is asked about again; doubled each time.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
+
+/// After how long a question about a suspended pair has led to nothing.
+const UNANSWERED: Duration = Duration::from_secs(5);
 
 /// The longest such wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -49,6 +50,10 @@ struct Vigil {
     /// Suspensions, each within [`FORGIVEN`] of the one before.
     relapses: u32,
     suspended: Option<Instant>,
+    /// Questions because of an unexpected source, which changed nothing.
+    strangers: u32,
+    /// When a stranger was last told of.
+    stranger_told: Option<Instant>,
     /// Streams whose silence was told of, by leg.
     silent: [bool; 2],
     /// Entries of the maps that look for a stream at any local address, by leg.
@@ -66,6 +71,8 @@ impl Watch {
                 asked: None,
                 relapses: 0,
                 suspended: None,
+                strangers: 0,
+                stranger_told: None,
                 silent: [false; 2],
                 scouts: [None; 2],
             },
@@ -83,6 +90,16 @@ impl Watch {
     }
 }
 
+/// How long to wait before a question that was asked `times` times in vain.
+fn wait(times: u32) -> Duration {
+    match times {
+        0 => Duration::ZERO,
+        n => FIRST_WAIT
+            .saturating_mul(2_u32.saturating_pow(n - 1))
+            .min(LONGEST_WAIT),
+    }
+}
+
 impl Vigil {
     fn ask(&mut self, at: Instant) {
         self.ask_at = Some(self.ask_at.map_or(at, |earlier| earlier.min(at)));
@@ -94,13 +111,20 @@ impl Vigil {
         if self.suspended.is_none_or(|last| now >= last + FORGIVEN) {
             self.relapses = 0;
         }
-        let wait = match self.relapses {
-            0 => Duration::ZERO,
-            n => (FIRST_WAIT * 2_u32.saturating_pow(n - 1)).min(LONGEST_WAIT),
-        };
+        let wait = wait(self.relapses);
         self.relapses += 1;
         self.suspended = Some(now);
         self.ask(now + wait);
+    }
+
+    /// A phone of the pair, or somebody else, sends from elsewhere: when to ask. Asterisk may take a
+    /// moment to follow it, and may have no reason to.
+    fn stranger(&mut self, now: Instant) {
+        if self.ask_at.is_none() {
+            let earliest = self.asked.map_or(now, |asked| asked + wait(self.strangers));
+            self.strangers = self.strangers.saturating_add(1);
+            self.ask(earliest.max(now));
+        }
     }
 }
 
@@ -148,16 +172,30 @@ impl Controller {
                 self.suspended(id, cause, now).await?;
             }
             event::UNEXPECTED_SOURCE => {
-                let cause = format!("a packet came from {address}");
-                self.tell(id, Some(leg), TransitionKind::UnexpectedSource, &cause);
+                let mut is_news = false;
                 if let Some(vigil) = self.wire.pairs.get_mut(&id) {
-                    let earliest = vigil.asked.map_or(now, |asked| asked + ASK_INTERVAL);
-                    vigil.ask(earliest.max(now));
+                    vigil.stranger(now);
+                    is_news = vigil.stranger_told.is_none_or(|told| now >= told + LOOK);
+                    if is_news {
+                        vigil.stranger_told = Some(now);
+                    }
+                }
+                if is_news {
+                    let cause = format!("a packet came from {address}");
+                    self.tell(id, Some(leg), TransitionKind::UnexpectedSource, &cause);
                 }
                 self.ask_what_is_due(id, now).await?;
             }
-            event::RECEIVED_AT => self.correct(id, leg, Some(address.ip()), None).await?,
-            event::SENT_FROM => self.correct(id, leg, None, Some(address.ip())).await?,
+            event::RECEIVED_AT => {
+                self.correct(id, |pair| pair.legs[leg].local.set_ip(address.ip()))
+                    .await?;
+            }
+            event::SENT_FROM => {
+                self.correct(id, |pair| {
+                    pair.legs[1 - leg].sends_from.set_ip(address.ip())
+                })
+                .await?;
+            }
             kind => tracing::debug!(kind, "the datapath told of something unknown"),
         }
         Ok(())
@@ -183,12 +221,29 @@ impl Controller {
     pub(super) fn notice(&mut self, id: u64) {
         let datapath = &self.datapath;
         for turn in self.registry.turns(id, |slot| datapath.state(slot)) {
-            let why = self
-                .pair_report(id)
-                .and_then(|report| report.streams.into_iter().nth(turn.leg)?.why);
-            if let Some(kind) = kind_of(turn.now) {
-                self.tell(id, Some(turn.leg), kind, why.as_deref().unwrap_or_default());
-            }
+            self.tell_turn(&turn);
+        }
+    }
+
+    fn tell_turn(&self, turn: &Turn) {
+        let (id, leg) = (turn.pair, turn.leg);
+        let why = self
+            .pair_report(id)
+            .and_then(|report| report.streams.into_iter().nth(leg)?.why);
+        let cause = why.unwrap_or_else(|| {
+            let proven = self
+                .registry
+                .installed(id, leg)
+                .is_some_and(|spec| spec.proof != 0);
+            let cause = if proven {
+                "proven on the wire"
+            } else {
+                "no proof is asked for"
+            };
+            cause.to_owned()
+        });
+        if let Some(kind) = kind_of(turn.now) {
+            self.tell(id, Some(leg), kind, &cause);
         }
     }
 
@@ -216,23 +271,9 @@ impl Controller {
 
     async fn look_at(&mut self, id: u64, now: Instant) -> Result<(), ControllerError> {
         let datapath = &self.datapath;
-        let turns = self.registry.turns(id, |slot| datapath.state(slot));
-        for turn in turns {
-            match turn.now {
-                // Its event is lost, or still to come.
-                StreamState::Suspended => {
-                    let cause = "the PBX did something else with it";
-                    self.tell(id, Some(turn.leg), TransitionKind::Suspended, cause);
-                    if let Some(vigil) = self.wire.pairs.get_mut(&id) {
-                        vigil.relapse(now);
-                    }
-                }
-                other => {
-                    if let Some(kind) = kind_of(other) {
-                        self.tell(id, Some(turn.leg), kind, "");
-                    }
-                }
-            }
+        // Of events that are lost, or still to come.
+        for turn in self.registry.turns(id, |slot| datapath.state(slot)) {
+            self.tell_turn(&turn);
         }
         let Some(vigil) = self.wire.pairs.get(&id) else {
             return Ok(());
@@ -241,6 +282,7 @@ impl Controller {
         let now_ticks = ticks(clock::monotonic_now());
         let mut silence = [age; 2];
         let mut offloaded = [false; 2];
+        let mut suspended = [false; 2];
         for leg in 0..2 {
             let Some(spec) = self.registry.installed(id, leg) else {
                 continue;
@@ -251,13 +293,22 @@ impl Controller {
             if state.mode() == mode::SUSPENDED {
                 // The datapath does not look at its packets.
                 silence[leg] = Duration::ZERO;
+                suspended[leg] = true;
             } else if state.last_seen != 0 {
                 // The datapath's clock may be a tick ahead.
                 let ticks = now_ticks.wrapping_sub(state.last_seen) as i32;
                 silence[leg] = Duration::from_nanos((ticks.max(0) as u64) << 20).min(age);
             }
         }
-        for leg in 0..2 {
+        // The event that would have led to a question is lost, or its answer came at a wrong moment.
+        if suspended.contains(&true)
+            && let Some(vigil) = self.wire.pairs.get_mut(&id)
+            && vigil.ask_at.is_none()
+            && vigil.asked.is_none_or(|asked| now >= asked + UNANSWERED)
+        {
+            vigil.relapse(now);
+        }
+        for leg in (0..2).filter(|leg| !suspended[*leg]) {
             self.tell_of_silence(id, leg, silence[leg], offloaded[leg]);
         }
         self.expire(id, silence, offloaded).await
@@ -296,14 +347,11 @@ impl Controller {
         }
     }
 
-    /// The wire shows another local address of a leg than Asterisk does: the phone sends to
-    /// `received_at`, or the stream that came in on `leg` leaves from `sent_from`.
+    /// The wire shows another local address of a leg than Asterisk does.
     async fn correct(
         &mut self,
         id: u64,
-        leg: usize,
-        received_at: Option<IpAddr>,
-        sent_from: Option<IpAddr>,
+        correction: impl FnOnce(&mut Pair),
     ) -> Result<(), ControllerError> {
         let (Some(call), Some((pair, claim))) =
             (self.registry.call(id).cloned(), self.registry.held(id))
@@ -311,12 +359,7 @@ impl Controller {
             return Ok(());
         };
         let (mut corrected, claim) = (pair.clone(), claim.clone());
-        if let Some(address) = received_at {
-            corrected.legs[leg].local.set_ip(address);
-        }
-        if let Some(address) = sent_from {
-            corrected.legs[1 - leg].sends_from.set_ip(address);
-        }
+        correction(&mut corrected);
         if corrected == *pair {
             return Ok(());
         }
@@ -342,8 +385,9 @@ impl Controller {
         let Some(vigil) = self.wire.pairs.get_mut(&id) else {
             return;
         };
-        let is_silent = offloaded && silence >= self.settings.silence;
-        let was_silent = std::mem::replace(&mut vigil.silent[leg], is_silent);
+        let was_silent = vigil.silent[leg];
+        let is_silent = (offloaded || was_silent) && silence >= self.settings.silence;
+        vigil.silent[leg] = is_silent;
         if is_silent == was_silent {
             return;
         }
@@ -351,7 +395,7 @@ impl Controller {
             let cause = format!("no packet for {} s", silence.as_secs());
             tracing::warn!(pair = id, leg, cause, "an offloaded phone is silent");
             self.tell(id, Some(leg), TransitionKind::Silent, &cause);
-        } else if silence < self.settings.silence {
+        } else {
             self.tell(id, Some(leg), TransitionKind::Resumed, "packets come again");
         }
     }
@@ -406,6 +450,7 @@ impl Controller {
         }
         if !self.registry.is_ami(id) {
             vigil.ask_at = None;
+            vigil.asked = Some(now);
             return self.restart(id).await;
         }
         let (Some(call), Some(questions)) = (self.registry.call(id), &self.questions) else {
