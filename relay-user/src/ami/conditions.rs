@@ -4,6 +4,7 @@
 //! Asterisk.
 
 use std::{
+    fmt,
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -47,6 +48,8 @@ const EXPLAINED_LEG_ITEMS: [&str; 5] = [SRC, DEST, DIRECT, SECURE, HOLD];
 const POLL_ITEMS: [&str; 1] = [DEST];
 /// The first poll of a call that was offered without what only explains: it asks for that too.
 const EXPLAINING_POLL_ITEMS: [&str; 3] = [DEST, DIRECT, SECURE];
+/// What `Getvar` adds to a `Status` to tell why Asterisk itself handles the media.
+pub(super) const TECHNOLOGY_ITEMS: [&str; 1] = [SECURE];
 
 /// What a round asks of each leg by `Getvar`. `full`: every condition, not only whether an offer
 /// still stands. `explained`: with proof, what only explains was asked for before.
@@ -85,9 +88,7 @@ pub enum Refusal {
     #[error("channels in the bridge: {0}; a pair is two")]
     ChannelCount(usize),
     /// Asterisk bridges in another way, because it has to look at the media.
-    #[error(
-        "bridge technology {0}: Asterisk handles the media itself, as for a recording, a jitter buffer or DTMF features (t, T)"
-    )]
+    #[error("bridge technology {0}{words}", words = handling(.0))]
     Technology(String),
     /// Another channel driver.
     #[error("{0} is not a PJSIP channel")]
@@ -104,7 +105,7 @@ pub enum Refusal {
     /// The phones send to each other.
     #[error("{channel} has direct media with {peer}: Asterisk relays nothing")]
     DirectMedia {
-        /// The channel.
+        /// The leg.
         channel: String,
         /// Where its phone sends to.
         peer: String,
@@ -117,7 +118,7 @@ pub enum Refusal {
         "Asterisk names no local address for {channel}, only {local}; set bind_rtp_to_media_address and media_address in pjsip.conf"
     )]
     WildcardLocal {
-        /// The channel.
+        /// The leg.
         channel: String,
         /// What it names.
         local: SocketAddr,
@@ -125,7 +126,7 @@ pub enum Refusal {
     /// A translator between the leg's own formats.
     #[error("transcoding {from}→{to} at {channel}")]
     Transcoding {
-        /// The channel.
+        /// The leg.
         channel: String,
         /// What the bridge writes or the phone sends.
         from: String,
@@ -138,7 +139,7 @@ pub enum Refusal {
     /// Any of several codecs may come at any time.
     #[error("{channel} may use any of {formats}; a pair needs one codec")]
     SeveralCodecs {
-        /// The channel.
+        /// The leg.
         channel: String,
         /// As Asterisk lists them.
         formats: String,
@@ -149,7 +150,7 @@ pub enum Refusal {
     /// A video stream is really negotiated.
     #[error("{channel} has video ({formats})")]
     Video {
-        /// The channel.
+        /// The leg.
         channel: String,
         /// As Asterisk lists them.
         formats: String,
@@ -217,18 +218,6 @@ impl Refusal {
         }
     }
 
-    /// Whether Asterisk cannot bridge natively for this reason.
-    pub const fn explains_technology(&self) -> bool {
-        matches!(
-            self,
-            Self::OnHold(_)
-                | Self::Encrypted(_)
-                | Self::Transcoding { .. }
-                | Self::DifferentCodecs(..)
-                | Self::Video { .. }
-        )
-    }
-
     /// Whether the condition is expected to come true by itself within a moment, so that asking
     /// again soon is worth it.
     pub fn is_not_yet(&self) -> bool {
@@ -257,9 +246,53 @@ pub struct LegFacts {
     pub codec: String,
 }
 
-/// Judges the answer to `BridgeInfo`: two PJSIP channels under native_rtp. Returns them sorted, so
-/// that the same call has the same first leg every time.
-pub(super) fn bridge(call: &str, answer: &Answer) -> Result<[String; 2], Refusal> {
+/// What a bridge's technology does with the media, after its name.
+fn handling(technology: &str) -> &'static str {
+    match technology {
+        "simple_bridge" => {
+            ": Asterisk itself handles the media, as for recording, a jitter buffer, DTMF features (t, T), \
+             VOLUME, TALK_DETECT, or legs that differ in DTMF mode or packet length"
+        }
+        "softmix" => ": Asterisk mixes the media, as for a conference",
+        _ => "; only native_rtp forwards media unchanged",
+    }
+}
+
+/// One of a call's two channels: which leg it is, and its name.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LegName<'a> {
+    /// 0 or 1, in the order of the sorted names.
+    pub(super) index: usize,
+    /// As Asterisk writes it.
+    pub(super) channel: &'a str,
+}
+
+impl fmt::Display for LegName<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let letter = if self.index == 0 { 'A' } else { 'B' };
+        write!(f, "leg {letter} ({})", self.channel)
+    }
+}
+
+/// Both legs of a call, by name.
+pub(super) fn legs(channels: &[String; 2]) -> [LegName<'_>; 2] {
+    [0, 1].map(|index| LegName {
+        index,
+        channel: &channels[index],
+    })
+}
+
+/// A bridge of two PJSIP channels.
+#[derive(Debug)]
+pub(super) struct Bridged {
+    /// Sorted, so that the same call has the same first leg every time.
+    pub(super) channels: [String; 2],
+    /// How Asterisk bridges them, if it is not by native_rtp.
+    pub(super) other_technology: Option<String>,
+}
+
+/// Judges the answer to `BridgeInfo`: two PJSIP channels.
+pub(super) fn bridge(call: &str, answer: &Answer) -> Result<Bridged, Refusal> {
     succeeded("BridgeInfo", answer)?;
     let Some(complete) = answer.items.last() else {
         return Err(Refusal::Odd {
@@ -286,10 +319,11 @@ pub(super) fn bridge(call: &str, answer: &Answer) -> Result<[String; 2], Refusal
             return Err(Refusal::NotPjsip(shown(channel)));
         }
     }
-    match complete.get("BridgeTechnology") {
-        Some("native_rtp") => Ok([first.to_owned(), second.to_owned()]),
-        technology => Err(Refusal::Technology(shown(technology.unwrap_or("unknown")))),
-    }
+    let technology = complete.get("BridgeTechnology").unwrap_or("unknown");
+    Ok(Bridged {
+        channels: [first.to_owned(), second.to_owned()],
+        other_technology: (technology != "native_rtp").then(|| shown(technology)),
+    })
 }
 
 /// The channels listed by `BridgeInfo`.
@@ -326,34 +360,24 @@ pub(super) fn rtp_timeout_of(endpoint: &str) -> String {
 /// Judges all answers about one channel, which was asked for these [`items`].
 pub(super) fn leg(
     call: &str,
-    channel: &str,
+    name: LegName<'_>,
     asked: &[&str],
     answers: &LegAnswers,
     proving: Option<&Proving>,
 ) -> Result<LegFacts, Refusal> {
-    let status = status(call, channel, answers.status.as_ref())?;
-    let item = |item| value(answers, channel, item);
-    let format = |item| present(channel, item, status.variable(item));
-    let name = || channel.to_owned();
+    let status = status(call, name, answers.status.as_ref())?;
+    let item = |item| value(answers, name, item);
 
-    if flag(channel, HOLD, item(HOLD)?)? {
-        return Err(Refusal::OnHold(name()));
+    if flag(name, HOLD, item(HOLD)?)? {
+        return Err(Refusal::OnHold(name.to_string()));
     }
     if explains(asked) {
-        relayed_in_clear(channel, answers)?;
+        relayed_in_clear(name, answers)?;
     }
-    let codec = codec(channel, format(READ)?, format(WRITE)?, format(NATIVE)?)?;
-    match format(VIDEO)? {
-        "(nothing)" => {}
-        formats => {
-            return Err(Refusal::Video {
-                channel: name(),
-                formats: shown(formats),
-            });
-        }
-    }
-    let remote = remote(channel, item(DEST)?)?;
-    let mut local = address(channel, SRC, item(SRC)?)?;
+    let codec = codec(name, status)?;
+    no_video(name, status)?;
+    let remote = remote(name, item(DEST)?)?;
+    let mut local = address(name, SRC, item(SRC)?)?;
     if local.ip().is_unspecified() {
         // A socket bound to `::` serves IPv4 phones too: the phone's family is the one that counts.
         let own = proving.and_then(|proving| {
@@ -361,16 +385,16 @@ pub(super) fn leg(
             own.find(|own| own.is_ipv4() == remote.is_ipv4())
         });
         let own = own.ok_or_else(|| Refusal::WildcardLocal {
-            channel: name(),
+            channel: name.to_string(),
             local,
         })?;
         local.set_ip(*own);
     }
     if asked.contains(&RECEIVED) {
         match item(RECEIVED)?.parse::<u64>() {
-            Ok(0) => return Err(Refusal::NothingReceived(name())),
+            Ok(0) => return Err(Refusal::NothingReceived(name.to_string())),
             Ok(_) => {}
-            Err(_) => return Err(odd(channel, RECEIVED, item(RECEIVED)?)),
+            Err(_) => return Err(odd(name, RECEIVED, item(RECEIVED)?)),
         }
     }
     Ok(LegFacts {
@@ -380,17 +404,68 @@ pub(super) fn leg(
 }
 
 /// Judges what only explains where a proof follows: encryption and direct media.
-pub(super) fn relayed_in_clear(channel: &str, answers: &LegAnswers) -> Result<(), Refusal> {
-    if flag(channel, SECURE, value(answers, channel, SECURE)?)? {
-        return Err(Refusal::Encrypted(channel.to_owned()));
-    }
-    match value(answers, channel, DIRECT)? {
+pub(super) fn relayed_in_clear(name: LegName<'_>, answers: &LegAnswers) -> Result<(), Refusal> {
+    in_clear(name, answers)?;
+    match value(answers, name, DIRECT)? {
         "(null)" => Ok(()),
         peer => Err(Refusal::DirectMedia {
-            channel: channel.to_owned(),
+            channel: name.to_string(),
             peer: shown(peer),
         }),
     }
+}
+
+fn in_clear(name: LegName<'_>, answers: &LegAnswers) -> Result<(), Refusal> {
+    if flag(name, SECURE, value(answers, name, SECURE)?)? {
+        return Err(Refusal::Encrypted(name.to_string()));
+    }
+    Ok(())
+}
+
+fn no_video(name: LegName<'_>, status: &Message) -> Result<(), Refusal> {
+    match present(name, VIDEO, status.variable(VIDEO))? {
+        "(nothing)" => Ok(()),
+        formats => Err(Refusal::Video {
+            channel: name.to_string(),
+            formats: shown(formats),
+        }),
+    }
+}
+
+/// Why Asterisk itself handles the media of a call, from the answers to a `Status` and the
+/// [`TECHNOLOGY_ITEMS`] of both legs. `None`: they do not tell.
+pub(super) fn explanation(
+    call: &str,
+    channels: &[String; 2],
+    answers: &[LegAnswers; 2],
+) -> Option<Refusal> {
+    let [a, b] = legs(channels);
+    let [of_a, of_b] = answers;
+    let status_a = status(call, a, of_a.status.as_ref()).ok()?;
+    let status_b = status(call, b, of_b.status.as_ref()).ok()?;
+    // The codecs of the two phones say more than what either leg is turned into.
+    if let (Ok(first), Ok(second)) = (native(a, status_a), native(b, status_b))
+        && first != second
+    {
+        return Some(Refusal::DifferentCodecs(shown(first), shown(second)));
+    }
+    // Beside what was looked for, an answer may be missing or odd, which explains nothing.
+    [
+        codec(a, status_a).err(),
+        codec(b, status_b).err(),
+        in_clear(a, of_a).err(),
+        in_clear(b, of_b).err(),
+        no_video(a, status_a).err(),
+        no_video(b, status_b).err(),
+    ]
+    .into_iter()
+    .flatten()
+    .find(|refusal| {
+        matches!(
+            refusal,
+            Refusal::Transcoding { .. } | Refusal::Encrypted(_) | Refusal::Video { .. }
+        )
+    })
 }
 
 /// Never a reason to refuse: a user, a module or an endpoint that cannot be asked leaves it unknown.
@@ -425,14 +500,14 @@ pub(super) fn pair(first: &LegFacts, second: &LegFacts, proven: bool) -> Result<
 
 /// Judges the answers to a poll of an offered leg: is it still where it was?
 pub(super) fn unmoved(
-    channel: &str,
+    name: LegName<'_>,
     offered: &LegFacts,
     answers: &LegAnswers,
 ) -> Result<(), Refusal> {
-    let remote = remote(channel, value(answers, channel, DEST)?)?;
+    let remote = remote(name, value(answers, name, DEST)?)?;
     if remote != offered.leg.remote {
         return Err(odd(
-            channel,
+            name,
             DEST,
             &format!("{remote} where it was {}", offered.leg.remote),
         ));
@@ -440,10 +515,10 @@ pub(super) fn unmoved(
     Ok(())
 }
 
-fn remote(channel: &str, text: &str) -> Result<SocketAddr, Refusal> {
+fn remote(name: LegName<'_>, text: &str) -> Result<SocketAddr, Refusal> {
     match text {
-        "(null)" => Err(Refusal::NoRemote(channel.to_owned())),
-        text => address(channel, DEST, text),
+        "(null)" => Err(Refusal::NoRemote(name.to_string())),
+        text => address(name, DEST, text),
     }
 }
 
@@ -463,7 +538,7 @@ fn succeeded(action: &'static str, answer: &Answer) -> Result<(), Refusal> {
 /// The one `Status` event of a channel that is a PJSIP channel of this bridge.
 fn status<'a>(
     call: &str,
-    channel: &str,
+    name: LegName<'_>,
     answer: Option<&'a Answer>,
 ) -> Result<&'a Message, Refusal> {
     let answer = answer.ok_or_else(|| unasked("Status"))?;
@@ -471,13 +546,13 @@ fn status<'a>(
     let status = answer
         .items
         .iter()
-        .find(|item| item.event() == Some("Status") && item.get("Channel") == Some(channel))
-        .ok_or_else(|| Refusal::Moved(channel.to_owned()))?;
+        .find(|item| item.event() == Some("Status") && item.get("Channel") == Some(name.channel))
+        .ok_or_else(|| Refusal::Moved(name.to_string()))?;
     if status.get("BridgeID") != Some(call) {
-        return Err(Refusal::Moved(channel.to_owned()));
+        return Err(Refusal::Moved(name.to_string()));
     }
     if status.get("Type") != Some("PJSIP") {
-        return Err(Refusal::NotPjsip(channel.to_owned()));
+        return Err(Refusal::NotPjsip(name.channel.to_owned()));
     }
     Ok(status)
 }
@@ -485,23 +560,23 @@ fn status<'a>(
 /// The value that `Getvar` gave.
 fn value<'a>(
     answers: &'a LegAnswers,
-    channel: &str,
+    name: LegName<'_>,
     item: &'static str,
 ) -> Result<&'a str, Refusal> {
     let answer = answers.items.iter().find(|(asked, _)| *asked == item);
     let (_, answer) = answer.ok_or_else(|| unasked("Getvar"))?;
     succeeded("Getvar", answer)?;
-    present(channel, item, answer.response.get("Value"))
+    present(name, item, answer.response.get("Value"))
 }
 
 fn present<'a>(
-    channel: &str,
+    name: LegName<'_>,
     item: &'static str,
     value: Option<&'a str>,
 ) -> Result<&'a str, Refusal> {
     match value {
-        Some("") => Err(odd(channel, item, "empty")),
-        None => Err(odd(channel, item, "missing")),
+        Some("") => Err(odd(name, item, "empty")),
+        None => Err(odd(name, item, "missing")),
         Some(value) => Ok(value),
     }
 }
@@ -514,37 +589,42 @@ pub(super) fn unasked(action: &'static str) -> Refusal {
     }
 }
 
-fn flag(channel: &str, item: &'static str, value: &str) -> Result<bool, Refusal> {
+fn flag(name: LegName<'_>, item: &'static str, value: &str) -> Result<bool, Refusal> {
     match value {
         "0" => Ok(false),
         "1" => Ok(true),
-        other => Err(odd(channel, item, other)),
+        other => Err(odd(name, item, other)),
     }
 }
 
-fn address(channel: &str, item: &'static str, text: &str) -> Result<SocketAddr, Refusal> {
-    let address: SocketAddr = text.parse().map_err(|_| odd(channel, item, text))?;
+fn address(name: LegName<'_>, item: &'static str, text: &str) -> Result<SocketAddr, Refusal> {
+    let address: SocketAddr = text.parse().map_err(|_| odd(name, item, text))?;
     Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
 }
 
-/// The one codec that is read, written and native. `audionativeformat` lists: `(ulaw)`,
+/// The one codec that the phone and Asterisk agreed on. `audionativeformat` lists: `(ulaw)`,
 /// `(ulaw|alaw)`, `(nothing)`.
-fn codec(channel: &str, read: &str, write: &str, native: &str) -> Result<String, Refusal> {
+fn native<'a>(name: LegName<'_>, status: &'a Message) -> Result<&'a str, Refusal> {
+    let native = present(name, NATIVE, status.variable(NATIVE))?;
     let listed = native
         .strip_prefix('(')
         .and_then(|list| list.strip_suffix(')'));
-    let one = match listed {
-        None | Some("" | "nothing") => return Err(odd(channel, NATIVE, native)),
-        Some(list) if list.contains(['|', ',', ' ']) => {
-            return Err(Refusal::SeveralCodecs {
-                channel: channel.to_owned(),
-                formats: shown(native),
-            });
-        }
-        Some(one) => one,
-    };
+    match listed {
+        None | Some("" | "nothing") => Err(odd(name, NATIVE, native)),
+        Some(list) if list.contains(['|', ',', ' ']) => Err(Refusal::SeveralCodecs {
+            channel: name.to_string(),
+            formats: shown(native),
+        }),
+        Some(one) => Ok(one),
+    }
+}
+
+/// The one codec that is read, written and native.
+fn codec(name: LegName<'_>, status: &Message) -> Result<String, Refusal> {
+    let format = |item| present(name, item, status.variable(item));
+    let (read, write, one) = (format(READ)?, format(WRITE)?, native(name, status)?);
     let transcoding = |from: &str, to: &str| Refusal::Transcoding {
-        channel: channel.to_owned(),
+        channel: name.to_string(),
         from: shown(from),
         to: shown(to),
     };
@@ -557,10 +637,10 @@ fn codec(channel: &str, read: &str, write: &str, native: &str) -> Result<String,
     Ok(one.to_owned())
 }
 
-fn odd(channel: &str, item: &'static str, value: &str) -> Refusal {
+fn odd(name: LegName<'_>, item: &'static str, value: &str) -> Refusal {
     Refusal::Odd {
         item,
-        channel: channel.to_owned(),
+        channel: name.to_string(),
         value: shown(value),
     }
 }

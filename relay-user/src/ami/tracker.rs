@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    conditions::{self, LegAnswers, LegFacts, Proving, Refusal},
+    conditions::{self, Bridged, LegAnswers, LegFacts, Proving, Refusal},
     message::{Action, ActionError, Message},
     session::Answer,
 };
@@ -22,8 +22,11 @@ use crate::pair::Pair;
 pub const DEBOUNCE: Duration = Duration::from_millis(100);
 /// The same with proof, where an offer that comes too early does no harm: the wire does not prove it.
 /// A burst takes 2 ms. What is not yet is asked again after as long, then doubled, and is told once
-/// [`DEBOUNCE`] is over.
+/// [`DEBOUNCE`] is over, or for a bridge technology [`LASTING`].
 pub const PROVEN_DEBOUNCE: Duration = Duration::from_millis(25);
+/// A bridge technology that lasts this long after a change is no moment of setting up: Asterisk is
+/// asked why, and the call is refused.
+pub const LASTING: Duration = Duration::from_millis(400);
 /// How often a call is asked about that gave no reason to: where its phones are.
 pub const POLL: Duration = Duration::from_secs(2);
 /// The same for an offered call with proof: there the datapath tells of a phone that moved, on its
@@ -34,8 +37,6 @@ pub const PROVEN_POLL: Duration = Duration::from_secs(10);
 const BRIDGE_POLLS: u8 = 5;
 /// Bridges tracked at a time, unless the caller says otherwise: half of the default 65,536 streams.
 pub const MAX_BRIDGES: usize = 32_768;
-/// A technology that was still the same after waits of up to this stays.
-const LASTING: Duration = Duration::from_millis(400);
 /// Longest bridge id or channel name taken, in bytes. Asterisk's own are at most 80
 /// (AST_CHANNEL_NAME) and 36.
 pub const MAX_NAME: usize = 200;
@@ -104,7 +105,7 @@ pub enum FeedEvent {
         call: CallId,
         /// Name of the rule (`conditions::Refusal::name`).
         name: &'static str,
-        /// The channels, as far as known.
+        /// The channels, as far as known: of two the first is leg A.
         channels: Vec<String>,
         /// In words.
         cause: String,
@@ -237,9 +238,9 @@ struct Round {
     full: bool,
     /// What is asked of each channel by `Getvar`.
     items: &'static [&'static str],
+    /// The bridge technology of which the answers tell why.
+    explaining: Option<String>,
     answers: [LegAnswers; 2],
-    /// Refused already, for its technology: the answers are to say why Asterisk took that.
-    refused: Option<Refusal>,
 }
 
 #[derive(Debug)]
@@ -260,10 +261,19 @@ struct Bridge {
     confirm: bool,
     /// With proof: what only explains a refusal was asked for, since the last offer was taken back.
     explained: bool,
-    /// Why Asterisk handles the media itself, and the generation that it was asked in.
-    reason: Option<(u64, Refusal)>,
+    /// When an event touched it last. `None`: it stands as it was found.
+    changed: Option<Instant>,
+    /// A technology that was asked about since, and what it turned out to mean.
+    technology: Option<(String, Refusal)>,
     round: Option<Round>,
     said: Said,
+}
+
+impl Bridge {
+    /// Whether it is as it is for long enough that it will not become native_rtp in a moment.
+    fn lasts(&self, now: Instant) -> bool {
+        self.changed.is_none_or(|at| now >= at + LASTING)
+    }
 }
 
 /// The state machine.
@@ -511,7 +521,8 @@ impl Tracker {
                 polls: BRIDGE_POLLS,
                 confirm: false,
                 explained: false,
-                reason: None,
+                changed: None,
+                technology: None,
                 round: None,
                 said: Said::Nothing,
             };
@@ -633,6 +644,8 @@ impl Tracker {
         bridge.generation = generation;
         bridge.patience = debounce;
         bridge.confirm = false;
+        bridge.changed = Some(now);
+        bridge.technology = None;
         if matches!(bridge.said, Said::Offered { .. }) {
             bridge.said = Said::TakenBack;
             bridge.explained = false;
@@ -699,8 +712,8 @@ impl Tracker {
             channels: None,
             full: offered.is_none(),
             items: &[],
+            explaining: None,
             answers: Default::default(),
-            refused: None,
         });
         if let Some(channels) = offered {
             bridge.polls -= 1;
@@ -818,11 +831,16 @@ impl Tracker {
             self.learn_members(call, &answer, now);
         }
         let channels = match conditions::bridge(call.as_str(), &answer) {
-            Ok(channels) => channels,
-            Err(refusal) => return self.refused_for_its_bridge(call, now, full, refusal),
+            Ok(Bridged {
+                channels,
+                other_technology: Some(technology),
+            }) => return self.technology_answered(call, channels, technology, now),
+            Ok(bridged) => bridged.channels,
+            Err(refusal) => return self.decide(call, now, full, Err(refusal)),
         };
-        if let Some(held) = channels.iter().find(|channel| self.held.contains(*channel)) {
-            let refusal = Refusal::OnHold(held.clone());
+        let legs = conditions::legs(&channels);
+        if let Some(held) = legs.iter().find(|leg| self.held.contains(leg.channel)) {
+            let refusal = Refusal::OnHold(held.to_string());
             return self.decide(call, now, full, Err(refusal));
         }
         // A poll asks only whether the offer still stands; of other channels it knows nothing.
@@ -830,41 +848,36 @@ impl Tracker {
         self.ask_channels(call, channels, full);
     }
 
-    /// A technology that stays is explained: transcoding, encryption and recording all look alike in
-    /// it. The legs are asked once.
-    fn refused_for_its_bridge(
+    /// Asterisk bridges in another way than by native_rtp. Where that may have a reason that can be
+    /// told, asks for it, once.
+    fn technology_answered(
         &mut self,
         call: &CallId,
+        channels: [String; 2],
+        technology: String,
         now: Instant,
-        full: bool,
-        refusal: Refusal,
     ) {
         let Some(bridge) = self.bridges.get_mut(call) else {
             return;
         };
-        if !matches!(refusal, Refusal::Technology(_)) {
-            return self.decide(call, now, full, Err(refusal));
-        }
-        match &bridge.reason {
-            Some((generation, reason)) if *generation == bridge.generation => {
-                let reason = reason.clone();
-                return self.decide(call, now, full, Err(reason));
-            }
-            _ => {}
-        }
-        let stays = bridge.patience >= LASTING && !matches!(bridge.said, Said::Offered { .. });
-        let mut channels = bridge.channels.clone();
-        channels.sort_unstable();
-        match <[String; 2]>::try_from(channels) {
-            Ok(channels) if stays => {
-                bridge.explained = true;
-                if let Some(round) = &mut bridge.round {
-                    round.refused = Some(refusal);
+        let known = bridge.technology.as_ref();
+        let known = known.filter(|(explained, _)| *explained == technology);
+        let refusal = match known {
+            Some((_, refusal)) => refusal.clone(),
+            None => {
+                // A standing offer is taken back before anything is asked. The other technologies'
+                // names say enough.
+                let offered = matches!(bridge.said, Said::Offered { .. });
+                if technology == "simple_bridge" && bridge.lasts(now) && !offered {
+                    if let Some(round) = &mut bridge.round {
+                        round.explaining = Some(technology);
+                    }
+                    return self.ask_legs(call, channels, true, &conditions::TECHNOLOGY_ITEMS);
                 }
-                self.ask_channels(call, channels, true);
+                Refusal::Technology(technology)
             }
-            _ => self.decide(call, now, full, Err(refusal)),
-        }
+        };
+        self.decide(call, now, true, Err(refusal));
     }
 
     /// The second half of a round.
@@ -881,11 +894,28 @@ impl Tracker {
         let Some(bridge) = self.bridges.get_mut(call) else {
             return;
         };
-        let generation = bridge.generation;
+        if let Some(round) = &mut bridge.round {
+            round.full = full;
+        }
         let items = conditions::items(full, self.proving.is_some(), bridge.explained);
+        self.ask_legs(call, channels, full, items);
+    }
+
+    /// Asks the same of both channels.
+    fn ask_legs(
+        &mut self,
+        call: &CallId,
+        channels: [String; 2],
+        status: bool,
+        items: &'static [&'static str],
+    ) {
+        let Some(bridge) = self.bridges.get_mut(call) else {
+            return;
+        };
+        let generation = bridge.generation;
         let mut queries = Vec::new();
         for channel in &channels {
-            if full {
+            if status {
                 queries.push(Query::Channel {
                     call: call.clone(),
                     generation,
@@ -902,7 +932,6 @@ impl Tracker {
         if let Some(round) = &mut bridge.round {
             round.unanswered = u8::try_from(queries.len()).unwrap_or(u8::MAX);
             round.channels = Some(channels);
-            round.full = full;
             round.items = items;
         }
         for query in queries {
@@ -986,20 +1015,26 @@ impl Tracker {
             channels: Some(channels),
             full,
             items,
+            explaining,
             answers,
-            refused,
             ..
         }) = bridge.round.take()
         else {
             return;
         };
+        if let Some(technology) = explaining {
+            let refusal = conditions::explanation(call.as_str(), &channels, &answers)
+                .unwrap_or_else(|| Refusal::Technology(technology.clone()));
+            bridge.technology = Some((technology, refusal.clone()));
+            return self.decide(call, now, full, Err(refusal));
+        }
+        let names = conditions::legs(&channels);
         let explains = conditions::explains(items);
         bridge.explained |= explains;
         let verdict = match &bridge.said {
             Said::Offered { legs, .. } if !full => {
-                let stands = (0..2).try_for_each(|leg| {
-                    conditions::unmoved(&channels[leg], &legs[leg], &answers[leg])
-                });
+                let stands = (0..2)
+                    .try_for_each(|leg| conditions::unmoved(names[leg], &legs[leg], &answers[leg]));
                 if let Err(refusal) = stands {
                     // What it is now takes every condition again, and at once.
                     self.touch(call, now, || refusal.to_string());
@@ -1007,7 +1042,7 @@ impl Tracker {
                 }
                 let judged = if explains { 0..2 } else { 0..0 };
                 let mut judged =
-                    judged.map(|leg| conditions::relayed_in_clear(&channels[leg], &answers[leg]));
+                    judged.map(|leg| conditions::relayed_in_clear(names[leg], &answers[leg]));
                 judged
                     .try_for_each(|verdict| verdict)
                     .map(|()| (channels, *legs.clone()))
@@ -1016,7 +1051,7 @@ impl Tracker {
                 let leg = |leg: usize| {
                     conditions::leg(
                         call.as_str(),
-                        &channels[leg],
+                        names[leg],
                         items,
                         &answers[leg],
                         self.proving.as_ref(),
@@ -1027,17 +1062,7 @@ impl Tracker {
                     .map(|legs| (channels, legs))
             }
         };
-        let Some(technology) = refused else {
-            return self.decide(call, now, full, verdict);
-        };
-        let proving = self.proving.is_some();
-        let reason = verdict.and_then(|(_, legs)| conditions::pair(&legs[0], &legs[1], proving));
-        let reason = match reason {
-            Err(reason) if reason.explains_technology() => reason,
-            _ => technology,
-        };
-        bridge.reason = Some((bridge.generation, reason.clone()));
-        self.decide(call, now, full, Err(reason));
+        self.decide(call, now, full, verdict);
     }
 
     /// Ends a round: offers or refuses, and sets the time of the next one. `full`: the round asked
@@ -1079,6 +1104,7 @@ impl Tracker {
                             channels: channels.clone(),
                             legs: Box::new(legs),
                         };
+                        bridge.technology = None;
                         let rtp_timeout = [0, 1].map(|leg: usize| self.rtp_timeout(&channels[leg]));
                         self.tell(FeedEvent::Offer {
                             call: call.clone(),
@@ -1102,9 +1128,11 @@ impl Tracker {
                     POLL
                 };
                 // So soon after a change this is no news.
-                let untold = refusal.is_not_yet()
-                    && bridge.patience < DEBOUNCE
-                    && !matches!(bridge.said, Said::Offered { .. });
+                let soon = match refusal {
+                    Refusal::Technology(_) => !bridge.lasts(now),
+                    _ => refusal.is_not_yet() && bridge.patience < DEBOUNCE,
+                };
+                let untold = soon && !matches!(bridge.said, Said::Offered { .. });
                 bridge.patience = wait * 2;
                 if !untold {
                     self.refuse(call, refusal);
@@ -1144,19 +1172,14 @@ impl Tracker {
     }
 }
 
-fn refused(call: CallId, channels: Vec<String>, refusal: &Refusal) -> FeedEvent {
-    // In the order of a pair's legs.
-    let mut legs: Vec<_> = channels.iter().collect();
-    legs.sort_unstable();
-    let mut cause = refusal.to_string();
-    for (leg, channel) in ["A", "B"].into_iter().zip(legs) {
-        cause = cause.replace(channel, &format!("leg {leg} ({channel})"));
-    }
+fn refused(call: CallId, mut channels: Vec<String>, refusal: &Refusal) -> FeedEvent {
+    // The order of the legs.
+    channels.sort_unstable();
     FeedEvent::Refused {
         call,
         channels,
         name: refusal.name(),
-        cause,
+        cause: refusal.to_string(),
     }
 }
 
@@ -1287,7 +1310,7 @@ mod tests {
             ),
             (
                 |pbx| pbx.bridge("one", "native_rtp", &[A, "Local/x@y-1;2"]),
-                "leg A (Local/x@y-1;2) is not a PJSIP channel",
+                "Local/x@y-1;2 is not a PJSIP channel",
             ),
             (
                 |pbx| pbx.bridge("one", "native_rtp", &[A, B, "PJSIP/c-3"]),
@@ -1604,7 +1627,7 @@ mod tests {
         let kinds: Vec<_> = told.iter().map(|told| told.split(' ').next()).collect();
         assert_eq!(
             kinds,
-            ["refused", "refused", "offer", "synced"].map(Some),
+            ["refused", "offer", "refused", "synced"].map(Some),
             "{told:?}"
         );
         // Once after each Up.
@@ -1709,8 +1732,9 @@ mod tests {
         let told = simulation.told();
         assert_eq!(told.len(), 2, "{told:?}");
         assert!(
-            told[0]
-                .starts_with("back CHANNEL(rtp,dest) of PJSIP/a-1 is 192.0.2.99:5000 where it was"),
+            told[0].starts_with(
+                "back CHANNEL(rtp,dest) of leg A (PJSIP/a-1) is 192.0.2.99:5000 where it was"
+            ),
             "{told:?}"
         );
         assert!(
@@ -1728,6 +1752,136 @@ mod tests {
         simulation.pbx.bridges.clear();
         simulation.pass(2 * SECOND);
         assert_eq!(simulation.told(), ["gone"]);
+    }
+
+    /// A standing call of which Asterisk handles the media.
+    fn handled(change: impl FnOnce(&mut Pbx)) -> Simulation {
+        standing(|pbx| {
+            pbx.bridge("one", "simple_bridge", &[A, B]);
+            change(pbx);
+        })
+    }
+
+    fn speak_alaw(pbx: &mut Pbx) {
+        // What either phone says is turned into the other's codec.
+        pbx.set(B, "CHANNEL(audioreadformat)", "alaw");
+        pbx.set(B, "CHANNEL(audionativeformat)", "(alaw)");
+        pbx.set(A, "CHANNEL(audiowriteformat)", "alaw");
+    }
+
+    #[test]
+    fn why_asterisk_handles_the_media_is_told_where_that_can_be_known() {
+        type Change = fn(&mut Pbx);
+        let cases: [(Change, &str, &str); 8] = [
+            (speak_alaw, "transcoding", "refused transcoding ulaw→alaw"),
+            (
+                |pbx| pbx.set(B, "CHANNEL(audiowriteformat)", "slin"),
+                "transcoding",
+                "refused transcoding slin→ulaw at leg B (PJSIP/b-2)",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,secure)", "1"),
+                "encrypted",
+                "refused leg A (PJSIP/a-1) has encrypted media (SRTP)",
+            ),
+            (
+                |pbx| pbx.set(B, "CHANNEL(videonativeformat)", "(h264)"),
+                "video",
+                "refused leg B (PJSIP/b-2) has video ((h264))",
+            ),
+            // What tells nothing.
+            (
+                |_| {},
+                "technology",
+                "refused bridge technology simple_bridge: Asterisk itself",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(rtp,secure)", ""),
+                "technology",
+                "refused bridge technology simple_bridge: Asterisk itself",
+            ),
+            (
+                |pbx| pbx.set(A, "CHANNEL(audionativeformat)", "(ulaw|alaw)"),
+                "technology",
+                "refused bridge technology simple_bridge: Asterisk itself",
+            ),
+            (
+                |pbx| {
+                    pbx.bridge("one", "softmix", &[A, B]);
+                    speak_alaw(pbx);
+                },
+                "technology",
+                "refused bridge technology softmix: Asterisk mixes the media",
+            ),
+        ];
+        for (change, rule, words) in cases {
+            let mut simulation = handled(change);
+            let names = simulation.told.iter().filter_map(|event| match event {
+                FeedEvent::Refused { name, .. } => Some(*name),
+                _ => None,
+            });
+            assert_eq!(names.collect::<Vec<_>>(), [rule], "{words}");
+            let told = simulation.told();
+            assert!(
+                told.len() == 1 && told[0].starts_with(words),
+                "{words}: {told:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn why_asterisk_handles_the_media_is_asked_once_a_change_and_its_words_stand() {
+        let mut simulation = handled(speak_alaw);
+        assert_eq!(simulation.told(), ["refused transcoding ulaw→alaw"]);
+        let questions = |simulation: &Simulation| {
+            let (bridges, others): (Vec<_>, Vec<_>) = simulation
+                .queries
+                .iter()
+                .partition(|query| matches!(query, Query::Bridge { .. }));
+            // Not the list.
+            (bridges.len(), others.len() - 1)
+        };
+        // `Status` and whether it is encrypted, of either leg.
+        assert_eq!(questions(&simulation), (1, 4));
+        simulation.pass(10 * POLL);
+        let (bridges, others) = questions(&simulation);
+        assert!((10..=11).contains(&bridges), "{bridges}");
+        assert_eq!(others, 4);
+        for turn in 2..5 {
+            simulation.event(&varset(A));
+            simulation.pass(LASTING / 2);
+            simulation.event(&varset(B));
+            simulation.pass(2 * LASTING);
+            assert_eq!(questions(&simulation).1, 4 * turn);
+        }
+        assert_eq!(simulation.told(), Vec::<String>::new());
+        // The other codec is gone, and something else takes its place.
+        simulation.pbx.items.clear();
+        simulation.event(&varset(A));
+        simulation.pass(2 * LASTING);
+        let told = simulation.told();
+        assert!(
+            told.len() == 1 && told[0].starts_with("refused bridge technology simple_bridge"),
+            "{told:?}"
+        );
+        simulation.pbx.bridge("one", "native_rtp", &[A, B]);
+        simulation.pass(POLL);
+        assert!(simulation.told()[0].starts_with("offer "));
+    }
+
+    #[test]
+    fn an_offer_is_taken_back_before_anyone_asks_why() {
+        let mut simulation = offered();
+        simulation.pbx.bridge("one", "simple_bridge", &[A, B]);
+        speak_alaw(&mut simulation.pbx);
+        let asked = simulation.queries.len();
+        simulation.ask("one");
+        simulation.pass(Duration::from_millis(5));
+        let told = simulation.told();
+        assert!(told[0].starts_with("refused bridge technology simple_bridge"));
+        assert_eq!(simulation.queries.len() - asked, 1);
+        simulation.pass(SECOND);
+        assert_eq!(simulation.told(), ["refused transcoding ulaw→alaw"]);
     }
 
     #[test]
@@ -1902,10 +2056,12 @@ mod tests {
             );
             assert_eq!(asked, PROVEN_DEBOUNCE * questions);
         }
-        let (_, told) = comes_up(DEBOUNCE + ms(50));
+        let (_, told) = comes_up(LASTING - ms(50));
+        assert!(told.len() == 1 && told[0].starts_with("offer "), "{told:?}");
+        let (_, told) = comes_up(LASTING + ms(50));
         assert!(
             told.len() == 2
-                && told[0].starts_with("refused bridge technology")
+                && told[0].starts_with("refused bridge technology simple_bridge: Asterisk itself")
                 && told[1].starts_with("offer "),
             "{told:?}"
         );
