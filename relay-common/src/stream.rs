@@ -456,8 +456,8 @@ abi! {
     /// be lost whenever a MAC changes. Every field has one writer, so that none needs an atomic
     /// operation: the controller, the *receiver* (the program that relays) or the *observer* (the
     /// program that watches what the PBX sends). Of the exceptions, `suspended` only ever becomes
-    /// `epoch`, and the observer strikes out a note whose packet has come. One CPU receives as long as a flow stays on its queue; while it moves a count can be
-    /// lost, never a packet.
+    /// `epoch`, and the observer strikes out a note whose packet has come. One CPU receives as long
+    /// as a flow stays on its queue; while it moves a count can be lost, never a packet.
     ///
     /// The first 64 bytes are what a relayed packet touches.
     #[derive(Default)]

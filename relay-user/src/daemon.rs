@@ -34,6 +34,7 @@ const COMMANDS: usize = 64;
 
 /// AMI events that wait for the controller; beyond, Asterisk waits.
 const FEED: usize = 1024;
+
 /// Questions of the controller that wait for the AMI feed.
 const QUESTIONS: usize = 1024;
 

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, value_parser};
 
-use crate::relay::{Relay, binary};
+use crate::relay::{Relay, ami_arguments, binary};
 use hearing::{Hearing, Part};
 use screen::{Screen, grouped};
 use site::{Laboratory, Office, Site};
@@ -127,16 +127,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         "With the relay, attached in mid-call",
         "It asks AMI which calls are merely forwarded, and the kernel takes these over.",
     );
-    let secret = site.secret_file().display().to_string();
-    let ami = site.ami().to_string();
-    let arguments = [
-        "--ami",
-        &ami,
-        "--ami-user",
-        site.ami_user(),
-        "--ami-secret-file",
-        &secret,
-    ];
+    let arguments = ami_arguments(site.ami(), site.ami_user(), site.secret_file());
     screen.command(&format!(
         "relay-user attach eth0 {} \\\n    {}",
         arguments[..4].join(" "),

@@ -6,6 +6,7 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io::{BufRead as _, BufReader},
+    net::SocketAddr,
     os::{
         fd::AsFd as _,
         unix::{fs::FileExt as _, net::UnixDatagram},
@@ -44,6 +45,19 @@ pub fn binary(name: &str, variable: &str) -> Result<PathBuf> {
     found.with_context(|| {
         format!("`{name}` is not built beside {}: run `cargo build --workspace`, or set {variable} to its path", own.display())
     })
+}
+
+/// The arguments that give `relay-user attach` an AMI to learn its calls from.
+#[must_use]
+pub fn ami_arguments(server: SocketAddr, user: &str, secret_file: &Path) -> [String; 6] {
+    [
+        "--ami".to_owned(),
+        server.to_string(),
+        "--ami-user".to_owned(),
+        user.to_owned(),
+        "--ami-secret-file".to_owned(),
+        secret_file.display().to_string(),
+    ]
 }
 
 /// A running `relay-user attach`. Dropping it kills it, as `kill -9` does.

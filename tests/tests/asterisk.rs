@@ -16,7 +16,7 @@ use relay_tests::{
     capture::{Capture, Direction, Recording},
     link::PassProgram,
     namespace::Host,
-    relay::{Relay, binary},
+    relay::{Relay, ami_arguments, binary},
     rtp::Rtp,
 };
 use serde_json::Value;
@@ -41,18 +41,7 @@ struct Attached {
 }
 
 fn feed(lab: &Lab, user: &str) -> Vec<String> {
-    let secret_file = lab.secret_file().to_string_lossy().into_owned();
-    let ami = lab.ami().to_string();
-    [
-        "--ami",
-        &ami,
-        "--ami-user",
-        user,
-        "--ami-secret-file",
-        &secret_file,
-    ]
-    .map(str::to_owned)
-    .to_vec()
+    ami_arguments(lab.ami(), user, lab.secret_file()).to_vec()
 }
 
 impl Attached {

@@ -16,7 +16,7 @@ use relay_common::stream::{Stream, StreamKey};
 use relay_tests::{
     pbx::{self, Counters, Pbx},
     phone::{Arrival, Bank, Phone, Talk},
-    relay::Relay,
+    relay::{Relay, ami_arguments},
     topology::{Direct, PBX_V4, PBX_V6},
 };
 use serde_json::Value;
@@ -65,10 +65,9 @@ impl Office {
     }
 
     fn attach(&self, more: &[&str]) -> Relay {
-        let ami = self.pbx.ami().to_string();
-        let secret = self.pbx.secret_file().display().to_string();
-        let args = ["--ami", &ami, "--ami-user", pbx::USER];
-        let args = [&args[..], &["--ami-secret-file", &secret, "-vv"], more].concat();
+        let ami = ami_arguments(self.pbx.ami(), pbx::USER, self.pbx.secret_file());
+        let more = ["-vv"].iter().chain(more).map(|arg| (*arg).to_owned());
+        let args = ami.into_iter().chain(more);
         Relay::attach(&self.net.pbx, "eth0", args).expect("relay-user attach")
     }
 

@@ -14,7 +14,7 @@ use relay_common::stream::{OutLeg, Stream, StreamKey};
 use relay_tests::{
     pbx::{self, Pbx},
     phone::{Bank, PACKET_TIME, Phone, Report, Talk},
-    relay::{Followed, Relay},
+    relay::{Followed, Relay, ami_arguments},
     topology::{Direct, PBX_V4},
 };
 use serde_json::Value;
@@ -178,10 +178,7 @@ fn a_thousand_calls_at_fifty_a_second_are_offloaded_in_time_and_leave_nothing() 
     let net = Direct::new(ADDRESSES).expect("network");
     let pbx = Pbx::start(&net.pbx, PBX_V4).expect("PBX");
     let bank = Bank::new(&net.phones).expect("phones");
-    let ami = pbx.ami().to_string();
-    let secret = pbx.secret_file().display().to_string();
-    let args = ["--ami", &ami, "--ami-user", pbx::USER];
-    let args = [&args[..], &["--ami-secret-file", &secret]].concat();
+    let args = ami_arguments(pbx.ami(), pbx::USER, pbx.secret_file());
     let relay = Relay::attach(&net.pbx, "eth0", args).expect("relay-user attach");
     let events = relay.follow().expect("events");
     let tallying = thread::spawn(move || tally(&events));

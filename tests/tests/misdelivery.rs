@@ -14,7 +14,7 @@ use relay_tests::{
     kernel,
     pbx::{self, Pbx},
     phone::{Arrival, Bank, Phone, Talk},
-    relay::Relay,
+    relay::{Relay, ami_arguments},
     topology::{Direct, PBX_V4},
 };
 use serde_json::Value;
@@ -70,10 +70,9 @@ impl Office {
     }
 
     fn attach(&self, more: &[&str]) -> Relay {
-        let ami = self.pbx.ami().to_string();
-        let secret = self.pbx.secret_file().display().to_string();
-        let args = ["--ami", &ami, "--ami-user", pbx::USER];
-        let args = [&args[..], &["--ami-secret-file", &secret, "-vv"], more].concat();
+        let ami = ami_arguments(self.pbx.ami(), pbx::USER, self.pbx.secret_file());
+        let more = ["-vv"].iter().chain(more).map(|arg| (*arg).to_owned());
+        let args = ami.into_iter().chain(more);
         Relay::attach(&self.net.pbx, "eth0", args).expect("relay-user attach")
     }
 

@@ -15,7 +15,7 @@ use relay_tests::{
     ami::{Proxy, Trouble},
     asterisk::{CALLER, USER},
     phone::Arrival,
-    relay::Relay,
+    relay::{Relay, ami_arguments},
     scenario::{Call, Hearing, PATIENCE, Stage, finish, is_fast, talk_on},
     sip::{ALAW, OPUS, Way},
     softphone::{Features, Softphone},
@@ -483,10 +483,9 @@ impl Faults {
 
 /// The relay beside the Asterisk under test, with these arguments more.
 fn attach(stage: &Stage, ami: SocketAddr, more: &[&str]) -> Relay {
-    let secret_file = stage.lab.secret_file().display().to_string();
-    let ami = ami.to_string();
-    let args = ["--mode", "native", "--ami", &ami, "--ami-user", USER];
-    let args = [&args[..], &["--ami-secret-file", &secret_file], more].concat();
+    let ami = ami_arguments(ami, USER, stage.lab.secret_file());
+    let more = ["--mode", "native"].iter().chain(more);
+    let args = ami.into_iter().chain(more.map(|arg| (*arg).to_owned()));
     let net = &stage.lab.net;
     Relay::attach(&net.pbx, &net.pbx_interface.name, args).expect("relay-user attach")
 }

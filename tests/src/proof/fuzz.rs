@@ -30,62 +30,44 @@ pub struct Outcome {
     pub states: [State; 2],
 }
 
-/// A liberty that a PBX takes with a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Liberty {
-    Ssrc,
-    Sequence,
-    Timestamp,
-    Payload,
-    Flags,
-    PayloadType,
-    SetMarker,
-    FlipMarker,
-    Longer,
-    Shorter,
-    Drop,
-    DropPayloadType,
-    Delay,
-    Overtaken,
-    Twice,
-    Replace,
-    OtherPort,
-    OtherHost,
-    AlsoOtherHost,
-    OwnBefore,
-    OwnAfter,
-    OldAgain,
-    Keepalive,
+/// Declares the liberties once.
+macro_rules! liberties {
+    ($($liberty:ident)*) => {
+        /// A liberty that a PBX takes with a packet.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        enum Liberty {
+            $($liberty,)*
+        }
+
+        const LIBERTIES: &[Liberty] = &[$(Liberty::$liberty,)*];
+    };
 }
 
-const LIBERTIES: [Liberty; 23] = {
-    use Liberty::*;
-    [
-        Ssrc,
-        Sequence,
-        Timestamp,
-        Payload,
-        Flags,
-        PayloadType,
-        SetMarker,
-        FlipMarker,
-        Longer,
-        Shorter,
-        Drop,
-        DropPayloadType,
-        Delay,
-        Overtaken,
-        Twice,
-        Replace,
-        OtherPort,
-        OtherHost,
-        AlsoOtherHost,
-        OwnBefore,
-        OwnAfter,
-        OldAgain,
-        Keepalive,
-    ]
-};
+liberties! {
+    Ssrc
+    Sequence
+    Timestamp
+    Payload
+    Flags
+    PayloadType
+    SetMarker
+    FlipMarker
+    Longer
+    Shorter
+    Drop
+    DropPayloadType
+    Delay
+    Overtaken
+    Twice
+    Replace
+    OtherPort
+    OtherHost
+    AlsoOtherHost
+    OwnBefore
+    OwnAfter
+    OldAgain
+    Keepalive
+}
 
 /// A packet inside the PBX.
 struct Inside {
@@ -121,7 +103,7 @@ impl Pbx {
         let mut liberties = Vec::new();
         let kinds = if plain { 0 } else { 1 + random.below(2) };
         for _ in 0..kinds {
-            let liberty = random.pick(&LIBERTIES);
+            let liberty = random.pick(LIBERTIES);
             liberties.push((liberty, random.pick(&[1, 1, 2, 4, 8, 12])));
         }
         let later = random.below(20) as u32;
