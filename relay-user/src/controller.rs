@@ -564,6 +564,7 @@ impl Controller {
             offloaded: census.offloaded,
             waiting: census.waiting,
             refused: census.refused,
+            unproven: census.unproven,
             ami: self.ami.clone(),
             reasons: counters
                 .into_iter()

@@ -242,9 +242,12 @@ pub fn status(status: &StatusReport, style: Style) -> String {
     );
     facts.add(
         "proof",
-        match status.proof {
-            0 => "off: what AMI says is relayed unproven".to_owned(),
-            packets => format!("{packets} equal packets in a row"),
+        match (status.proof, status.unproven) {
+            (0, _) => "off: what AMI says is relayed unproven".to_owned(),
+            (packets, 0) => format!("{packets} equal packets in a row"),
+            (packets, unproven) => {
+                format!("{packets} equal packets in a row; {unproven} pairs without")
+            }
         },
     );
     facts.add(

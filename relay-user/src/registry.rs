@@ -206,6 +206,8 @@ pub struct Census {
     pub waiting: u64,
     /// Left with the PBX.
     pub refused: u64,
+    /// In the datapath's care without proof.
+    pub unproven: u64,
 }
 
 /// All pairs.
@@ -979,7 +981,8 @@ impl Registry {
         let mut census = Census::default();
         for entry in self.entries.values() {
             census.pairs += 1;
-            if let Body::Held { streams, .. } = &entry.body {
+            if let Body::Held { pair, streams, .. } = &entry.body {
+                census.unproven += u64::from(self.proof_of(pair) == 0);
                 census.streams += streams
                     .iter()
                     .filter(|stream| stream.installed.is_some())

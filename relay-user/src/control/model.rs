@@ -216,6 +216,8 @@ pub struct StatusReport {
     pub waiting: u64,
     /// Pairs in state `refused`.
     pub refused: u64,
+    /// Pairs that the datapath has without proof, of whatever state.
+    pub unproven: u64,
     /// The AMI feed; none when the daemon runs without it.
     pub ami: Option<AmiReport>,
     /// Packets by what the datapath did with them, in the order of the reasons' numbers.

@@ -167,6 +167,7 @@ fn status_report() -> StatusReport {
         offloaded: 0,
         waiting: 0,
         refused: 0,
+        unproven: 0,
         ami: None,
         reasons: Vec::new(),
         refusals: Vec::new(),
