@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Version of every layout here.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Payload types that a stream can relay.
 pub const PAYLOAD_TYPES: usize = 8;
@@ -25,6 +25,10 @@ pub const PAYLOAD_TYPES: usize = 8;
 /// Packets on their way through the PBX that can be told apart, a power of two. At 20 ms a packet,
 /// the PBX may take 160 ms.
 pub const NOTES: usize = 8;
+
+/// Values of DSCP that a stream's packets are counted by: a phone has one or two, for RTP before and
+/// after an answer, and a network that changes them makes it twice as many.
+pub const MARKS: usize = 4;
 
 /// Derives what every ABI type needs.
 macro_rules! abi {
@@ -284,8 +288,8 @@ abi! {
         pub feed: u8,
         /// Packets in a row that prove a payload type; 0 where no PBX is asked.
         pub proof: u8,
-        /// Always 0.
-        pub padding: [u8; 4],
+        /// `skb->priority` to leave with in TC mode; 0 leaves it as it is.
+        pub priority: u32,
     }
 }
 
@@ -308,6 +312,7 @@ impl Stream {
             leg: self.leg,
             feed: self.feed,
             proof: self.proof,
+            priority: self.priority,
         }
     }
 }
@@ -383,6 +388,8 @@ pub struct StreamSpec {
     pub feed: u8,
     /// Packets in a row that prove a payload type; 0 where no PBX is asked.
     pub proof: u8,
+    /// `skb->priority` to leave with in TC mode; 0 leaves it as it is.
+    pub priority: u32,
 }
 
 impl StreamSpec {
@@ -428,7 +435,7 @@ impl StreamSpec {
             leg: self.leg,
             feed: self.feed,
             proof: self.proof,
-            padding: [0; 4],
+            priority: self.priority,
         }
     }
 
@@ -461,7 +468,7 @@ abi! {
     ///
     /// The first 64 bytes are what a relayed packet touches.
     #[derive(Default)]
-    pub struct State(192, align 8) {
+    pub struct State(224, align 8) {
         /// Controller: the round of proof that counts; 0 when the stream is taken back.
         pub epoch: u32,
         /// Observer, or the controller where no proof is asked for: `epoch` once it is proven.
@@ -517,6 +524,22 @@ abi! {
         pub answered: u32,
         /// Observer: ticks of the last report of another address that the PBX sends from.
         pub sent_reported: u32,
+        /// Receiver: the stream's RTP packets by the DSCP that they came with, in the order in which
+        /// the values were first seen; the last entry counts all values that found no other.
+        pub marks: [Mark; MARKS],
+    }
+}
+
+abi! {
+    /// Packets that came with one DSCP.
+    #[derive(Default)]
+    pub struct Mark(8, align 4) {
+        /// How many; 0 in an entry that is still free.
+        pub packets: u32,
+        /// Their DSCP, 0–63; of no meaning in the last entry.
+        pub dscp: u8,
+        /// Always 0.
+        pub padding: [u8; 3],
     }
 }
 

@@ -6,18 +6,19 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_F_MMAPABLE, TC_ACT_STOLEN, TC_ACT_UNSPEC, xdp_action},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
-    helpers::{bpf_csum_update, bpf_ktime_get_coarse_ns, bpf_redirect},
+    helpers::{bpf_ktime_get_coarse_ns, bpf_redirect},
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 use relay_common::{
-    checksum::{PartialChecksum, Sum, UdpChange},
+    checksum::PartialChecksum,
     packet::{Header, Packet, Tables},
     proof::observe,
     reason::{Reason, Verdict},
     relay::relay,
     stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey},
 };
+use relay_ebpf::skb::{Skb, header_at};
 
 /// Entries of `STREAMS`, `OUT_LEGS` and `STATE` before the controller sets its `--max-streams`.
 const MAX_STREAMS: usize = 65_536;
@@ -110,18 +111,6 @@ impl Tables for Maps {
     }
 }
 
-/// A header between `data` and `end`.
-#[inline(always)]
-fn header_at<'a, H: Header>(data: usize, end: usize, at: usize) -> Result<&'a mut H, Reason> {
-    let start = data + at;
-    if start + size_of::<H>() > end {
-        return Err(Reason::Truncated);
-    }
-    // SAFETY: the bounds were checked just above, which is also the proof that the verifier wants.
-    // Any bytes are a valid `H`.
-    Ok(unsafe { &mut *(start as *mut H) })
-}
-
 struct Xdp<'a>(&'a XdpContext);
 
 impl Packet for Xdp<'_> {
@@ -142,59 +131,6 @@ impl Packet for Xdp<'_> {
         } else {
             PartialChecksum::Lost
         }
-    }
-}
-
-struct Skb<'a>(&'a TcContext);
-
-impl Packet for Skb<'_> {
-    #[inline(always)]
-    fn length(&self) -> usize {
-        self.0.len() as usize
-    }
-
-    #[inline(always)]
-    fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason> {
-        header_at(self.0.data(), self.0.data_end(), at)
-    }
-
-    #[inline(always)]
-    fn pull(&mut self, length: usize) {
-        // Failing is harmless: what is not there is `truncated`.
-        let _ = self.0.pull_data(length as u32);
-    }
-
-    #[inline(always)]
-    fn partial_checksum(&self) -> PartialChecksum {
-        PartialChecksum::Kept
-    }
-
-    /// The kernel knows whether this checksum is finished, left to the NIC, or verified by it:
-    /// bpf_l4_csum_replace() keeps the field and that knowledge in step.
-    #[inline(always)]
-    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
-        const PSEUDO_HEADER: u64 = 1 << 4;
-        const MANGLED_0: u64 = 1 << 5;
-        const CHECKSUM: usize = 6;
-        let at = change.udp + CHECKSUM;
-        // A size of 0 says that `to` is a difference; it counts in network byte order.
-        let addresses = u64::from(change.addresses.fold().to_be());
-        let datagram = u64::from(change.datagram.fold().to_be());
-        self.0
-            .l4_csum_replace(at, 0, addresses, PSEUDO_HEADER | MANGLED_0)
-            .and_then(|()| self.0.l4_csum_replace(at, 0, datagram, MANGLED_0))
-            .map_err(|_| Reason::UdpChecksum)
-    }
-
-    /// The NIC's sum over the packet (`CHECKSUM_COMPLETE`), where there is one. For
-    /// bpf_l4_csum_replace() a new pseudo-header changes it too: right on IPv4, whose header makes
-    /// up for the addresses, and on IPv6 undone here. (BPF_F_IPV6 would do, from Linux 6.16.)
-    #[inline(always)]
-    fn sum_changed(&mut self, change: Sum) {
-        let change = u32::from(change.fold().to_be());
-        // SAFETY: the context is the kernel's, valid while the program runs. An error says that
-        // there is no such sum.
-        unsafe { bpf_csum_update(self.0.skb.skb, change) };
     }
 }
 

@@ -621,6 +621,7 @@ impl Registry {
                 Origin::Ami { .. } | Origin::Adopted => feed::AMI,
             },
             proof: self.proof_of(pair),
+            priority: 0,
         };
         let before = self
             .stream_mut(id, index)

@@ -189,6 +189,7 @@ pub fn stream(family: Family) -> StreamSpec {
         leg: 0,
         feed: feed::API,
         proof: 0,
+        priority: 0,
     }
 }
 

@@ -246,6 +246,7 @@ impl Generator {
             leg: self.byte() % 2,
             feed: self.pick(&[feed::API, feed::AMI]),
             proof: 0,
+            priority: 0,
         };
         let state = State {
             epoch: 1,

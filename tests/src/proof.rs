@@ -68,6 +68,7 @@ pub fn streams(proof: u8) -> [Entry; 2] {
             leg,
             feed: feed::AMI,
             proof,
+            priority: 0,
         };
         let state = State {
             epoch: 1,

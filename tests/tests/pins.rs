@@ -78,6 +78,7 @@ fn spec(leg: u8) -> StreamSpec {
         leg,
         feed: feed::API,
         proof: 0,
+        priority: 0,
     }
 }
 

@@ -5,8 +5,8 @@ mod events;
 mod links;
 mod load;
 mod maps;
-mod observer;
 mod pins;
+mod tc;
 
 use std::{
     collections::HashSet,
@@ -36,18 +36,26 @@ pub use self::{
 use self::{
     links::Link,
     maps::{KEY, Maps, OUT_LEG, VALUE, removed},
-    observer::Observer,
     pins::{AttachedLink, Directory, Pins},
+    tc::{Direction, Order, TcAttachment, TcHook},
 };
 
 /// Names of what the object defines; nothing else in userspace spells them.
 pub mod names {
+    use super::{Direction, Order, TcHook};
+
     /// XDP entry point.
     pub const XDP: &str = "relay_xdp";
     /// TC entry point.
     pub const TC: &str = "relay_tc";
     /// Observer of what leaves, at the TC egress.
     pub const OBSERVE: &str = "relay_observe";
+    /// Where the observer sits: before all others, who may change or take what Asterisk sends.
+    pub(super) const OBSERVER: TcHook = TcHook {
+        program: OBSERVE,
+        direction: Direction::Egress,
+        order: Order::First,
+    };
     /// Streams by local address.
     pub const STREAMS: &str = "STREAMS";
     /// What may leave, by the address that the PBX sends from.
@@ -102,7 +110,7 @@ pub struct Datapath {
     mode: AttachMode,
     maps: Maps,
     xdp: Link,
-    observer: Observer,
+    observer: TcAttachment,
     // Last: its lock says that a daemon runs, so it goes when the programs are detached.
     pins: Pins,
 }
@@ -190,7 +198,7 @@ impl Datapath {
     fn adopt(
         interface: &str,
         earlier: AttachedLink,
-        observer: Observer,
+        observer: TcAttachment,
         max_streams: u32,
         mut pins: Pins,
         others: &[Directory],
@@ -237,12 +245,10 @@ impl Datapath {
         pins.stage(&loaded.0)?;
         let maps = Maps::take(&mut loaded.0, max_streams)?;
         // Before XDP: nothing may be relayed unobserved.
-        let observer =
-            Observer::attach(loaded.observer()?, interface, index).map_err(|source| {
-                DatapathError::ObserverRefused {
-                    interface: interface.to_owned(),
-                    source,
-                }
+        let observer = TcAttachment::attach(names::OBSERVER, loaded.observer()?, interface, index)
+            .map_err(|source| DatapathError::ObserverRefused {
+                interface: interface.to_owned(),
+                source,
             })?;
         let settled = loaded.xdp().and_then(|program| {
             let xdp = take_over(
@@ -500,10 +506,10 @@ fn take_over(
     index: u32,
     mode: AttachMode,
     earlier: Option<AttachedLink>,
-    observer: &Observer,
+    observer: &TcAttachment,
     pins: &mut Pins,
 ) -> Result<Link, DatapathError> {
-    if let Observer::Link(link) = observer {
+    if let TcAttachment::Link(link) = observer {
         pins.stage_link(names::OBSERVER_LINK, link)?;
     }
     let not_replaced = |source| DatapathError::NotReplaced {
@@ -536,7 +542,7 @@ fn settle(
     interface: &str,
     index: u32,
     xdp: &Link,
-    observer: &Observer,
+    observer: &TcAttachment,
     pins: &Pins,
     others: &[Directory],
 ) -> Result<(), DatapathError> {
@@ -545,7 +551,7 @@ fn settle(
         source,
     })?;
     pins.settle(id.id)?;
-    if let Observer::Filter(filter) = observer {
+    if let TcAttachment::Filter(filter) = observer {
         pins::delete_filters(interface, index, Some(*filter))?;
     }
     remove_others(others, id.id)

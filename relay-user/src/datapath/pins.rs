@@ -24,7 +24,7 @@ use super::{
     links::{Hook, Link, LinkInfo, Pinned},
     maps::{self, Layout},
     names,
-    observer::{Filter, Observer},
+    tc::{Filter, TcAttachment},
 };
 use crate::next_hop::{Interfaces, XdpHook};
 
@@ -406,7 +406,7 @@ impl Pins {
         xdp: &LinkInfo,
         interface: &str,
         layouts: &[Layout],
-    ) -> Result<Option<Observer>, DatapathError> {
+    ) -> Result<Option<TcAttachment>, DatapathError> {
         let index = xdp.interface;
         let open = |name| Pinned::open(&self.directory.path.join(name));
         let same = layouts.iter().all(|layout| {
@@ -421,14 +421,14 @@ impl Pins {
             Ok(Pinned::Link(link, info))
                 if info.hook == Some(Hook::Tcx) && info.interface == index =>
             {
-                return Ok(Some(Observer::Link(link)));
+                return Ok(Some(TcAttachment::Link(link)));
             }
             Ok(_) => return Ok(None),
             Err(_) => {}
         }
         // With two, a daemon was killed while it replaced one: they have different maps.
         Ok(match filters(interface, index)?[..] {
-            [one] => Some(Observer::Filter(one)),
+            [one] => Some(TcAttachment::Filter(one)),
             _ => None,
         })
     }
@@ -533,7 +533,7 @@ impl Drop for Pins {
 }
 
 fn filters(interface: &str, index: u32) -> Result<Vec<Filter>, DatapathError> {
-    Filter::all(index).map_err(|source| DatapathError::Filters {
+    Filter::all(names::OBSERVER, index).map_err(|source| DatapathError::Filters {
         interface: interface.to_owned(),
         source,
     })

@@ -1,5 +1,5 @@
-//! The observer at the TC egress, by TCX (Linux 6.6) or, below, as a filter of the queueing
-//! discipline clsact.
+//! Programs in traffic control, by TCX (Linux 6.6) or, below, as filters of the queueing discipline
+//! clsact.
 //!
 //! A filter is no object that could be pinned: it stays until someone deletes it, and is known by its
 //! name. The clsact itself stays, because whether another program needs it nobody can tell.
@@ -18,34 +18,63 @@ use netlink_packet_route::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::libc;
 
-use super::{links::Link, names};
+use super::links::Link;
 
-/// The attached observer.
-pub(super) enum Observer {
+/// A program of ours in traffic control, and where it sits there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TcHook {
+    /// Name of the program, of which an interface has one at most.
+    pub(crate) program: &'static str,
+    pub(crate) direction: Direction,
+    pub(crate) order: Order,
+}
+
+/// What passes a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// What comes in, before the stack.
+    Ingress,
+    /// What goes out, before the queueing discipline.
+    Egress,
+}
+
+/// Where a program stands among those of a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Before all that are there.
+    First,
+    /// After all that are there.
+    Last,
+}
+
+/// A program that is attached.
+pub(crate) enum TcAttachment {
     /// By TCX.
     Link(Link),
     /// By clsact.
     Filter(Filter),
 }
 
-impl Observer {
-    /// Attaches the observer, besides any that is there.
-    pub(super) fn attach(
+impl TcAttachment {
+    /// Attaches a program, besides any that is there.
+    pub(crate) fn attach(
+        hook: TcHook,
         program: &mut SchedClassifier,
         interface: &str,
         index: u32,
     ) -> io::Result<Self> {
-        match Link::egress(descriptor(program)?.as_fd(), index) {
+        let descriptor = descriptor(program)?.as_fd();
+        match Link::tcx(descriptor, index, hook.direction, hook.order) {
             // Before Linux 6.6, a link could not have a program of this type.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                Filter::attach(program, interface, index).map(Self::Filter)
+                Filter::attach(hook, program, interface, index).map(Self::Filter)
             }
             link => link.map(Self::Link),
         }
     }
 
     /// Puts another program in its place: a packet sees the old one or the new one.
-    pub(super) fn update(&self, program: &mut SchedClassifier, interface: &str) -> io::Result<()> {
+    pub(crate) fn update(&self, program: &mut SchedClassifier, interface: &str) -> io::Result<()> {
         match self {
             Self::Link(link) => link.update(descriptor(program)?.as_fd()),
             Self::Filter(filter) => filter.update(program, interface),
@@ -53,7 +82,7 @@ impl Observer {
     }
 
     /// Detaches it. An interface that is gone is no error.
-    pub(super) fn detach(&self) -> io::Result<()> {
+    pub(crate) fn detach(&self) -> io::Result<()> {
         match self {
             Self::Link(link) => link.detach(),
             Self::Filter(filter) => filter.delete(),
@@ -61,30 +90,44 @@ impl Observer {
     }
 }
 
-/// A filter of clsact's egress.
+/// A filter of clsact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Filter {
+pub(crate) struct Filter {
+    direction: Direction,
     index: u32,
     priority: u16,
     handle: u32,
 }
 
 impl Filter {
-    fn attach(program: &mut SchedClassifier, interface: &str, index: u32) -> io::Result<Self> {
+    fn attach(
+        hook: TcHook,
+        program: &mut SchedClassifier,
+        interface: &str,
+        index: u32,
+    ) -> io::Result<Self> {
         match qdisc_add_clsact(interface) {
             // It is there already.
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
             outcome => outcome.map_err(io::Error::other)?,
         }
-        // The kernel puts a filter without a priority before all that are there.
-        let options = TcAttachOptions::Netlink(NlOptions::default());
+        let options = TcAttachOptions::Netlink(NlOptions {
+            priority: match hook.order {
+                // The kernel puts a filter without a priority before all that are there.
+                Order::First => 0,
+                Order::Last => u16::MAX,
+            },
+            ..NlOptions::default()
+        });
         let attach = |program: &mut SchedClassifier| {
-            let id = program.attach_with_options(interface, TcAttachType::Egress, options)?;
+            let attach_type = hook.direction.attach_type();
+            let id = program.attach_with_options(interface, attach_type, options)?;
             let link = program.take_link(id)?;
             let (priority, handle) = (link.priority()?, link.handle()?.into());
             // It only holds what was just read, and would delete the filter.
             std::mem::forget(link);
             Ok(Self {
+                direction: hook.direction,
                 index,
                 priority,
                 handle,
@@ -97,7 +140,7 @@ impl Filter {
         // cls_bpf_change() in net/sched/cls_bpf.c replaces a filter of the same handle under RCU.
         let filter = SchedClassifierLink::attached(
             interface,
-            TcAttachType::Egress,
+            self.direction.attach_type(),
             self.priority,
             TcHandle::from(self.handle),
             None,
@@ -111,15 +154,16 @@ impl Filter {
         update(program).map_err(|error: ProgramError| io::Error::other(error.to_string()))
     }
 
-    /// All observers at the egress of an interface; none without clsact or interface.
-    pub(super) fn all(index: u32) -> io::Result<Vec<Self>> {
+    /// All filters of a hook with its program; none without clsact or interface.
+    pub(crate) fn all(hook: TcHook, index: u32) -> io::Result<Vec<Self>> {
         let mut filters = Vec::new();
-        let request = RouteNetlinkMessage::GetTrafficFilter(egress(index));
+        let request = RouteNetlinkMessage::GetTrafficFilter(hook.direction.address(index));
         let outcome = exchange(request, NLM_F_DUMP, |message| {
             if let RouteNetlinkMessage::NewTrafficFilter(filter) = message
-                && is_observer(&filter)
+                && is_program(&filter, hook.program)
             {
                 filters.push(Self {
+                    direction: hook.direction,
                     index,
                     // TC_H_MAJ() of tcm_info in include/uapi/linux/rtnetlink.h.
                     priority: (filter.header.info >> 16) as u16,
@@ -132,8 +176,8 @@ impl Filter {
     }
 
     /// Deletes it. A filter or an interface that is gone is no error.
-    pub(super) fn delete(self) -> io::Result<()> {
-        let mut message = egress(self.index);
+    pub(crate) fn delete(self) -> io::Result<()> {
+        let mut message = self.direction.address(self.index);
         message.header.handle = self.handle.into();
         let protocol = u32::from((libc::ETH_P_ALL as u16).to_be());
         message.header.info = u32::from(self.priority) << 16 | protocol;
@@ -142,22 +186,34 @@ impl Filter {
     }
 }
 
+impl Direction {
+    const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::Ingress => TcAttachType::Ingress,
+            Self::Egress => TcAttachType::Egress,
+        }
+    }
+
+    /// Addresses this side of an interface's clsact.
+    fn address(self, index: u32) -> TcMessage {
+        let mut message = TcMessage::with_index(index.cast_signed());
+        // `tc::TcHandle::CLSACT` is ffff:fff1, whose major half the parent shares.
+        message.header.parent = tc::TcHandle {
+            major: tc::TcHandle::CLSACT.major,
+            minor: match self {
+                Self::Ingress => tc::TcHandle::MIN_INGRESS,
+                Self::Egress => tc::TcHandle::MIN_EGRESS,
+            },
+        };
+        message
+    }
+}
+
 fn descriptor(program: &SchedClassifier) -> io::Result<&ProgramFd> {
     program.fd().map_err(io::Error::other)
 }
 
-/// Addresses the egress of an interface's clsact.
-fn egress(index: u32) -> TcMessage {
-    let mut message = TcMessage::with_index(index.cast_signed());
-    message.header.parent = tc::TcHandle {
-        major: tc::TcHandle::CLSACT.major,
-        minor: tc::TcHandle::MIN_EGRESS,
-    };
-    // `tc::TcHandle::CLSACT` is ffff:fff1, whose major half the parent shares.
-    message
-}
-
-fn is_observer(filter: &TcMessage) -> bool {
+fn is_program(filter: &TcMessage, program: &str) -> bool {
     let options = filter
         .attributes
         .iter()
@@ -166,7 +222,7 @@ fn is_observer(filter: &TcMessage) -> bool {
             _ => None,
         });
     options.flatten().any(|option| {
-        matches!(option, TcOption::Bpf(TcFilterBpfOption::ProgName(name)) if name == names::OBSERVE)
+        matches!(option, TcOption::Bpf(TcFilterBpfOption::ProgName(name)) if name == program)
     })
 }
 
