@@ -158,7 +158,7 @@ fn status_report() -> StatusReport {
         mode_reason: "asked for".into(),
         dscp: crate::config::Dscp::Set(46),
         proof: 8,
-        pins: "/sys/fs/bpf/relay/v2/eth0".into(),
+        pins: "/sys/fs/bpf/relay/v3/eth0".into(),
         uptime_seconds: 1,
         max_streams: 2,
         pairs: 0,
