@@ -9,11 +9,11 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
 use toml::de::{DeTable, DeValue};
 
 use crate::{
     control::socket,
+    dscp::{Dscp, DscpError, DscpMap, EF},
     secret::{Secret, SecretError, SecretFileError},
 };
 
@@ -40,8 +40,6 @@ pub const EXPIRE: Duration = Duration::from_secs(60);
 const LONGEST_TIME: Duration = Duration::from_secs(86_400);
 /// Longest configuration file read, in bytes. All keys together need a hundredth.
 const LONGEST_FILE: u64 = 65_536;
-/// Expedited Forwarding (RFC 3246): the class for voice.
-const EF: u8 = 46;
 
 /// Everything `relay-user attach` needs to know, complete and in range.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,16 +93,6 @@ pub enum Mode {
     Generic,
 }
 
-/// What relayed packets carry in the DSCP field (RFC 2474). The ECN bits are kept in any case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Dscp {
-    /// What the phone set.
-    Keep,
-    /// This value, 0–63.
-    Set(u8),
-}
-
 /// What is wrong with one value. The text names it and what it may be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
@@ -112,8 +100,8 @@ pub enum SettingError {
     #[error("`{0}` is not an attach mode: write native, generic or auto")]
     Mode(String),
     /// Not a DSCP value.
-    #[error("`{0}` is not a DSCP value: write ef, keep, or a number from 0 to 63")]
-    Dscp(String),
+    #[error(transparent)]
+    Dscp(#[from] DscpError),
     /// Not a usable size of the stream table.
     #[error(
         "`{0}` streams are not possible: write a number from {FEWEST_STREAMS} to {MOST_STREAMS}; a pair takes two"
@@ -537,14 +525,32 @@ impl Document<'_> {
     }
 
     fn dscp(&self, entry: &Entry<'_>) -> Result<Dscp, ConfigError> {
-        match entry.value {
-            DeValue::Integer(number) => number
-                .to_string()
-                .parse()
-                .map_err(|source| self.wrong_value(entry, source)),
-            DeValue::String(_) => self.parse(entry),
-            _ => Err(self.wrong_type(entry, "\"ef\", \"keep\", or a number from 0 to 63")),
-        }
+        let read = match entry.value {
+            DeValue::Table(table) => {
+                let texts: Vec<_> = table
+                    .iter()
+                    .map(|(from, to)| {
+                        let to = code_text(to.get_ref()).ok_or_else(|| {
+                            self.wrong_type(entry, "code points, such as { 0 = \"ef\" }")
+                        })?;
+                        Ok((from.get_ref().as_ref(), to))
+                    })
+                    .collect::<Result<_, ConfigError>>()?;
+                DscpMap::new(
+                    texts
+                        .iter()
+                        .map(|(from, to): &(&str, String)| (*from, to.as_str())),
+                )
+                .map(Dscp::Map)
+            }
+            value => code_text(value)
+                .ok_or_else(|| {
+                    let wanted = "\"ef\", \"keep\", a number from 0 to 63, or a table";
+                    self.wrong_type(entry, wanted)
+                })?
+                .parse(),
+        };
+        read.map_err(|source| self.wrong_value(entry, source.into()))
     }
 
     fn number<T>(
@@ -619,6 +625,15 @@ impl Document<'_> {
             line: before.matches('\n').count() + 1,
             column: before[line_start..].chars().count() + 1,
         }
+    }
+}
+
+/// What may be a code point.
+fn code_text(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::Integer(number) => Some(number.to_string()),
+        DeValue::String(text) => Some(text.to_string()),
+        _ => None,
     }
 }
 
@@ -763,47 +778,6 @@ impl FromStr for Mode {
     }
 }
 
-impl FromStr for Dscp {
-    type Err = SettingError;
-
-    fn from_str(text: &str) -> Result<Self, SettingError> {
-        match text {
-            "ef" => Ok(Self::Set(EF)),
-            "keep" => Ok(Self::Keep),
-            _ => text
-                .parse()
-                .ok()
-                .filter(|value| *value <= 63)
-                .map(Self::Set)
-                .ok_or_else(|| SettingError::Dscp(printable(text))),
-        }
-    }
-}
-
-impl fmt::Display for Dscp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Keep => f.write_str("keep"),
-            Self::Set(EF) => f.write_str("ef"),
-            Self::Set(value) => write!(f, "{value}"),
-        }
-    }
-}
-
-impl TryFrom<String> for Dscp {
-    type Error = SettingError;
-
-    fn try_from(text: String) -> Result<Self, SettingError> {
-        text.parse()
-    }
-}
-
-impl From<Dscp> for String {
-    fn from(dscp: Dscp) -> Self {
-        dscp.to_string()
-    }
-}
-
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}", self.path.display(), self.line, self.column)
@@ -876,6 +850,14 @@ mod tests {
             parsed("dscp = \"keep\"").expect("text").dscp,
             Some(Dscp::Keep)
         );
+        for text in [
+            "dscp = \"map:0=ef,cs5=10\"",
+            "dscp = { be = \"ef\", 40 = 10 }",
+            "[dscp]\n0 = 46\ncs5 = \"af11\"",
+        ] {
+            let dscp = parsed(text).expect(text).dscp.map(|dscp| dscp.to_string());
+            assert_eq!(dscp.as_deref(), Some("map:cs0=ef,cs5=af11"), "{text}");
+        }
     }
 
     #[test]
@@ -1170,13 +1152,6 @@ mod tests {
             "a\n",
         ] {
             assert!(interface(bad).is_err(), "{bad}");
-        }
-        for text in ["ef", "keep", "0", "63"] {
-            assert_eq!(text.parse::<Dscp>().expect(text).to_string(), text);
-        }
-        assert_eq!("46".parse::<Dscp>().expect("46").to_string(), "ef");
-        for bad in ["", "64", "-1", "EF46", "0x2e"] {
-            assert!(bad.parse::<Dscp>().is_err(), "{bad}");
         }
     }
 }

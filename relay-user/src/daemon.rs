@@ -24,6 +24,7 @@ use crate::{
     },
     controller::{self, Controller, Handled},
     datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events},
+    dscp::Dscp,
     events::EventBus,
     next_hop::{self, Changes, Interface, Interfaces},
     privileges,
@@ -123,6 +124,9 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         adopted,
         mode_reason,
     } = attach_datapath(&settings, interface)?;
+    if let Dscp::Map(map) = &settings.dscp {
+        datapath.set_dscp_map(map)?;
+    }
     privileges::keep_for_serving()?;
     let (next_hops, resolver, changes) = next_hop::open(interface.index)?;
     tracing::info!(

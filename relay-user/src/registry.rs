@@ -4,6 +4,7 @@
 //! out in order.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::SocketAddr,
     time::Duration,
@@ -11,19 +12,19 @@ use std::{
 
 use relay_common::{
     stream::{
-        self, Address, DSCP_KEEP, Endpoint, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
-        StreamSpec, feed, mode, ticks,
+        self, Address, DSCP_KEEP, DSCP_MAP, Endpoint, MARKS, PAYLOAD_TYPES, PayloadType, State,
+        Stream, StreamKey, StreamSpec, feed, mode, ticks,
     },
     wire::Mac,
 };
 
 use crate::{
     ami::CallId,
-    config::Dscp,
     control::model::{
-        ApiError, ErrorCode, Feed, LegReport, NextHopReport, PairReport, PairState, ProofReport,
-        StreamReport, StreamState,
+        ApiError, ErrorCode, Feed, LegReport, MarkReport, NextHopReport, PairReport, PairState,
+        ProofReport, StreamReport, StreamState,
     },
+    dscp::Dscp,
     next_hop::{NextHop, NextHopError, Notice, Path, Resolution},
     pair::{Leg, Pair, PayloadTypes, Proof},
 };
@@ -610,6 +611,7 @@ impl Registry {
             dscp: match self.policy.dscp {
                 Dscp::Keep => DSCP_KEEP,
                 Dscp::Set(value) => value,
+                Dscp::Map(_) => DSCP_MAP,
             },
             slot: stream.slot,
             opposite_slot: streams[1 - index].slot,
@@ -1042,6 +1044,7 @@ impl Registry {
                         }),
                     packets: counted.packets,
                     bytes: counted.bytes,
+                    marks: marks(&counted),
                     next_hop: match &stream.way.resolution {
                         Resolution::Known(next_hop) => Some(next_hop_report(next_hop)),
                         _ => None,
@@ -1309,6 +1312,22 @@ fn endpoint(address: SocketAddr) -> Endpoint {
 }
 
 /// What is relayed of the stream that comes in on leg `index`, as given.
+/// What DSCP a stream's packets came with, the most frequent first.
+fn marks(state: &State) -> Vec<MarkReport> {
+    let mut marks: Vec<_> = state
+        .marks
+        .iter()
+        .enumerate()
+        .filter(|(_, mark)| mark.packets != 0)
+        .map(|(index, mark)| MarkReport {
+            dscp: (index < MARKS - 1).then_some(mark.dscp),
+            packets: mark.packets,
+        })
+        .collect();
+    marks.sort_by_key(|mark| Reverse(mark.packets));
+    marks
+}
+
 fn payload_types(pair: &Pair, index: usize) -> [PayloadType; PAYLOAD_TYPES] {
     let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
     for (entry, types) in payload_types.iter_mut().zip(&pair.payload_types) {

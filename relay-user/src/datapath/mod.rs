@@ -39,6 +39,7 @@ use self::{
     pins::{AttachedLink, Directory, Pins},
     tc::{Direction, Order, TcAttachment, TcHook},
 };
+use crate::dscp::DscpMap;
 
 /// Names of what the object defines; nothing else in userspace spells them.
 pub mod names {
@@ -64,6 +65,8 @@ pub mod names {
     pub const STATE: &str = "STATE";
     /// Packets and bytes by reason.
     pub const COUNTERS: &str = "COUNTERS";
+    /// What the sender's mark is translated to.
+    pub const DSCP_MAP: &str = "DSCP_MAP";
     /// Until when anything is relayed.
     pub const LEASE: &str = "LEASE";
     /// Rare facts for the controller.
@@ -71,7 +74,7 @@ pub mod names {
     /// Load-time constant: 1 in generic XDP.
     pub const GENERIC: &str = "GENERIC";
     /// All maps that are pinned, by their own names.
-    pub const MAPS: [&str; 6] = [STREAMS, OUT_LEGS, STATE, COUNTERS, LEASE, EVENTS];
+    pub const MAPS: [&str; 7] = [STREAMS, OUT_LEGS, STATE, COUNTERS, DSCP_MAP, LEASE, EVENTS];
     /// Those that hold as many entries as there may be streams.
     pub const SIZED: [&str; 3] = [STREAMS, OUT_LEGS, STATE];
     /// Pin of the XDP program's link.
@@ -434,6 +437,19 @@ impl Datapath {
     /// Offloads a stream without proof. `epoch` as in [`Self::watch`].
     pub fn offload(&self, slot: u32, epoch: u32, payload_types: [PayloadType; PAYLOAD_TYPES]) {
         self.maps.state.offload(slot, epoch, payload_types);
+    }
+
+    /// Sets what the marks of streams with [`DSCP_MAP`](relay_common::stream::DSCP_MAP) are translated
+    /// to.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn set_dscp_map(&mut self, map: &DscpMap) -> Result<(), DatapathError> {
+        let set = self.maps.dscp_map.set(0, map.table(), 0);
+        set.map_err(|source| DatapathError::Map {
+            map: names::DSCP_MAP,
+            source: Box::new(source),
+        })
     }
 
     /// Until when anything is relayed: `CLOCK_MONOTONIC`, ns.
