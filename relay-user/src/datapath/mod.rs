@@ -37,13 +37,13 @@ use self::{
     links::Link,
     maps::{KEY, Maps, OUT_LEG, VALUE, removed},
     pins::{AttachedLink, Directory, Pins},
-    tc::{Direction, Order, TcAttachment, TcHook},
+    tc::{Direction, TcAttachment, TcHook},
 };
 use crate::dscp::DscpMap;
 
 /// Names of what the object defines; nothing else in userspace spells them.
 pub mod names {
-    use super::{Direction, Order, TcHook};
+    use super::{Direction, TcHook};
 
     /// XDP entry point.
     pub const XDP: &str = "relay_xdp";
@@ -55,7 +55,6 @@ pub mod names {
     pub(super) const OBSERVER: TcHook = TcHook {
         program: OBSERVE,
         direction: Direction::Egress,
-        order: Order::First,
     };
     /// Streams by local address.
     pub const STREAMS: &str = "STREAMS";
