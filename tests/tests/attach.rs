@@ -28,6 +28,7 @@ use relay_tests::{
     relay::{Followed, Relay, binary},
     topology::{Direct, PBX_V4},
 };
+use relay_user::datapath;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -936,7 +937,7 @@ impl Calls {
             }
         }
         let kernel = Kernel::of(&net.pbx);
-        assert!(!kernel.is_gone() && kernel.maps.len() == 6);
+        assert!(!kernel.is_gone() && kernel.maps.len() == datapath::names::MAPS.len());
         assert_eq!(kernel.programs.len(), 2);
         Self {
             net,
