@@ -1096,7 +1096,7 @@ fn an_upgrade_in_mid_call_loses_no_packet_and_leaves_none_to_the_pbx() {
             assert_eq!(pair["state"], "offloaded", "{pair:#}");
             // What moves on.
             for stream in pair["streams"].as_array_mut().expect("streams") {
-                for moving in ["packets", "bytes", "silent_ms"] {
+                for moving in ["packets", "bytes", "marks", "silent_ms"] {
                     stream.as_object_mut().expect("a stream").remove(moving);
                 }
             }
