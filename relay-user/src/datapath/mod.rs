@@ -2,11 +2,11 @@
 
 mod error;
 mod events;
-mod links;
-mod load;
+pub(crate) mod links;
+pub(crate) mod load;
 mod maps;
-mod pins;
-mod tc;
+pub(crate) mod pins;
+pub(crate) mod tc;
 
 use std::{
     collections::HashSet,
@@ -68,6 +68,8 @@ pub mod names {
     pub const LEASE: &str = "LEASE";
     /// Rare facts for the controller.
     pub const EVENTS: &str = "EVENTS";
+    /// Load-time constant: 0 where packets have no Ethernet header.
+    pub const ETHERNET: &str = "ETHERNET";
     /// Load-time constant: 1 in generic XDP.
     pub const GENERIC: &str = "GENERIC";
     /// All maps that are pinned, by their own names.
