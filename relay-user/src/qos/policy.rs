@@ -393,10 +393,19 @@ impl fmt::Display for Share {
 }
 
 impl Conditions {
+    /// Whether a packet must have ports.
+    pub(crate) fn asks_ports(&self) -> bool {
+        let lists = [&self.ports, &self.source_ports, &self.destination_ports];
+        lists.iter().any(|ports| !ports.is_empty())
+    }
+
+    /// Whether a packet must look like RTP.
+    pub(crate) fn asks_rtp(&self) -> bool {
+        self.rtp.is_some() || !self.payload_types.is_empty()
+    }
+
     fn check(&self) -> Result<(), RuleError> {
-        let has_ports = [&self.ports, &self.source_ports, &self.destination_ports]
-            .map(|ports| !ports.is_empty());
-        let asks_rtp = self.rtp.is_some() || !self.payload_types.is_empty();
+        let (asks_ports, asks_rtp) = (self.asks_ports(), self.asks_rtp());
         let is_of = |protocols: &[u8]| {
             self.protocols.is_empty()
                 || self
@@ -405,7 +414,7 @@ impl Conditions {
                     .any(|protocol| protocols.contains(protocol))
         };
         let asks_ip = !self.protocols.is_empty()
-            || has_ports.contains(&true)
+            || asks_ports
             || !self.dscps.is_empty()
             || self.tcp != 0
             || asks_rtp;
@@ -418,7 +427,7 @@ impl Conditions {
         let contradictions = [
             (self.arp && asks_ip, "`arp`", "conditions on IP packets"),
             (
-                has_ports.contains(&true) && !is_of(&[protocol::TCP, protocol::UDP]),
+                asks_ports && !is_of(&[protocol::TCP, protocol::UDP]),
                 "ports",
                 "a `protocol` without any",
             ),

@@ -2,10 +2,10 @@
 
 use std::ops::RangeInclusive;
 
-use relay_common::classify::{Action, CLASSES, NAME, NONE, Names, RuleTable};
+use relay_common::classify::{Action, CLASSES, NAME, NONE, Names, PortRules, RuleTable};
 use zerocopy::FromZeros as _;
 
-use super::policy::{Policy, Rtp, Rule};
+use super::policy::{Conditions, Policy, Rtp, Rule};
 
 /// Payload types of audio or video: 128 of each in [`RuleTable::rtp`].
 const PAYLOAD_TYPES: usize = 128;
@@ -20,6 +20,11 @@ pub fn compile(policy: &Policy) -> Box<RuleTable> {
     table.class_count = policy.classes.len() as u32;
     table.default_class = policy.default as u32;
     table.actions.fill(Action::NONE);
+    table.ports.fill(PortRules {
+        either: indifferent(policy, |asked| &asked.ports),
+        source: indifferent(policy, |asked| &asked.source_ports),
+        destination: indifferent(policy, |asked| &asked.destination_ports),
+    });
     for (number, rule) in policy.rules.iter().enumerate() {
         table.actions[number] = action(rule);
         add(&mut table, rule, 1 << number);
@@ -75,7 +80,6 @@ fn add(table: &mut RuleTable, rule: &Rule, bit: u64) {
     set(&mut table.tcp, bit, |kinds| {
         asked.tcp == 0 || kinds & asked.tcp != 0
     });
-    let is_rtp = asked.rtp.is_some() || !asked.payload_types.is_empty();
     set(&mut table.rtp, bit, |value| {
         let is_video = value >= PAYLOAD_TYPES;
         let is_kind = match asked.rtp {
@@ -86,27 +90,41 @@ fn add(table: &mut RuleTable, rule: &Rule, bit: u64) {
         let number = (value % PAYLOAD_TYPES) as u8;
         is_kind && (asked.payload_types.is_empty() || asked.payload_types.contains(&number))
     });
-    if !is_rtp {
+    if !asked.asks_rtp() {
         table.no_rtp |= bit;
     }
-    let lists = [&asked.ports, &asked.source_ports, &asked.destination_ports];
-    if lists.iter().all(|ports| ports.is_empty()) {
+    if !asked.asks_ports() {
         table.no_ports |= bit;
     }
-    let has = |ports: &[RangeInclusive<u16>], port: &u16| {
-        ports.is_empty() || ports.iter().any(|range| range.contains(port))
-    };
-    for (port, rules) in (0..=u16::MAX).zip(&mut table.ports) {
-        for (list, vector) in
-            lists
-                .into_iter()
-                .zip([&mut rules.either, &mut rules.source, &mut rules.destination])
-        {
-            if has(list, &port) {
-                *vector |= bit;
-            }
+    // Those without a list have their bits in all elements already.
+    for range in &asked.ports {
+        for rules in ports(table, range) {
+            rules.either |= bit;
         }
     }
+    for range in &asked.source_ports {
+        for rules in ports(table, range) {
+            rules.source |= bit;
+        }
+    }
+    for range in &asked.destination_ports {
+        for rules in ports(table, range) {
+            rules.destination |= bit;
+        }
+    }
+}
+
+fn ports<'a>(table: &'a mut RuleTable, range: &RangeInclusive<u16>) -> &'a mut [PortRules] {
+    &mut table.ports[usize::from(*range.start())..=usize::from(*range.end())]
+}
+
+/// Bits of the rules that ask something of IP packets, but nothing of this.
+fn indifferent(policy: &Policy, list: fn(&Conditions) -> &[RangeInclusive<u16>]) -> u64 {
+    let conditions = policy.rules.iter().map(|rule| &rule.conditions);
+    conditions
+        .enumerate()
+        .filter(|(_, asked)| !asked.arp && list(asked).is_empty())
+        .fold(0, |bits, (number, _)| bits | 1 << number)
 }
 
 /// Sets a rule's bit for each value that it fits.
