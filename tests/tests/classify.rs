@@ -7,10 +7,10 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use aya::{Ebpf, maps::PerCpuArray, programs::Program};
@@ -19,8 +19,7 @@ use proptest::{prelude::*, sample::select, strategy::ValueTree as _, test_runner
 use relay_common::{
     checksum::PartialChecksum,
     classify::{
-        CLASSES, COUNTERS, FlowKey, Metadata, NONE, RULES, RuleTable, Tables, VOICE, class_counter,
-        class_id, classify, tcp,
+        COUNTERS, FlowKey, Metadata, RULES, RuleTable, Tables, VOICE, class_id, classify, tcp,
     },
     packet::{Frame, Header, Packet},
     reason::Reason,
@@ -28,7 +27,6 @@ use relay_common::{
 };
 use relay_tests::{
     capture::{Capture, Frame as Captured},
-    draft::{Draft, QINQ, VLAN},
     fixture::{Family, received},
     namespace::Host,
     program::{SkBuff, test_run_skb},
@@ -210,7 +208,24 @@ impl Plan {
             body.extend(self.ports.1.to_be_bytes());
             match self.protocol {
                 6 => {
-                    body.extend([1, 2, 3, 4, 5, 6, 7, 8, 0x50, self.tcp_flags, 0, 9, 0, 0, 0, 0]);
+                    body.extend([
+                        1,
+                        2,
+                        3,
+                        4,
+                        5,
+                        6,
+                        7,
+                        8,
+                        0x50,
+                        self.tcp_flags,
+                        0,
+                        9,
+                        0,
+                        0,
+                        0,
+                        0,
+                    ]);
                 }
                 17 => {
                     body.extend((8 + self.payload.len() as u16).to_be_bytes());
@@ -328,7 +343,9 @@ impl Plan {
     fn fits(&self, asked: &Conditions, dscp: u8) -> bool {
         let ports = self.shown_ports();
         let lists = |of: &dyn Fn((u16, u16)) -> bool| ports.is_some_and(of);
-        let has = |list: &[std::ops::RangeInclusive<u16>], port| list.iter().any(|range| range.contains(&port));
+        let has = |list: &[std::ops::RangeInclusive<u16>], port| {
+            list.iter().any(|range| range.contains(&port))
+        };
         let rtp = self.rtp();
         !asked.arp
             && (asked.protocols.is_empty() || asked.protocols.contains(&self.protocol))
@@ -376,7 +393,13 @@ fn checksum(header: &[u8]) -> u16 {
 }
 
 fn plans() -> impl Strategy<Value = Plan> {
-    let ports = || prop_oneof![select(vec![22, 53, 443, 1194, 5060, 5061]), 1020_u16..1030, any::<u16>()];
+    let ports = || {
+        prop_oneof![
+            select(vec![22, 53, 443, 1194, 5060, 5061]),
+            1020_u16..1030,
+            any::<u16>()
+        ]
+    };
     let head = || {
         prop_oneof![
             any::<[u8; 2]>(),
@@ -399,11 +422,23 @@ fn plans() -> impl Strategy<Value = Plan> {
         select(vec![1_u8, 6, 6, 17, 17, 17, 47, 58]),
         prop_oneof![0_u8..4, any::<u8>()],
         (ports(), ports()),
-        select(vec![0x10_u8, 0x18, 0x02, 0x12, 0x04, 0x14, 0x11, 0x00, 0xff]),
+        select(vec![
+            0x10_u8, 0x18, 0x02, 0x12, 0x04, 0x14, 0x11, 0x00, 0xff,
+        ]),
         payload,
     )
         .prop_map(
-            |(family, tags, options, fragment_offset, protocol, traffic_class, ports, tcp_flags, payload)| Plan {
+            |(
+                family,
+                tags,
+                options,
+                fragment_offset,
+                protocol,
+                traffic_class,
+                ports,
+                tcp_flags,
+                payload,
+            )| Plan {
                 family,
                 tags,
                 options,
@@ -418,9 +453,7 @@ fn plans() -> impl Strategy<Value = Plan> {
 }
 
 fn policies() -> impl Strategy<Value = Policy> {
-    let few = |values: Vec<u8>| {
-        prop_oneof![3 => Just(vec![]), 1 => proptest::collection::vec(select(values), 1..3)]
-    };
+    let few = |values: Vec<u8>| prop_oneof![3 => Just(vec![]), 1 => proptest::collection::vec(select(values), 1..3)];
     let ports = || {
         let range = prop_oneof![
             select(vec![22_u16, 443, 1194, 5060]).prop_map(|port| port..=port),
@@ -434,7 +467,14 @@ fn policies() -> impl Strategy<Value = Policy> {
         [ports(), ports(), ports()],
         few(vec![0, 1, 8, 10, 46]),
         prop_oneof![3 => Just(0_usize), 1 => 1_usize..16],
-        select(vec![None, None, None, Some(Rtp::Audio), Some(Rtp::Video), Some(Rtp::Any)]),
+        select(vec![
+            None,
+            None,
+            None,
+            Some(Rtp::Audio),
+            Some(Rtp::Video),
+            Some(Rtp::Any),
+        ]),
         prop_oneof![5 => Just(vec![]), 1 => Just(vec![0_u8, 34, 111])],
         proptest::bool::weighted(0.05),
     )
@@ -482,7 +522,11 @@ fn policies() -> impl Strategy<Value = Policy> {
 
 /// Checks the IP header's checksum, and returns the frame without what a mark may change.
 fn unmarked(frame: &[u8], plan: &Plan, layer: LinkLayer) -> (u8, Vec<u8>) {
-    let ip = if layer == LinkLayer::Ethernet { 14 + 4 * plan.tags } else { 0 };
+    let ip = if layer == LinkLayer::Ethernet {
+        14 + 4 * plan.tags
+    } else {
+        0
+    };
     let mut frame = frame.to_vec();
     let class = match plan.family {
         Family::V4 => {
@@ -573,4 +617,655 @@ fn the_kernel_decides_as_the_host_does() {
         assert!(shown > 200, "only {shown} packets were shown");
         assert_eq!(kernel.counters(), *memory.counters.borrow());
     });
+}
+
+/// A UDP frame.
+fn datagram(source: u16, destination: u16, payload: &[u8]) -> Vec<u8> {
+    let mut draft = received(Family::V4);
+    draft.source.set_port(source);
+    draft.destination.set_port(destination);
+    draft.payload = payload.to_vec();
+    draft.bytes()
+}
+
+/// The first bytes of RTP, and zeros.
+fn rtp(payload_type: u8, length: usize) -> Vec<u8> {
+    let mut packet = vec![0; length];
+    packet[..2].copy_from_slice(&[0x80, payload_type]);
+    packet
+}
+
+/// Elements of `COUNTERS` that count, but for classes.
+fn rules_met(frames: &[Vec<u8>]) -> Vec<Option<String>> {
+    let policy = Policy::built_in();
+    let table = table::compile(&policy);
+    let memory = Memory::new();
+    let mut met = Vec::new();
+    for frame in frames {
+        *memory.counters.borrow_mut() = [Counter::default(); COUNTERS];
+        on_host(
+            LinkLayer::Ethernet,
+            frame,
+            &table,
+            &memory,
+            &SkBuff::default(),
+        );
+        let counters = memory.counters.borrow();
+        let first = policy
+            .rules
+            .iter()
+            .zip(&*counters)
+            .find(|(_, counter)| counter.packets != 0);
+        let is_voice = counters[VOICE as usize].packets != 0;
+        let rule = first.map(|(rule, _)| rule.name.clone());
+        assert_eq!(is_voice, rule.as_deref() == Some("mark-voice"));
+        met.push(rule);
+    }
+    met
+}
+
+#[test]
+fn other_protocols_do_not_look_like_rtp() {
+    let sip = b"OPTIONS sip:a@example.com SIP/2.0\r\n";
+    let long = |head: &[u8]| [head, &[0x5a; 80]].concat();
+    for (what, source, destination, payload) in [
+        (
+            "QUIC, long header (RFC 9000)",
+            50_000,
+            8443,
+            long(&[0xc3, 0, 0, 0, 1]),
+        ),
+        ("QUIC, short header", 50_000, 8443, long(&[0x4b])),
+        (
+            "QUIC, no fixed bit (RFC 9287)",
+            50_000,
+            443,
+            long(&[0x80, 0, 0, 0, 1]),
+        ),
+        ("DNS query", 50_000, 53, long(&[0x80, 0, 1, 0])),
+        ("DNS answer", 53, 50_000, long(&[0x80, 0, 0x81, 0x80])),
+        (
+            "STUN (RFC 8489)",
+            10_000,
+            3478,
+            long(&[0, 1, 0, 72, 0x21, 0x12, 0xa4, 0x42]),
+        ),
+        (
+            "TURN channel data (RFC 8656)",
+            10_000,
+            3478,
+            long(&[0x40, 0, 0, 80]),
+        ),
+        (
+            "DTLS (RFC 9147)",
+            10_000,
+            30_000,
+            long(&[22, 0xfe, 0xfd, 0, 0]),
+        ),
+        ("ZRTP (RFC 6189)", 10_000, 30_000, long(&[0x10, 0, 0, 1])),
+        ("WireGuard handshake", 51_820, 51_820, long(&[1, 0, 0, 0])),
+        ("WireGuard data", 51_820, 51_820, long(&[4, 0, 0, 0])),
+        ("OpenVPN client reset", 50_000, 1194, long(&[0x38])),
+        ("OpenVPN data", 1194, 50_000, long(&[0x48])),
+        ("OpenVPN with a static key", 1194, 50_000, long(&[0x80, 0])),
+        ("NTP", 50_000, 123, long(&[0x23, 0, 6])),
+        ("NTP, alarm", 123, 50_000, long(&[0xa4, 0])),
+        ("IPsec through NAT (RFC 3948)", 4500, 4500, long(&[0x80, 0])),
+        (
+            "RTCP sender report (RFC 3550)",
+            10_000,
+            30_000,
+            long(&[0x80, 200]),
+        ),
+        (
+            "RTCP feedback (RFC 4585)",
+            10_000,
+            30_000,
+            long(&[0x81, 205]),
+        ),
+        ("RTCP's ports", 10_001, 30_001, rtp(0, 172)),
+        ("an unassigned payload type", 10_000, 30_000, rtp(50, 172)),
+        ("RTP cut short", 10_000, 30_000, rtp(0, 11)),
+        (
+            "fewer sources than announced",
+            10_000,
+            30_000,
+            long(&[0x8f, 0])[..60].to_vec(),
+        ),
+    ] {
+        let met = rules_met(&[datagram(source, destination, &payload)]);
+        let met = met[0].as_deref().unwrap_or_default();
+        assert!(!met.starts_with("mark-"), "{what}: {met}");
+    }
+    let met = rules_met(&[datagram(5060, 5060, sip), datagram(5060, 50_000, sip)]);
+    assert_eq!(
+        met,
+        [Some("mark-sip".to_owned()), Some("mark-sip".to_owned())]
+    );
+}
+
+#[test]
+fn rtp_is_told_by_its_payload_type_and_a_flow_keeps_its_kind() {
+    let packet = |payload_type, length| datagram(10_000, 30_000, &rtp(payload_type, length));
+    let voice = || Some("mark-voice".to_owned());
+    let video = || Some("mark-video".to_owned());
+    // G.711, marked, one port odd behind a NAT; comfort noise; H.263; Opus, which sends short packets.
+    let natted = datagram(10_000, 30_001, &rtp(0x80, 172));
+    let met = rules_met(&[
+        packet(0, 172),
+        natted,
+        packet(13, 13),
+        packet(34, 500),
+        packet(111, 90),
+    ]);
+    assert_eq!(met, [voice(), voice(), voice(), video(), voice()]);
+    // Once a packet is too long for audio, the flow is video; another source is another flow.
+    let mut other = rtp(99, 90);
+    other[11] = 1;
+    let other = datagram(10_000, 30_000, &other);
+    let met = rules_met(&[packet(99, 90), packet(99, 1200), packet(99, 90), other]);
+    assert_eq!(met, [voice(), video(), video(), voice()]);
+}
+
+#[test]
+fn arp_and_others_have_classes() {
+    let policy = Policy::built_in();
+    let table = table::compile(&policy);
+    for (kind, class) in [(0x0806_u16, 0), (0x88cc, 3), (0x8863, 3)] {
+        let mut frame = vec![2; 60];
+        frame[12..14].copy_from_slice(&kind.to_be_bytes());
+        let skb = SkBuff::default();
+        let outcome = on_host(LinkLayer::Ethernet, &frame, &table, &Memory::new(), &skb);
+        assert_eq!((outcome.priority, outcome.frame), (class_id(class), frame));
+    }
+}
+
+#[test]
+fn merged_packets_count_as_many_as_they_will_be() {
+    let policy = Policy::built_in();
+    let kernel = Kernel::load(LinkLayer::Ethernet, &policy);
+    let plan = Plan {
+        family: Family::V4,
+        tags: 0,
+        options: 0,
+        fragment_offset: 0,
+        protocol: 17,
+        traffic_class: 0,
+        ports: (10_000, 30_000),
+        tcp_flags: 0,
+        // Four packets of Opus: too long for audio, were it one.
+        payload: [rtp(111, 172), vec![0; 3 * 172]].concat(),
+    };
+    let frame = plan.bytes(LinkLayer::Ethernet);
+    let mut skb = SkBuff::default();
+    (skb.gso_segs, skb.gso_size) = (4, 172);
+    skb.wire_len = frame.len() as u32 + 3 * 42;
+    kernel.show(&frame, skb).expect("a frame");
+    let voice = kernel.counters()[VOICE as usize];
+    assert_eq!((voice.packets, voice.bytes), (4, u64::from(skb.wire_len)));
+}
+
+#[test]
+fn the_verifier_has_little_to_do() {
+    let kernel = Kernel::load(LinkLayer::Ethernet, &Policy::built_in());
+    let verified = kernel.verified();
+    // A tenth of what it would do at most (BPF_COMPLEXITY_LIMIT_INSNS in include/linux/bpf.h).
+    assert!(verified < 100_000, "{verified} instructions");
+}
+
+/// Attaches a policy to what leaves an interface.
+fn attach(host: &Host, interface: &str, policy: &Policy) {
+    host.run(|| {
+        let index = nix::net::if_::if_nametoindex(interface).expect("an interface");
+        Classifier::attach(interface, index, policy).expect("attached");
+    });
+}
+
+fn counted(host: &Host, interface: &str) -> Counted {
+    let counted = host.run(|| Classifier::read(interface)).expect("counters");
+    counted.expect("a classifier")
+}
+
+/// Packets by class, those of none left out.
+fn by_class(host: &Host, interface: &str) -> BTreeMap<String, u64> {
+    counted(host, interface)
+        .classes
+        .into_iter()
+        .filter(|class| class.packets != 0)
+        .map(|class| (class.name, class.packets))
+        .collect()
+}
+
+fn example(name: &str) -> Policy {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policies");
+    Policy::read(&folder.join(name)).expect(name)
+}
+
+/// DSCP of a frame, and its TCP ports. The header checksum is checked.
+fn tcp_facts(frame: &Captured) -> Option<(u8, u16, u16)> {
+    let packet = SlicedPacket::from_ethernet(&frame.bytes).ok()?;
+    let Some(TransportSlice::Tcp(tcp)) = &packet.transport else {
+        return None;
+    };
+    let dscp = match packet.net? {
+        NetSlice::Ipv4(ip) => {
+            let header = ip.header();
+            assert_eq!(
+                header.header_checksum(),
+                header.to_header().calc_header_checksum()
+            );
+            header.dcp().value()
+        }
+        NetSlice::Ipv6(ip) => ip.header().traffic_class() >> 2,
+        NetSlice::Arp(_) => return None,
+    };
+    Some((dscp, tcp.source_port(), tcp.destination_port()))
+}
+
+/// A counter of `/proc/net/snmp`.
+fn snmp(host: &Host, protocol: &str, name: &str) -> u64 {
+    let text = host
+        .run(|| std::fs::read_to_string("/proc/net/snmp"))
+        .expect("counters");
+    let mut lines = text.lines().filter(|line| line.starts_with(protocol));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let column = names
+        .split(' ')
+        .position(|column| column == name)
+        .expect("a column");
+    values
+        .split(' ')
+        .nth(column)
+        .expect("a value")
+        .parse()
+        .expect("a number")
+}
+
+#[test]
+fn every_segment_of_tcp_is_marked_and_arrives_whole() {
+    const BYTES: usize = 3_000_000;
+    for (address, offloaded) in [
+        (Direct::phone_v4(0), false),
+        (Direct::phone_v4(0), true),
+        (Direct::phone_v6(0), true),
+    ] {
+        let net = Direct::new(1).expect("network");
+        // The capture takes frames of 16 KiB.
+        net.pbx
+            .ip("link set eth0 gso_max_size 12000")
+            .expect("ip link");
+        if offloaded {
+            net.pbx_interface
+                .leave_checksums_to_device()
+                .expect("offload");
+        }
+        attach(&net.pbx, "eth0", &example("ports.toml"));
+        let capture = Capture::start(&net.phones_interface).expect("capture");
+        let to = SocketAddr::new(address, 1935);
+        let listener = net.phones.run(|| TcpListener::bind(to)).expect("listener");
+        let sender = net.pbx.clone();
+        let sent = thread::spawn(move || {
+            let mut stream = sender.run(|| TcpStream::connect(to)).expect("connection");
+            stream.write_all(&vec![0x5a; BYTES]).expect("sent");
+        });
+        let mut got = Vec::new();
+        let (mut stream, _) = listener.accept().expect("connection");
+        stream.read_to_end(&mut got).expect("received");
+        sent.join().expect("sent");
+        assert!(got.len() == BYTES && got.iter().all(|byte| *byte == 0x5a));
+        let seen = capture.stop().expect("capture");
+        let marks: Vec<_> = seen.frames.iter().filter_map(tcp_facts).collect();
+        let from_pbx = |mark: &&(u8, u16, u16)| mark.2 == 1935;
+        assert!(marks.iter().filter(from_pbx).count() > 200);
+        assert!(
+            marks.iter().filter(from_pbx).all(|mark| mark.0 == 0x22),
+            "{address}"
+        );
+        assert!(
+            marks
+                .iter()
+                .filter(|mark| mark.2 != 1935)
+                .all(|mark| mark.0 == 0)
+        );
+        assert_eq!(snmp(&net.phones, "Ip:", "InHdrErrors"), 0);
+        assert_eq!(snmp(&net.phones, "Tcp:", "InCsumErrors"), 0);
+    }
+}
+
+/// A socket of a machine.
+fn socket(host: &Host, address: IpAddr, port: u16) -> UdpSocket {
+    let socket = host
+        .run(|| UdpSocket::bind((address, port)))
+        .expect("socket");
+    socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    socket
+}
+
+/// The next datagram.
+fn receive(socket: &UdpSocket) -> Vec<u8> {
+    let mut buffer = [0; 2048];
+    let length = socket.recv(&mut buffer).expect("a datagram");
+    buffer[..length].to_vec()
+}
+
+#[test]
+fn forwarded_packets_are_marked() {
+    let net = Routed::new(1).expect("network");
+    attach(&net.router, "eth1", &Policy::built_in());
+    let capture = Capture::start(&net.phones_interface).expect("capture");
+    for (local, phone) in [
+        (PBX_V4, Routed::phone_v4(0)),
+        (relay_tests::topology::PBX_V6, Routed::phone_v6(0)),
+    ] {
+        let phone = socket(&net.phones, phone, 30_000);
+        let pbx = socket(&net.pbx, local, 10_000);
+        let sent = rtp(8, 172);
+        pbx.send_to(&sent, phone.local_addr().expect("address"))
+            .expect("sent");
+        assert_eq!(receive(&phone), sent);
+    }
+    let seen = capture.stop().expect("capture");
+    let verification = seen.verify();
+    assert!(verification.wrong.is_empty(), "{verification:?}");
+    assert_eq!(seen.datagrams().count(), 2);
+    assert!(seen.datagrams().all(|(_, datagram)| datagram.dscp == EF));
+    assert_eq!(by_class(&net.router, "eth1")["high"], 2);
+    assert_eq!(counted(&net.router, "eth1").voice.packets, 2);
+}
+
+/// Runs iproute2's `tc`, one command a line.
+fn tc(host: &Host, lines: &str) -> String {
+    let mut said = String::new();
+    for line in lines.lines() {
+        let mut command = Command::new("tc");
+        command.args(line.split_whitespace());
+        let output = host.output(command).expect("tc");
+        said += &String::from_utf8_lossy(&output.stdout);
+    }
+    said
+}
+
+/// HTB with the classes of the built-in policy.
+fn htb(host: &Host, interface: &str) {
+    let mut lines = format!("qdisc add dev {interface} root handle 1: htb default 40\n");
+    for class in ["10", "20", "30", "40"] {
+        lines +=
+            &format!("class add dev {interface} parent 1: classid 1:{class} htb rate 100mbit\n");
+    }
+    tc(host, &lines);
+}
+
+/// Packets that a class of HTB has sent.
+fn sent_by(host: &Host, interface: &str, class: &str) -> u64 {
+    let said = tc(host, &format!("-s class show dev {interface}"));
+    let (_, found) = said
+        .split_once(&format!("class htb {class} "))
+        .expect("a class");
+    let (_, sent) = found.split_once(" Sent ").expect("numbers");
+    let packets = sent.split(' ').nth(2).expect("a number");
+    packets.parse().expect("a number")
+}
+
+#[test]
+fn htb_takes_packets_to_the_classes_they_are_given() {
+    let net = Direct::new(1).expect("network");
+    htb(&net.pbx, "eth0");
+    attach(&net.pbx, "eth0", &Policy::built_in());
+    let phone = socket(&net.phones, Direct::phone_v4(0), 30_000);
+    let to = phone.local_addr().expect("address");
+    let voice = socket(&net.pbx, PBX_V4, 10_000);
+    let other = socket(&net.pbx, PBX_V4, 10_002);
+    let chosen = socket(&net.pbx, PBX_V4, 10_004);
+    nix::sys::socket::setsockopt(
+        &chosen,
+        nix::sys::socket::sockopt::Priority,
+        &(class_id(2) as i32),
+    )
+    .expect("SO_PRIORITY");
+    for (socket, packet, times) in [
+        (&voice, rtp(0, 172), 5),
+        (&other, b"neither voice nor web".to_vec(), 7),
+        (&chosen, rtp(0, 172), 9),
+    ] {
+        for _ in 0..times {
+            socket.send_to(&packet, to).expect("sent");
+            assert_eq!(receive(&phone), packet);
+        }
+    }
+    for (class, packets) in [("1:20", 5), ("1:40", 7), ("1:30", 9)] {
+        assert_eq!(sent_by(&net.pbx, "eth0", class), packets, "{class}");
+    }
+    assert!(sent_by(&net.pbx, "eth0", "1:10") > 0, "ARP");
+    let classes = by_class(&net.pbx, "eth0");
+    assert_eq!(
+        (classes["high"], classes["bulk"], classes["regular"]),
+        (5, 7, 9)
+    );
+}
+
+#[test]
+fn what_comes_in_is_queued_once_and_arrives_once() {
+    let net = Direct::new(1).expect("network");
+    net.pbx
+        .ip("link add ifb0 type ifb\nlink set ifb0 up")
+        .expect("an IFB device");
+    htb(&net.pbx, "ifb0");
+    attach(&net.pbx, "ifb0", &Policy::built_in());
+    let index = |name: &'static str| {
+        net.pbx
+            .run(|| nix::net::if_::if_nametoindex(name))
+            .expect("an interface")
+    };
+    let (eth0, ifb0) = (index("eth0"), index("ifb0"));
+    let downlink = || {
+        net.pbx
+            .run(|| Classifier::attach_downlink("eth0", eth0, ifb0))
+    };
+    downlink().expect("attached");
+    // Again: in its place, not beside it.
+    downlink().expect("attached");
+    let pbx = socket(&net.pbx, PBX_V4, 10_000);
+    let to = pbx.local_addr().expect("address");
+    let phone = socket(&net.phones, Direct::phone_v4(0), 30_000);
+    let exchange = |number: u8| {
+        let mut packet = rtp(0, 172);
+        packet[3] = number;
+        phone.send_to(&packet, to).expect("sent");
+        assert_eq!(receive(&pbx), packet, "one of each, in order");
+    };
+    (0..20).for_each(exchange);
+    assert_eq!(by_class(&net.pbx, "ifb0")["high"], 20);
+    assert_eq!(sent_by(&net.pbx, "ifb0", "1:20"), 20);
+    // Without the device, what comes in is not lost.
+    net.pbx.ip("link delete ifb0").expect("ip link");
+    (20..40).for_each(exchange);
+    assert!(
+        net.pbx
+            .run(|| Classifier::detach("ifb0"))
+            .expect("detached")
+    );
+    assert!(
+        net.pbx
+            .run(|| Classifier::detach("eth0"))
+            .expect("detached")
+    );
+    (40..60).for_each(exchange);
+    pbx.set_nonblocking(true).expect("socket");
+    assert!(pbx.recv(&mut [0; 1]).is_err(), "nothing came twice");
+}
+
+#[test]
+fn what_leaves_is_marked_until_the_classifier_is_detached() {
+    let net = Direct::new(1).expect("network");
+    attach(&net.pbx, "eth0", &Policy::built_in());
+    let capture = Capture::start(&net.phones_interface).expect("capture");
+    let pbx = socket(&net.pbx, PBX_V4, 10_000);
+    let phone = socket(&net.phones, Direct::phone_v4(0), 30_000);
+    let packet = rtp(0, 172);
+    let send = || {
+        pbx.send_to(&packet, phone.local_addr().expect("address"))
+            .expect("sent");
+        assert_eq!(receive(&phone), packet);
+    };
+    (0..3).for_each(|_| send());
+    let voice = counted(&net.pbx, "eth0").voice;
+    assert_eq!((voice.packets, voice.bytes), (3, 3 * 214));
+    // Another policy in its place.
+    let other = "default = \"all\"\n[[class]]\nname = \"all\"\nrate = \"1/1\"\nceiling = \"1/1\"\nprio = 0\n\
+                 [[rule]]\nname = \"cs1\"\nrtp = \"any\"\nset-dscp = \"cs1\"\n";
+    attach(
+        &net.pbx,
+        "eth0",
+        &Policy::parse(Path::new("test"), other).expect("policy"),
+    );
+    send();
+    let rules = counted(&net.pbx, "eth0").rules;
+    assert_eq!(
+        (rules.len(), rules[0].name.as_str(), rules[0].packets),
+        (1, "cs1", 1)
+    );
+    let detach = || net.pbx.run(|| Classifier::detach("eth0"));
+    assert!(detach().expect("detached"));
+    assert!(!detach().expect("nothing"));
+    assert_eq!(
+        net.pbx.run(|| Classifier::read("eth0")).expect("nothing"),
+        None
+    );
+    assert!(!net.pbx.run(|| Path::new("/sys/fs/bpf/relay-qos").exists()));
+    send();
+    let seen = capture.stop().expect("capture");
+    let marks: Vec<u8> = seen
+        .datagrams()
+        .map(|(_, datagram)| datagram.dscp)
+        .collect();
+    assert_eq!(marks, [EF, EF, EF, 8, 0]);
+}
+
+#[test]
+fn a_policy_is_replaced_without_a_packet_between() {
+    let net = Direct::new(1).expect("network");
+    attach(&net.pbx, "eth0", &Policy::built_in());
+    let capture = Capture::start(&net.phones_interface).expect("capture");
+    let pbx = socket(&net.pbx, PBX_V4, 10_000);
+    let phone = socket(&net.phones, Direct::phone_v4(0), 30_000);
+    let to = phone.local_addr().expect("address");
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let sent = thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut sent = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                pbx.send_to(&rtp(0, 172), to).expect("sent");
+                receive(&phone);
+                sent += 1;
+            }
+            sent
+        });
+        for _ in 0..5 {
+            attach(&net.pbx, "eth0", &Policy::built_in());
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        sender.join().expect("a sender")
+    });
+    let seen = capture.stop().expect("capture");
+    assert_eq!(seen.datagrams().count(), sent);
+    assert!(
+        seen.datagrams().all(|(_, datagram)| datagram.dscp == EF),
+        "of {sent}"
+    );
+}
+
+#[test]
+fn an_interface_made_anew_is_not_taken_for_the_one_before() {
+    let host = Host::new("pbx").expect("a machine");
+    let make = || {
+        host.ip("link add eth0 type veth peer name eth1")
+            .expect("ip link");
+        host.run(|| nix::net::if_::if_nametoindex("eth0"))
+            .expect("an interface")
+    };
+    let is_attached = |index| {
+        host.run(|| Classifier::is_attached("eth0", index))
+            .expect("an answer")
+    };
+    let first = make();
+    attach(&host, "eth0", &Policy::built_in());
+    assert!(is_attached(first));
+    host.ip("link delete eth0").expect("ip link");
+    let second = make();
+    assert!(!is_attached(second));
+    attach(&host, "eth0", &Policy::built_in());
+    assert!(is_attached(second));
+    host.ip("link delete eth0").expect("ip link");
+    assert!(host.run(|| Classifier::detach("eth0")).expect("detached"));
+    assert!(!host.run(|| Path::new("/sys/fs/bpf/relay-qos").exists()));
+}
+
+#[test]
+fn other_links_are_refused_by_name() {
+    let host = Host::new("pbx").expect("a machine");
+    host.ip("tuntap add tun0 mode tun\nlink set tun0 up")
+        .expect("ip link");
+    let index = |name: &'static str| {
+        host.run(|| nix::net::if_::if_nametoindex(name))
+            .expect("an interface")
+    };
+    let lo = host.run(|| Classifier::attach("lo", 1, &Policy::built_in()));
+    assert!(
+        lo.expect_err("refused")
+            .to_string()
+            .contains("lo has neither")
+    );
+    let tun = index("tun0");
+    let downlink = host.run(|| Classifier::attach_downlink("tun0", tun, 1));
+    assert!(
+        downlink
+            .expect_err("refused")
+            .to_string()
+            .contains("shape the uplink only")
+    );
+    let gone = host.run(|| Classifier::attach("eth9", 99, &Policy::built_in()));
+    assert!(
+        gone.expect_err("refused")
+            .to_string()
+            .contains("eth9 is gone")
+    );
+}
+
+#[test]
+fn every_example_is_a_policy() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policies");
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .expect("examples")
+        .map(|file| {
+            file.expect("a file")
+                .file_name()
+                .into_string()
+                .expect("a name")
+        })
+        .collect();
+    files.sort();
+    assert_eq!(files, ["openvpn.toml", "ports.toml"]);
+    for file in &files {
+        example(file).rates(950_000).expect(file);
+    }
+    let tunnel = example("openvpn.toml");
+    let table = table::compile(&tunnel);
+    for (class, expected) in [(0, (1, 18)), (46, (0, 46))] {
+        let mut draft = received(Family::V4);
+        draft.source.set_port(50_000);
+        draft.destination.set_port(1194);
+        draft.traffic_class = class << 2;
+        let frame = draft.bytes();
+        let outcome = on_host(
+            LinkLayer::Ethernet,
+            &frame,
+            &table,
+            &Memory::new(),
+            &SkBuff::default(),
+        );
+        assert_eq!(
+            (outcome.priority, outcome.frame[15] >> 2),
+            (class_id(expected.0), expected.1)
+        );
+    }
 }

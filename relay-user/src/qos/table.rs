@@ -69,6 +69,8 @@ fn add(table: &mut RuleTable, rule: &Rule, bit: u64) {
     let asked = &rule.conditions;
     if asked.arp {
         table.arp |= bit;
+        // It has none, which reads as 0.
+        table.dscps[0] |= bit;
         return;
     }
     set(&mut table.protocols, bit, |value| {
