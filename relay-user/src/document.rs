@@ -177,12 +177,19 @@ impl<'a> Document<'a> {
     fn nearest(&self, key: &str) -> &'static str {
         let last = |key: &str| key.rsplit('.').next().unwrap_or_default().replace('_', "-");
         let likeness = |known: &str| {
-            strsim::jaro_winkler(key, known).max(strsim::jaro_winkler(&last(key), &last(known)))
+            let whole = strsim::jaro_winkler(key, known);
+            (
+                whole.max(strsim::jaro_winkler(&last(key), &last(known))),
+                whole,
+            )
         };
         self.keys
             .iter()
             .copied()
-            .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
+            .max_by(|a, b| {
+                let ((a, a_whole), (b, b_whole)) = (likeness(a), likeness(b));
+                a.total_cmp(&b).then(a_whole.total_cmp(&b_whole))
+            })
             .unwrap_or_default()
     }
 

@@ -809,8 +809,9 @@ fn merged_packets_count_as_many_as_they_will_be() {
 fn the_verifier_has_little_to_do() {
     let kernel = Kernel::load(LinkLayer::Ethernet, &Policy::built_in());
     let verified = kernel.verified();
-    // A tenth of what it would do at most (BPF_COMPLEXITY_LIMIT_INSNS in include/linux/bpf.h).
-    assert!(verified < 100_000, "{verified} instructions");
+    // A fifth of what it would do at most (BPF_COMPLEXITY_LIMIT_INSNS in include/linux/bpf.h); Linux 6.1
+    // does more than later versions.
+    assert!(verified < 200_000, "{verified} instructions");
 }
 
 /// Attaches a policy to what leaves an interface.

@@ -10,6 +10,7 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, Map, MapData, MapError, PerCpuArray},
     programs::SchedClassifier,
+    util::KernelVersion,
 };
 use relay_common::{
     classify::{NAME, Names, QOS_ABI, RuleTable, VOICE, class_counter},
@@ -91,6 +92,11 @@ pub enum ClassifierError {
         "what comes in on {0} has no Ethernet header, which an IFB device needs: shape the uplink only"
     )]
     Downlink(String),
+    /// The kernel would drop all that a program sends to an IFB device.
+    #[error(
+        "this kernel loses what BPF sends to an IFB device: Linux 6.5 or newer is needed to shape the downlink; shape the uplink only"
+    )]
+    OldKernel,
     /// The kernel refuses the program there.
     #[error(
         "{interface} refuses the program `{program}` ({source}): the kernel needs CONFIG_NET_CLS_ACT and, before Linux 6.6, CONFIG_NET_CLS_BPF"
@@ -144,8 +150,12 @@ impl Classifier {
     }
 
     /// Has all that comes in on an interface go through an IFB device, or through another one than
-    /// before. Its own classifier is to be attached first, and it is to be detached here before the
-    /// device is shut down, which would shut the interface's input too.
+    /// before. The device's classifier is to be attached first, and this is to be detached before the
+    /// device is set down, which would lose all that comes in; one that is deleted loses nothing.
+    ///
+    /// What the relay takes before, by XDP or by traffic control, does not go there. Generic XDP sees
+    /// everything else twice: the stack runs it again on what the device hands back (ifb_ri_tasklet()
+    /// in drivers/net/ifb.c).
     ///
     /// # Errors
     /// As [`Classifier::attach`].
@@ -154,6 +164,11 @@ impl Classifier {
         index: u32,
         ifb_index: u32,
     ) -> Result<(), ClassifierError> {
+        // ifb_xmit() in drivers/net/ifb.c drops what is not marked as redirected, which
+        // __bpf_tx_skb() in net/core/filter.c does from there on.
+        if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 5, 0)) {
+            return Err(ClassifierError::OldKernel);
+        }
         let layer = layer(interface, index)?;
         if layer != LinkLayer::Ethernet {
             return Err(ClassifierError::Downlink(interface.to_owned()));

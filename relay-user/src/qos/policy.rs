@@ -855,3 +855,243 @@ fn payload_type(text: &str) -> Result<u8, ValueError> {
         .filter(|number| matches!(number, 0..=34 | 96..=127))
         .ok_or_else(|| ValueError::PayloadType(printable(text)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLASSES: &str = "default = \"b\"\n\
+        [[class]]\nname = \"a\"\nrate = \"1/4\"\nceiling = \"1/2\"\nprio = 0\n\
+        [[class]]\nname = \"b\"\nrate = \"300kbit\"\nceiling = \"1/1\"\nprio = 1\n";
+    /// Lines above the first rule's.
+    const ABOVE: usize = 11;
+
+    fn parsed(text: &str) -> Result<Policy, PolicyError> {
+        Policy::parse(Path::new("/etc/policy.toml"), text)
+    }
+
+    #[test]
+    fn the_built_in_policy_shares_any_uplink() {
+        let policy = Policy::built_in();
+        let names: Vec<_> = policy.classes.iter().map(|class| &class.name[..]).collect();
+        assert_eq!(names, ["realtime", "high", "regular", "bulk"]);
+        assert_eq!(policy.default, 3);
+        assert_eq!([0, 3].map(Policy::class_id), [0x10010, 0x10040]);
+        let rates = policy.rates(950_000).expect("rates");
+        let rates: Vec<_> = rates
+            .iter()
+            .map(|class| (class.rate, class.ceiling))
+            .collect();
+        assert_eq!(
+            rates,
+            [
+                (47_500, 95_000),
+                (522_500, 950_000),
+                (190_000, 950_000),
+                (190_000, 950_000)
+            ]
+        );
+        policy.rates(95_000_000_000).expect("rates");
+    }
+
+    #[test]
+    fn every_condition_is_read() {
+        let text = format!(
+            "{CLASSES}[[rule]]\nname = \"all\"\nprotocol = [\"udp\", \"icmp\", 132]\n\
+             port = [53, \"100-200\"]\nsource-port = 1\ndestination-port = \"2 - 3\"\n\
+             dscp = [\"ef\", \"cs3\", \"af41\", \"le\", \"be\", 0x22, \"0x2e\", 63]\nrtp = \"any\"\n\
+             payload-type = [0, 111]\nset-dscp = \"af13\"\noverwrite = true\nclass = \"a\"\n\
+             [[rule]]\nname = \"arp\"\narp = true\nclass = \"b\"\n\
+             [[rule]]\nname = \"tcp\"\ntcp = [\"syn\", \"ack\"]\nclass = \"b\"\n"
+        );
+        let policy = parsed(&text).expect("valid");
+        let rule = &policy.rules[0];
+        assert_eq!(
+            rule.conditions,
+            Conditions {
+                protocols: vec![17, 1, 58, 132],
+                ports: vec![53..=53, 100..=200],
+                source_ports: vec![1..=1],
+                destination_ports: vec![2..=3],
+                dscps: vec![46, 24, 34, 1, 0, 34, 46, 63],
+                tcp: 0,
+                rtp: Some(Rtp::Any),
+                payload_types: vec![0, 111],
+                arp: false,
+            }
+        );
+        assert_eq!(
+            (rule.set_dscp, rule.overwrite, rule.class),
+            (Some(14), true, Some(0))
+        );
+        assert!(policy.rules[1].conditions.arp);
+        assert_eq!(policy.rules[2].conditions.tcp, tcp::SYN | tcp::ACK);
+    }
+
+    #[test]
+    fn wrong_rules_are_refused_with_place_and_remedy() {
+        for (rule, line, column, says) in [
+            (
+                "prot = 1",
+                3,
+                1,
+                "unknown key `rule.prot`: did you mean `rule.port`?",
+            ),
+            (
+                "tcp = \"syn\"\nclas = \"a\"",
+                4,
+                1,
+                "did you mean `rule.class`?",
+            ),
+            ("port = 0", 3, 8, "`0` is no port"),
+            ("port = [80, 70000]", 3, 13, "`70000` is no port"),
+            ("port = \"9-8\"", 3, 8, "`9-8` is no port: write a number"),
+            ("port = []", 3, 8, "the list is empty"),
+            (
+                "port = true",
+                3,
+                8,
+                "`rule.port` is true or false: write a port",
+            ),
+            ("protocol = \"sctpp\"", 3, 12, "`sctpp` is no protocol"),
+            ("dscp = \"af44\"", 3, 8, "`af44` is no DSCP value"),
+            ("dscp = \"cs8\"", 3, 8, "`cs8` is no DSCP value"),
+            ("dscp = 64", 3, 8, "`64` is no DSCP value"),
+            ("tcp = \"psh\"", 3, 7, "`psh` is no kind of TCP segment"),
+            ("rtp = \"text\"", 3, 7, "`text` is no kind of RTP"),
+            ("payload-type = 72", 3, 16, "`72` is no payload type"),
+            ("arp = false", 3, 7, "all but ARP"),
+            (
+                "port = 1\nclass = \"c\"",
+                4,
+                9,
+                "no class `c`: this policy has a, b",
+            ),
+            ("class = \"a\"", 1, 1, "`r` has no condition"),
+            ("port = 1", 1, 1, "`r` does nothing"),
+            (
+                "port = 1\noverwrite = true\nclass = \"a\"",
+                1,
+                1,
+                "`overwrite` but no `set-dscp`",
+            ),
+            ("arp = true\nset-dscp = 1", 1, 1, "cannot mark ARP"),
+            (
+                "protocol = \"icmp\"\nport = 1\nclass = \"a\"",
+                1,
+                1,
+                "fits no packet: ports and",
+            ),
+            (
+                "protocol = \"udp\"\ntcp = \"syn\"\nclass = \"a\"",
+                1,
+                1,
+                "fits no packet: `tcp`",
+            ),
+            (
+                "protocol = \"tcp\"\nrtp = \"any\"\nclass = \"a\"",
+                1,
+                1,
+                "fits no packet: RTP",
+            ),
+            (
+                "tcp = \"syn\"\nrtp = \"any\"\nclass = \"a\"",
+                1,
+                1,
+                "fits no packet: RTP",
+            ),
+            (
+                "arp = true\nport = 1\nclass = \"a\"",
+                1,
+                1,
+                "fits no packet: `arp`",
+            ),
+            (
+                "rtp = \"audio\"\npayload-type = 34\nclass = \"a\"",
+                1,
+                1,
+                "fits no packet: `rtp` and each `payload-type`",
+            ),
+        ] {
+            let text = format!("{CLASSES}[[rule]]\nname = \"r\"\n{rule}\n");
+            let error = parsed(&text).expect_err(rule).to_string();
+            let place = format!("/etc/policy.toml:{}:{column}: ", ABOVE + line);
+            assert!(error.starts_with(&place), "{rule}: {error}");
+            assert!(error.contains(says), "{rule}: {error}");
+        }
+        let twice = format!(
+            "{CLASSES}{0}{0}",
+            "[[rule]]\nname = \"r\"\nport = 1\nclass = \"a\"\n"
+        );
+        let error = parsed(&twice).expect_err("twice").to_string();
+        assert!(error.contains("another rule is called `r` too"), "{error}");
+        let rules = |count: usize| {
+            let rule =
+                |number| format!("[[rule]]\nname = \"r{number}\"\nport = 1\nclass = \"a\"\n");
+            parsed(&format!(
+                "{CLASSES}{}",
+                (0..count).map(rule).collect::<String>()
+            ))
+        };
+        assert_eq!(rules(RULES).expect("as many as fit").rules.len(), RULES);
+        let error = rules(RULES + 1).expect_err("too many").to_string();
+        assert!(error.contains("room for 64 rules only"), "{error}");
+    }
+
+    #[test]
+    fn wrong_classes_are_refused_with_place_and_remedy() {
+        for (from, to, says) in [
+            ("default = \"b\"\n", "", "`default` is missing"),
+            (
+                "default = \"b\"",
+                "default = \"z\"",
+                ":1:11: `default`: there is no class `z`",
+            ),
+            ("prio = 0", "", "`class.prio` is missing"),
+            ("prio = 0", "prio = 8", "`8` is no priority"),
+            (
+                "name = \"b\"",
+                "name = \"a\"",
+                ":8:8: `class.name`: another class is called `a`",
+            ),
+            ("name = \"a\"", "name = \"a b\"", "`a b` cannot be a name"),
+            ("\"1/4\"", "\"5/4\"", "`5/4` is no share"),
+            ("\"1/4\"", "\"1/0\"", "`1/0` is no share"),
+            ("\"1/4\"", "\"1\"", "`1` is no share: write a fraction"),
+            ("\"300kbit\"", "\"300 apples\"", "`300 apples` is no rate"),
+            ("[[class]]", "[[classes]]", "did you mean `class`?"),
+        ] {
+            let error = parsed(&CLASSES.replacen(from, to, 1))
+                .expect_err(to)
+                .to_string();
+            assert!(error.starts_with("/etc/policy.toml:"), "{error}");
+            assert!(error.contains(says), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn rates_that_cannot_be_are_refused() {
+        let policy = parsed(CLASSES).expect("valid");
+        assert!(policy.rates(1_000_000).is_ok());
+        for (uplink, says) in [
+            (
+                350_000,
+                "add up to 387500bit, more than the 350kbit that are shaped: a 87500bit + b 300kbit",
+            ),
+            (3, "the rate of class `a` is 0"),
+        ] {
+            let error = policy.rates(uplink).expect_err("refused").to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        let low = CLASSES.replacen("\"1/2\"", "\"100kbit\"", 1);
+        let error = parsed(&low)
+            .expect("valid")
+            .rates(1_000_000)
+            .expect_err("refused");
+        let error = error.to_string();
+        assert!(
+            error.contains("class `a`, 250kbit, is above its ceiling, 100kbit"),
+            "{error}"
+        );
+    }
+}
