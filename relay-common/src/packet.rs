@@ -3,10 +3,10 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    checksum::{self, PartialChecksum, Sum, UdpChange},
+    checksum::{self, ClassChange, PartialChecksum, Sum, UdpChange},
     reason::Reason,
     stream::{Event, OutLeg, State, Stream, StreamKey},
-    wire::{Be16, Udp},
+    wire::{Be16, Ipv4, Udp},
 };
 
 /// A header that can be viewed in place: any bytes are valid, none is padding.
@@ -14,16 +14,47 @@ pub trait Header: Copy + FromBytes + IntoBytes + Immutable + KnownLayout {}
 
 impl<T: Copy + FromBytes + IntoBytes + Immutable + KnownLayout> Header for T {}
 
-/// A frame, from its Ethernet header to its last byte.
+/// A frame, from its Ethernet header to its last byte; on a link without Ethernet headers, from its
+/// IP header on.
 pub trait Packet {
     /// Bytes of the frame.
     fn length(&self) -> usize;
+
+    /// Whether it begins with an Ethernet header.
+    #[inline(always)]
+    fn has_ethernet(&self) -> bool {
+        true
+    }
 
     /// The header at `at` bytes from the start of the frame.
     ///
     /// # Errors
     /// [`Reason::Truncated`] when the frame ends before the header does.
     fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason>;
+
+    /// A copy of the header at `at` bytes, also where [`Packet::header`] cannot view it in place.
+    ///
+    /// # Errors
+    /// As [`Packet::header`].
+    #[inline(always)]
+    fn read<H: Header>(&mut self, at: usize) -> Result<H, Reason> {
+        self.header(at).copied()
+    }
+
+    /// Replaces the traffic class of an IP header, and the header's checksum with it.
+    ///
+    /// # Errors
+    /// A [`Reason`] why the packet is as it was.
+    #[inline(always)]
+    fn change_traffic_class(&mut self, change: &ClassChange) -> Result<(), Reason> {
+        if change.has_checksum {
+            let header = self.header::<Ipv4>(change.ip)?;
+            let sum = Sum::ZERO.change(change.old, change.new);
+            header.checksum = Be16::new(sum.applied_to(header.checksum.get()));
+        }
+        *self.header::<Be16>(change.ip)? = Be16::new(change.new);
+        Ok(())
+    }
 
     /// What becomes of an unfinished checksum after this hook.
     fn partial_checksum(&self) -> PartialChecksum;

@@ -1,11 +1,23 @@
 //! Packets in traffic control, whose programs share this way to reach them.
 
-use aya_ebpf::{helpers::bpf_csum_update, programs::TcContext};
+use core::ptr;
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_F_RECOMPUTE_CSUM,
+    helpers::{bpf_csum_update, bpf_skb_load_bytes},
+    programs::TcContext,
+};
 use relay_common::{
-    checksum::{PartialChecksum, Sum, UdpChange},
+    checksum::{ClassChange, PartialChecksum, Sum, UdpChange},
     packet::{Header, Packet},
     reason::Reason,
+    wire::Be16,
 };
+
+/// 0 where packets have no Ethernet header, but begin with that of IP: on tun and PPP.
+#[unsafe(no_mangle)]
+static ETHERNET: Global<u8> = Global::new(1);
 
 /// A header between `data` and `end`, addresses of the first byte of a packet and behind its last.
 ///
@@ -32,8 +44,53 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn has_ethernet(&self) -> bool {
+        ETHERNET.load() != 0
+    }
+
+    #[inline(always)]
     fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason> {
         header_at(self.0.data(), self.0.data_end(), at)
+    }
+
+    /// Without a pull, which would copy the headers of every packet that TCP may send again.
+    #[inline(always)]
+    fn read<H: Header>(&mut self, at: usize) -> Result<H, Reason> {
+        if let Ok(header) = self.header::<H>(at) {
+            return Ok(*header);
+        }
+        let mut header = H::new_zeroed();
+        let to = ptr::from_mut(&mut header).cast();
+        // SAFETY: the helper writes `size_of::<H>()` bytes, of which any are a valid `H`, or fails.
+        match unsafe {
+            bpf_skb_load_bytes(self.0.skb.skb.cast(), at as u32, to, size_of::<H>() as u32)
+        } {
+            0 => Ok(header),
+            _ => Err(Reason::Truncated),
+        }
+    }
+
+    /// By helpers, which copy a shared header before they write, and keep a sum over the packet right.
+    #[inline(always)]
+    fn change_traffic_class(&mut self, change: &ClassChange) -> Result<(), Reason> {
+        const CHECKSUM: usize = 10;
+        let new = Be16::new(change.new);
+        // Checksum and class make up for each other in a sum over the packet; IPv6 has no checksum.
+        let recompute = if change.has_checksum {
+            let raw = |word: u16| u64::from(word.to_be());
+            let at = change.ip + CHECKSUM;
+            let changed = self
+                .0
+                .l3_csum_replace(at, raw(change.old), raw(change.new), 2);
+            changed.map_err(|_| Reason::Truncated)?;
+            0
+        } else {
+            u64::from(BPF_F_RECOMPUTE_CSUM)
+        };
+        // It cannot fail where the checksum, which stands behind it, was written.
+        self.0
+            .store(change.ip, &new, recompute)
+            .map_err(|_| Reason::Truncated)
     }
 
     #[inline(always)]

@@ -17,18 +17,22 @@ use std::{
 
 use aya::maps::MapInfo;
 use aya_obj::generated::{
-    BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd, bpf_link_type,
+    BPF_F_AFTER, BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd,
+    bpf_link_type,
 };
 use nix::libc;
 
-use super::{AttachMode, names, tc::Direction};
+use super::{
+    AttachMode, names,
+    tc::{Direction, Order},
+};
 
 /// A program at a hook of an interface, for as long as someone holds or has pinned the link.
-pub(super) struct Link(OwnedFd);
+pub(crate) struct Link(OwnedFd);
 
 /// Where a link's program sits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Hook {
+pub(crate) enum Hook {
     /// XDP, in whatever mode.
     Xdp,
     /// TCX, in either direction.
@@ -37,20 +41,20 @@ pub(super) enum Hook {
 
 /// What the kernel says of a link.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct LinkInfo {
+pub(crate) struct LinkInfo {
     /// Number of the link.
-    pub(super) id: u32,
+    pub(crate) id: u32,
     /// Number of its program.
-    pub(super) program: u32,
+    pub(crate) program: u32,
     /// Where it sits; none of ours otherwise.
-    pub(super) hook: Option<Hook>,
+    pub(crate) hook: Option<Hook>,
     /// Index of its interface; 0 once that is gone.
-    pub(super) interface: u32,
+    pub(crate) interface: u32,
 }
 
 impl Link {
     /// Attaches a program to XDP.
-    pub(super) fn xdp(program: BorrowedFd<'_>, index: u32, mode: AttachMode) -> io::Result<Self> {
+    pub(crate) fn xdp(program: BorrowedFd<'_>, index: u32, mode: AttachMode) -> io::Result<Self> {
         let flags = match mode {
             AttachMode::Native => XDP_FLAGS_DRV_MODE,
             AttachMode::Generic => XDP_FLAGS_SKB_MODE,
@@ -58,17 +62,23 @@ impl Link {
         Self::create(program, index, bpf_attach_type::BPF_XDP, flags)
     }
 
-    /// Attaches a program to traffic control, before all others that are there.
-    pub(super) fn tcx(
+    /// Attaches a program to traffic control.
+    pub(crate) fn tcx(
         program: BorrowedFd<'_>,
         index: u32,
         direction: Direction,
+        order: Order,
     ) -> io::Result<Self> {
         let hook = match direction {
+            Direction::Ingress => bpf_attach_type::BPF_TCX_INGRESS,
             Direction::Egress => bpf_attach_type::BPF_TCX_EGRESS,
         };
-        // Before nothing named: before all.
-        Self::create(program, index, hook, BPF_F_BEFORE)
+        // Before or after nothing named: before or after all.
+        let flags = match order {
+            Order::First => BPF_F_BEFORE,
+            Order::Last => BPF_F_AFTER,
+        };
+        Self::create(program, index, hook, flags)
     }
 
     fn create(
@@ -95,7 +105,7 @@ impl Link {
     }
 
     /// Replaces the program: a packet sees the old one or the new one. All pins stay the link's.
-    pub(super) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+    pub(crate) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
         /// `struct { … } link_update` of `union bpf_attr`.
         #[repr(C)]
         struct Update {
@@ -115,7 +125,7 @@ impl Link {
 
     /// Detaches the program at once, whoever has pinned the link: the kernel releases a removed pin
     /// only a while later (`bpf_free_inode()` in kernel/bpf/inode.c runs after a grace period).
-    pub(super) fn detach(&self) -> io::Result<()> {
+    pub(crate) fn detach(&self) -> io::Result<()> {
         /// `struct { … } link_detach` of `union bpf_attr`.
         #[repr(C)]
         struct Detach {
@@ -128,7 +138,7 @@ impl Link {
     }
 
     /// Gives it a name in the BPF file system, besides those it has.
-    pub(super) fn pin(&self, path: &Path) -> io::Result<()> {
+    pub(crate) fn pin(&self, path: &Path) -> io::Result<()> {
         let name = name_of(path)?;
         let mut pin = PinnedObject {
             path: name.as_ptr().addr() as u64,
@@ -138,7 +148,7 @@ impl Link {
         bpf(bpf_cmd::BPF_OBJ_PIN, &mut pin).map(drop)
     }
 
-    pub(super) fn info(&self) -> io::Result<LinkInfo> {
+    pub(crate) fn info(&self) -> io::Result<LinkInfo> {
         /// `struct bpf_link_info`, as far as it matters; the kernel fills in as much as is asked for.
         #[repr(C)]
         #[derive(Default)]
@@ -180,7 +190,7 @@ impl Link {
 }
 
 /// What stands behind a name in the BPF file system.
-pub(super) enum Pinned {
+pub(crate) enum Pinned {
     /// A map.
     Map(MapInfo),
     /// A program, by its name in the kernel.
@@ -191,7 +201,7 @@ pub(super) enum Pinned {
 
 impl Pinned {
     /// Opens a pin.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let name = name_of(path)?;
         let mut get = PinnedObject {
             path: name.as_ptr().addr() as u64,
@@ -224,7 +234,7 @@ impl Pinned {
     /// Whether the relay, in any version, has pinned this as `name`. Maps have their own names there,
     /// programs begin with `relay_`; a link's program cannot be seen without CAP_SYS_ADMIN, so the
     /// name of the pin decides.
-    pub(super) fn is_ours(&self, name: &str) -> bool {
+    pub(crate) fn is_ours(&self, name: &str) -> bool {
         match self {
             Self::Map(info) => info.name_as_str() == Some(name),
             Self::Program(program) => program.starts_with(names::PROGRAM_PREFIX),

@@ -2,11 +2,11 @@
 
 mod error;
 mod events;
-mod links;
-mod load;
+pub(crate) mod links;
+pub(crate) mod load;
 mod maps;
-mod pins;
-mod tc;
+pub(crate) mod pins;
+pub(crate) mod tc;
 
 use std::{
     collections::HashSet,
@@ -37,13 +37,13 @@ use self::{
     links::Link,
     maps::{KEY, Maps, OUT_LEG, VALUE, removed},
     pins::{AttachedLink, Directory, Pins},
-    tc::{Direction, TcAttachment, TcHook},
+    tc::{Direction, Order, TcAttachment, TcHook},
 };
 use crate::dscp::DscpMap;
 
 /// Names of what the object defines; nothing else in userspace spells them.
 pub mod names {
-    use super::{Direction, TcHook};
+    use super::{Direction, Order, TcHook};
 
     /// XDP entry point.
     pub const XDP: &str = "relay_xdp";
@@ -55,6 +55,7 @@ pub mod names {
     pub(super) const OBSERVER: TcHook = TcHook {
         program: OBSERVE,
         direction: Direction::Egress,
+        order: Order::First,
     };
     /// Streams by local address.
     pub const STREAMS: &str = "STREAMS";
@@ -70,6 +71,8 @@ pub mod names {
     pub const LEASE: &str = "LEASE";
     /// Rare facts for the controller.
     pub const EVENTS: &str = "EVENTS";
+    /// Load-time constant: 0 where packets have no Ethernet header.
+    pub const ETHERNET: &str = "ETHERNET";
     /// Load-time constant: 1 in generic XDP.
     pub const GENERIC: &str = "GENERIC";
     /// All maps that are pinned, by their own names.

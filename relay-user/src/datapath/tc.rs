@@ -26,13 +26,25 @@ pub(crate) struct TcHook {
     /// Name of the program, of which an interface has one at most.
     pub(crate) program: &'static str,
     pub(crate) direction: Direction,
+    pub(crate) order: Order,
 }
 
 /// What passes a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
+    /// What comes in, before the stack.
+    Ingress,
     /// What goes out, before the queueing discipline.
     Egress,
+}
+
+/// Where a program stands among those of a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Before all that are there.
+    First,
+    /// After all that are there.
+    Last,
 }
 
 /// A program that is attached.
@@ -44,7 +56,7 @@ pub(crate) enum TcAttachment {
 }
 
 impl TcAttachment {
-    /// Attaches a program before any that is there.
+    /// Attaches a program, besides any that is there.
     pub(crate) fn attach(
         hook: TcHook,
         program: &mut SchedClassifier,
@@ -52,7 +64,7 @@ impl TcAttachment {
         index: u32,
     ) -> io::Result<Self> {
         let descriptor = descriptor(program)?.as_fd();
-        match Link::tcx(descriptor, index, hook.direction) {
+        match Link::tcx(descriptor, index, hook.direction, hook.order) {
             // Before Linux 6.6, a link could not have a program of this type.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 Filter::attach(hook, program, interface, index).map(Self::Filter)
@@ -99,8 +111,14 @@ impl Filter {
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
             outcome => outcome.map_err(io::Error::other)?,
         }
-        // The kernel puts a filter without a priority before all that are there.
-        let options = TcAttachOptions::Netlink(NlOptions::default());
+        let options = TcAttachOptions::Netlink(NlOptions {
+            priority: match hook.order {
+                // The kernel puts a filter without a priority before all that are there.
+                Order::First => 0,
+                Order::Last => u16::MAX,
+            },
+            ..NlOptions::default()
+        });
         let attach = |program: &mut SchedClassifier| {
             let attach_type = hook.direction.attach_type();
             let id = program.attach_with_options(interface, attach_type, options)?;
@@ -171,6 +189,7 @@ impl Filter {
 impl Direction {
     const fn attach_type(self) -> TcAttachType {
         match self {
+            Self::Ingress => TcAttachType::Ingress,
             Self::Egress => TcAttachType::Egress,
         }
     }
@@ -182,6 +201,7 @@ impl Direction {
         message.header.parent = tc::TcHandle {
             major: tc::TcHandle::CLSACT.major,
             minor: match self {
+                Self::Ingress => tc::TcHandle::MIN_INGRESS,
                 Self::Egress => tc::TcHandle::MIN_EGRESS,
             },
         };

@@ -17,7 +17,9 @@ use std::{fmt, net::IpAddr};
 use nix::errno::Errno;
 
 pub use self::{
-    link::{Interface, InterfaceError, Interfaces, VlanLink, VlanTag, XdpHook, XdpProgram},
+    link::{
+        Interface, InterfaceError, Interfaces, LinkLayer, VlanLink, VlanTag, XdpHook, XdpProgram,
+    },
     netlink::NetlinkError,
     resolver::{Changes, NextHops, Resolver, Stopped, open},
 };

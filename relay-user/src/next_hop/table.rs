@@ -684,7 +684,10 @@ mod tests {
     use std::iter;
 
     use super::*;
-    use crate::next_hop::{link::VlanLink, route::Prefix};
+    use crate::next_hop::{
+        link::{LinkLayer, VlanLink},
+        route::Prefix,
+    };
 
     const ATTACHED: u32 = 2;
     const OTHER: u32 = 3;
@@ -699,6 +702,7 @@ mod tests {
         Interface {
             index,
             name: name.to_owned(),
+            layer: LinkLayer::Ethernet,
             mac: Some([2, 0, 0, 0, 0, index as u8]),
             mtu: 1500,
             kind: None,
