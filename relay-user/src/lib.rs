@@ -13,6 +13,7 @@ pub mod datapath;
 pub mod document;
 pub mod events;
 pub mod logging;
+pub mod netlink;
 pub mod next_hop;
 pub mod output;
 pub mod pair;
