@@ -4,7 +4,7 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{TC_ACT_STOLEN, TC_ACT_UNSPEC},
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     btf_maps::{Array, LruHashMap, PerCpuArray},
     macros::{btf_map, classifier},
     programs::TcContext,
@@ -94,8 +94,9 @@ fn relay_downlink(ctx: TcContext) -> i32 {
     // Not bpf_redirect(), which drops the packet when the device is gone: this says so.
     match ctx.clone_redirect(IFB.load(), 0) {
         Err(error) if error < 0 => TC_ACT_UNSPEC,
-        // Queued, or dropped by the queue, which is its right.
-        _ => TC_ACT_STOLEN,
+        // Queued, or dropped by the queue, which is its right. Not TC_ACT_STOLEN: to TCX that is no
+        // verdict (tcx_action_code() in net/core/dev.c), and the stack would get the packet twice.
+        _ => TC_ACT_SHOT,
     }
 }
 
