@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeSet,
+    fs,
     io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::{Command, Output},
@@ -13,6 +14,7 @@ use std::{
 use aya::programs::{SchedClassifier, TcAttachType};
 use nix::{
     errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
     sys::socket::{setsockopt, sockopt},
 };
 use relay_tests::{
@@ -470,19 +472,8 @@ fn what_comes_in_is_queued_once() {
 fn shaping_needs_no_more_than_three_capabilities() {
     let net = Direct::new(1).expect("network");
     let host = &net.pbx;
-    let program = binary("relay-user", "RELAY_USER_BIN").expect("relay-user is built");
-    let limited = |set: &str, words: &str| {
-        let mut command = Command::new("setpriv");
-        command
-            .args(["--no-new-privs", "--inh-caps=-all"])
-            .arg(format!("--bounding-set=-all{set}"))
-            .arg(&program)
-            .args(["qos"])
-            .args(words.split(' '));
-        host.run_to_end(command).expect("started")
-    };
     let before = dump(host, "eth0");
-    let output = limited("", "apply eth0 --uplink 1mbit");
+    let output = limited(host, "", "apply eth0 --uplink 1mbit");
     assert!(texts(&output).1.contains("CAP_NET_ADMIN"), "{output:?}");
     assert_eq!(dump(host, "eth0"), before);
     for words in [
@@ -490,10 +481,59 @@ fn shaping_needs_no_more_than_three_capabilities() {
         "show",
         "clear eth0",
     ] {
-        let output = limited(",+net_admin,+bpf,+perfmon", words);
+        let output = limited(host, ENOUGH, words);
         assert!(output.status.success(), "{words}: {output:?}");
     }
     assert_eq!(dump(host, "eth0"), before);
+}
+
+#[test]
+fn a_classifier_that_cannot_be_attached_leaves_all_as_it_was() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    for before in ["show", "apply eth0 --uplink 1mbit --downlink 8mbit"] {
+        done(host, before);
+        // Whoever may not mount it cannot pin.
+        host.run(|| umount2("/sys/fs/bpf", MntFlags::MNT_DETACH))
+            .expect("unmounted");
+        let before = (
+            dump(host, "eth0"),
+            host.run(|| fs::read_to_string(STATE).ok()),
+        );
+        let output = limited(host, ENOUGH, "apply eth0 --uplink 2mbit");
+        assert!(texts(&output).1.contains("mount -t bpf"), "{output:?}");
+        let after = (
+            dump(host, "eth0"),
+            host.run(|| fs::read_to_string(STATE).ok()),
+        );
+        assert_eq!(after, before);
+        host.run(|| {
+            mount(
+                Some("bpf"),
+                "/sys/fs/bpf",
+                Some("bpf"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+        })
+        .expect("mounted");
+    }
+}
+
+/// What shaping needs of root's rights.
+const ENOUGH: &str = ",+net_admin,+bpf,+perfmon";
+
+/// Runs `relay-user qos` with no capabilities but these.
+fn limited(host: &Host, set: &str, words: &str) -> Output {
+    let program = binary("relay-user", "RELAY_USER_BIN").expect("relay-user is built");
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--no-new-privs", "--inh-caps=-all"])
+        .arg(format!("--bounding-set=-all{set}"))
+        .arg(&program)
+        .arg("qos")
+        .args(words.split(' '));
+    host.run_to_end(command).expect("started")
 }
 
 /// How many programs there are at the ingress and at the egress of eth0.
@@ -595,6 +635,8 @@ fn changes_by_hand_are_seen() {
         host,
         "class change dev eth0 parent 1:1 classid 1:20 htb rate 1mbit
 qdisc replace dev eth0 parent 1:30 handle 30: pfifo limit 5
+qdisc delete dev eth0 parent 1:40
+qdisc add dev eth0 parent 1:40 handle 40: bfifo limit 3000
 filter add dev eth0 parent 1: protocol ip u32 match u32 0 0 flowid 1:10",
     );
     let report = shown(host, "eth0");
@@ -605,6 +647,7 @@ filter add dev eth0 parent 1: protocol ip u32 match u32 0 0 flowid 1:10",
         [
             "class 1:20 was changed",
             "pfifo of 1:30 was changed",
+            "pfifo of 1:40 was replaced by bfifo",
             "filters were added: 1"
         ]
     );
@@ -773,7 +816,7 @@ fn everything(host: &Host) -> (String, BTreeSet<String>, [usize; 2], Option<Stri
         names,
         trees,
         programs(host),
-        host.run(|| std::fs::read_to_string(STATE).ok()),
+        host.run(|| fs::read_to_string(STATE).ok()),
     )
 }
 

@@ -308,9 +308,8 @@ fn establish(
     request: &Request<'_>,
     sorting: Sorting,
 ) -> Result<Applied, QosError> {
-    let interfaces = Interfaces::read()?;
-    let interface = interfaces.named(request.interface)?;
-    let device = Device::from(interface);
+    // An unknown one leaves no lock behind.
+    Interfaces::read()?.named(request.interface)?;
     let policy = match request.policy_file {
         Some(path) => Some(PolicyText {
             path: path.to_owned(),
@@ -324,6 +323,8 @@ fn establish(
     let store = Store::new(request.interface);
     let _lock = store.lock()?;
     let known = store.read()?;
+    let interfaces = Interfaces::read()?;
+    let device = Device::from(interfaces.named(request.interface)?);
     let mut notes = Vec::new();
 
     let present = device.read(kernel)?;
@@ -357,7 +358,11 @@ fn establish(
     }
     let leaves = match rehearsal::best_leaf(trees) {
         Ok(leaf) => vec![leaf],
-        Err(RehearsalError::NotPermitted(_)) => Leaf::ALL.to_vec(),
+        // What is there needs no trial, in which what waits in it would be lost.
+        Err(RehearsalError::NotPermitted(_)) => match current.filter(|state| state.shaped) {
+            Some(state) => vec![state.leaf],
+            None => Leaf::ALL.to_vec(),
+        },
         Err(RehearsalError::Step(error)) => return Err(device.failed(error)),
         Err(RehearsalError::Kernel(refusal)) => {
             return Err(QosError::Read {

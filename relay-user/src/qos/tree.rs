@@ -233,11 +233,14 @@ impl Tree {
                 }
                 kernel::NEW_QDISC => {
                     let found = self.qdiscs.iter().find(|it| it.parent == object.parent);
-                    if found
-                        .is_none_or(|found| !same(found, object) || found.handle != object.handle)
-                    {
-                        plan.first
-                            .push(step(kind, object, NLM_F_CREATE | NLM_F_REPLACE));
+                    let named = found.filter(|found| found.handle == object.handle);
+                    if let Some(other) = named.filter(|named| named.kind() != object.kind()) {
+                        // The kernel would change it, and not replace it by one of another kind.
+                        plan.first.push(remove(kernel::DELETE_QDISC, other));
+                    }
+                    if named.is_none_or(|named| !same(named, object)) {
+                        let flags = NLM_F_CREATE | NLM_F_REPLACE;
+                        plan.first.push(step(kind, object, flags));
                     }
                 }
                 _ => {
