@@ -94,8 +94,8 @@ fn relay_downlink(ctx: TcContext) -> i32 {
     // Not bpf_redirect(), which drops the packet when the device is gone: this says so.
     match ctx.clone_redirect(IFB.load(), 0) {
         Err(error) if error < 0 => TC_ACT_UNSPEC,
-        // A clone is queued, or dropped by the queue, which is its right. TCX knows no "stolen"
-        // (tcx_action_code() in include/net/tcx.h takes it for TCX_NEXT); nobody waits for an error.
+        // Queued, or dropped by the queue, which is its right. Not TC_ACT_STOLEN: to TCX that is no
+        // verdict (tcx_action_code() in net/core/dev.c), and the stack would get the packet twice.
         _ => TC_ACT_SHOT,
     }
 }

@@ -14,6 +14,7 @@ pub mod document;
 pub mod dscp;
 pub mod events;
 pub mod logging;
+pub mod netlink;
 pub mod next_hop;
 pub mod output;
 pub mod pair;

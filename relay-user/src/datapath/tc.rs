@@ -10,15 +10,15 @@ use aya::programs::{
     ProgramError, ProgramFd, SchedClassifier, TcAttachType,
     tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact},
 };
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{self, TcAttribute, TcFilterBpfOption, TcMessage, TcOption},
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use nix::libc;
+use nix::{errno::Errno, libc};
 
 use super::links::Link;
+use crate::netlink::{Refusal, exchange};
 
 /// A program of ours in traffic control, and where it sits there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,57 +227,12 @@ fn is_program(filter: &TcMessage, program: &str) -> bool {
 }
 
 /// What is not there is not to be found or deleted.
-fn absent(outcome: io::Result<()>) -> io::Result<()> {
+fn absent(outcome: Result<(), Refusal>) -> io::Result<()> {
     match outcome {
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                // No interface; no clsact; no filter.
-                Some(libc::ENODEV | libc::EINVAL | libc::ENOENT)
-            ) =>
-        {
+        // No interface; no clsact; no filter.
+        Err(refusal) if matches!(refusal.errno, Errno::ENODEV | Errno::EINVAL | Errno::ENOENT) => {
             Ok(())
         }
-        outcome => outcome,
-    }
-}
-
-/// Asks the kernel and hears all it answers.
-fn exchange(
-    request: RouteNetlinkMessage,
-    flags: u16,
-    mut each: impl FnMut(RouteNetlinkMessage),
-) -> io::Result<()> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    let mut message = NetlinkMessage::from(request);
-    message.header.flags = NLM_F_REQUEST | flags;
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    socket.send(&bytes, 0)?;
-    loop {
-        // One read of a dump or an answer holds several messages, each aligned to 4 bytes.
-        let (received, _) = socket.recv_from_full()?;
-        let mut rest = &received[..];
-        while !rest.is_empty() {
-            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                .map_err(io::Error::other)?;
-            let length = (message.header.length as usize).next_multiple_of(4);
-            rest = rest.get(length..).unwrap_or_default();
-            match message.payload {
-                NetlinkPayload::InnerMessage(message) => each(message),
-                NetlinkPayload::Done(done) if done.code == 0 => return Ok(()),
-                NetlinkPayload::Done(done) => {
-                    return Err(io::Error::from_raw_os_error(-done.code));
-                }
-                NetlinkPayload::Error(error) if error.raw_code() == 0 => return Ok(()),
-                NetlinkPayload::Error(error) => {
-                    return Err(io::Error::from_raw_os_error(-error.raw_code()));
-                }
-                _ => {}
-            }
-        }
+        outcome => Ok(outcome?),
     }
 }

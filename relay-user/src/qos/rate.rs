@@ -112,7 +112,7 @@ pub(crate) fn display(bits_per_second: u64) -> String {
     ];
     units
         .into_iter()
-        .find(|(factor, _)| bits_per_second != 0 && bits_per_second % factor == 0)
+        .find(|(factor, _)| bits_per_second != 0 && bits_per_second.is_multiple_of(*factor))
         .map_or_else(
             || format!("{bits_per_second}bit"),
             |(factor, unit)| format!("{}{unit}", bits_per_second / factor),
