@@ -475,7 +475,10 @@ impl Phone {
     /// # Panics
     /// A talk spurt has no length.
     pub fn suppress_silence(&self, speech: Option<Speech>) {
-        assert!(speech.is_none_or(|speech| speech.spurt > 0), "no talk spurt");
+        assert!(
+            speech.is_none_or(|speech| speech.spurt > 0),
+            "no talk spurt"
+        );
         self.line(|line| {
             if let Some(voice) = &mut line.voice {
                 voice.speech = speech.map(|speech| (speech, 0));
@@ -778,7 +781,10 @@ impl Voice {
     fn pass_time(&mut self) {
         self.timestamp = self.timestamp.wrapping_add(PAYLOAD as u32);
         let more = self.left != Some(0);
-        self.due = self.due.filter(|_| more).map(|due| due + self.talk.interval);
+        self.due = self
+            .due
+            .filter(|_| more)
+            .map(|due| due + self.talk.interval);
     }
 }
 

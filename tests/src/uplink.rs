@@ -88,7 +88,9 @@ impl Uplink {
         let [office, far] = legs;
         let payload_type = ["--payload-type", "0"].map(str::to_owned);
         relay.offload([office, far].into_iter().chain(payload_type))?;
-        for (phone, ((local, _), ssrc)) in self.phones.iter().zip(self.legs().into_iter().zip([1, 2])) {
+        for (phone, ((local, _), ssrc)) in
+            self.phones.iter().zip(self.legs().into_iter().zip([1, 2]))
+        {
             phone.talk(Talk::to(local, ssrc));
         }
         Ok(())
