@@ -3,6 +3,7 @@
 //!
 //! [`shaper`] builds and removes, [`report`] tells. What was there before is kept and put back.
 
+pub mod auto;
 pub mod classifier;
 mod htb;
 pub mod kernel;
@@ -17,5 +18,6 @@ pub mod shaper;
 mod state;
 pub mod table;
 pub mod tree;
+pub mod trigger;
 
 pub use self::state::StateError;
