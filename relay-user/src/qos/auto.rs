@@ -185,11 +185,8 @@ impl Auto {
     /// then stays on.
     pub fn run(mut self, stop: &Receiver<()>) {
         let start = Instant::now();
-        loop {
-            match stop.recv_timeout(SAMPLING) {
-                Err(RecvTimeoutError::Timeout) => self.look(start),
-                Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
-            }
+        while let Err(RecvTimeoutError::Timeout) = stop.recv_timeout(SAMPLING) {
+            self.look(start);
         }
         self.report.running = false;
         self.tell();
