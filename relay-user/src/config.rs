@@ -52,6 +52,8 @@ pub struct AttachSettings {
     pub mode: Mode,
     /// DSCP of relayed packets.
     pub dscp: Dscp,
+    /// Priority of relayed packets at the queueing discipline; none leaves it as it is.
+    pub priority: Option<Priority>,
     /// Size of the stream table, 2 to 1,048,576; a pair takes two.
     pub max_streams: u32,
     /// Packets in a row that prove a stream; 0 asks for no proof.
@@ -86,13 +88,16 @@ pub struct AmiSettings {
 /// The attach mode asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
-    /// Native XDP where the driver has it, else generic.
+    /// TC where relayed packets need a queueing discipline, or have no Ethernet header; else native XDP
+    /// where the driver has it, else generic.
     #[default]
     Auto,
     /// In the driver's receive path; refused where the driver cannot.
     Native,
     /// In the kernel's generic receive path: slower, works with every driver.
     Generic,
+    /// In the ingress traffic control: what is relayed leaves through the queueing discipline.
+    Tc,
 }
 
 /// What relayed packets carry in the DSCP field (RFC 2474). The ECN bits are kept in any case.
@@ -105,15 +110,42 @@ pub enum Dscp {
     Set(u8),
 }
 
+/// What relayed packets carry as `skb->priority`, by which a queueing discipline sorts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Priority(u32);
+
+impl Priority {
+    /// The highest that is no class (`TC_PRIO_MAX` of include/uapi/linux/pkt_sched.h).
+    const MAX: u32 = 15;
+
+    /// From the datapath's table.
+    #[must_use]
+    pub const fn new(value: u32) -> Self {
+        Self(value)
+    }
+
+    /// As the kernel has it: a class in both halves (`TC_H_MAKE`), or 0–15; 0 leaves it as it is.
+    #[must_use]
+    pub const fn value(self) -> u32 {
+        self.0
+    }
+}
+
 /// What is wrong with one value. The text names it and what it may be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
     /// Not an attach mode.
-    #[error("`{0}` is not an attach mode: write native, generic or auto")]
+    #[error("`{0}` is not an attach mode: write native, generic, tc or auto")]
     Mode(String),
     /// Not a DSCP value.
     #[error("`{0}` is not a DSCP value: write ef, keep, or a number from 0 to 63")]
     Dscp(String),
+    /// Not a priority.
+    #[error(
+        "`{0}` is not a priority: write a class as `tc class` prints it, such as 1:10 (both numbers hexadecimal and not 0), or a number from 0 to 15"
+    )]
+    Priority(String),
     /// Not a usable size of the stream table.
     #[error(
         "`{0}` streams are not possible: write a number from {FEWEST_STREAMS} to {MOST_STREAMS}; a pair takes two"
@@ -215,6 +247,11 @@ pub enum ConfigError {
         /// What is wrong with it.
         source: SettingError,
     },
+    /// A priority, but no queueing discipline on the way.
+    #[error(
+        "the priority {0} is given, but XDP goes around every queueing discipline: use --mode tc, or auto"
+    )]
+    PriorityWithoutTc(Priority),
     /// An AMI user or secret, but nowhere to log in.
     #[error("{given} is given, but no AMI address: add --ami HOST:PORT, or `address` under [ami]")]
     NoAmiAddress {
@@ -246,6 +283,8 @@ pub struct Settings {
     pub mode: Option<Mode>,
     /// `--dscp`, `dscp`.
     pub dscp: Option<Dscp>,
+    /// `--priority`, `priority`.
+    pub priority: Option<Priority>,
     /// `--max-streams`, `max-streams`.
     pub max_streams: Option<u32>,
     /// `--proof`, `proof`.
@@ -276,6 +315,7 @@ struct Merged {
     interface: String,
     mode: Mode,
     dscp: Dscp,
+    priority: Option<Priority>,
     max_streams: u32,
     proof: u8,
     keepalive: Duration,
@@ -328,6 +368,7 @@ pub fn load(
         interface: merged.interface,
         mode: merged.mode,
         dscp: merged.dscp,
+        priority: merged.priority,
         max_streams: merged.max_streams,
         proof: merged.proof,
         keepalive: merged.keepalive,
@@ -369,9 +410,17 @@ fn merge(
             });
         }
     };
+    let mode = flags.mode.or(file.mode).unwrap_or_default();
+    let priority = flags.priority.or(file.priority);
+    if let (Mode::Native | Mode::Generic, Some(priority)) = (mode, priority)
+        && priority.value() != 0
+    {
+        return Err(ConfigError::PriorityWithoutTc(priority));
+    }
     Ok(Merged {
-        mode: flags.mode.or(file.mode).unwrap_or_default(),
+        mode,
         dscp: flags.dscp.or(file.dscp).unwrap_or(Dscp::Set(EF)),
+        priority,
         max_streams: flags
             .max_streams
             .or(file.max_streams)
@@ -427,9 +476,10 @@ struct Entry<'a> {
 }
 
 /// Every key there is, with its table. What a misspelt key is compared with.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 15] = [
     "mode",
     "dscp",
+    "priority",
     "max-streams",
     "proof",
     "keepalive",
@@ -455,7 +505,14 @@ impl Document<'_> {
         for entry in self.entries(document.get_ref(), "")? {
             match entry.key {
                 "mode" => settings.mode = Some(self.parse(&entry)?),
-                "dscp" => settings.dscp = Some(self.dscp(&entry)?),
+                "dscp" => {
+                    let wanted = "\"ef\", \"keep\", or a number from 0 to 63";
+                    settings.dscp = Some(self.number_or_text(&entry, wanted)?);
+                }
+                "priority" => {
+                    let wanted = "a class such as \"1:10\", or a number from 0 to 15";
+                    settings.priority = Some(self.number_or_text(&entry, wanted)?);
+                }
                 "max-streams" => {
                     settings.max_streams = Some(self.number(&entry, max_streams)?);
                 }
@@ -536,14 +593,18 @@ impl Document<'_> {
         self.checked(entry, str::parse)
     }
 
-    fn dscp(&self, entry: &Entry<'_>) -> Result<Dscp, ConfigError> {
+    fn number_or_text<T: FromStr<Err = SettingError>>(
+        &self,
+        entry: &Entry<'_>,
+        wanted: &'static str,
+    ) -> Result<T, ConfigError> {
         match entry.value {
             DeValue::Integer(number) => number
                 .to_string()
                 .parse()
                 .map_err(|source| self.wrong_value(entry, source)),
             DeValue::String(_) => self.parse(entry),
-            _ => Err(self.wrong_type(entry, "\"ef\", \"keep\", or a number from 0 to 63")),
+            _ => Err(self.wrong_type(entry, wanted)),
         }
     }
 
@@ -758,6 +819,7 @@ impl FromStr for Mode {
             "auto" => Ok(Self::Auto),
             "native" => Ok(Self::Native),
             "generic" => Ok(Self::Generic),
+            "tc" => Ok(Self::Tc),
             _ => Err(SettingError::Mode(printable(text))),
         }
     }
@@ -804,6 +866,50 @@ impl From<Dscp> for String {
     }
 }
 
+impl FromStr for Priority {
+    type Err = SettingError;
+
+    fn from_str(text: &str) -> Result<Self, SettingError> {
+        let class = || {
+            let (major, minor) = text.split_once(':')?;
+            let half = |text: &str| {
+                let digits = text.bytes().all(|byte| byte.is_ascii_hexdigit());
+                u16::from_str_radix(text, 16)
+                    .ok()
+                    .filter(|half| digits && *half != 0)
+            };
+            Some(u32::from(half(major)?) << 16 | u32::from(half(minor)?))
+        };
+        class()
+            .or_else(|| text.parse().ok().filter(|value| *value <= Self::MAX))
+            .map(Self)
+            .ok_or_else(|| SettingError::Priority(printable(text)))
+    }
+}
+
+impl fmt::Display for Priority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 >> 16 {
+            0 => write!(f, "{}", self.0),
+            major => write!(f, "{major:x}:{:x}", self.0 & 0xffff),
+        }
+    }
+}
+
+impl TryFrom<String> for Priority {
+    type Error = SettingError;
+
+    fn try_from(text: String) -> Result<Self, SettingError> {
+        text.parse()
+    }
+}
+
+impl From<Priority> for String {
+    fn from(priority: Priority) -> Self {
+        priority.to_string()
+    }
+}
+
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}", self.path.display(), self.line, self.column)
@@ -832,6 +938,7 @@ mod tests {
         Settings {
             mode: Some(Mode::Native),
             dscp: Some(Dscp::Set(10)),
+            priority: None,
             max_streams: Some(4),
             proof: Some(3),
             keepalive: Some(Duration::from_secs(1)),
@@ -849,7 +956,7 @@ mod tests {
     #[test]
     fn every_key_is_read() {
         let settings = parsed(
-            "mode = \"generic\"\ndscp = 26\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
+            "mode = \"generic\"\ndscp = 26\npriority = 5\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
              silence = 20\nexpire = 90\npersist = true\nsocket = \"/run/x.sock\"\n\
              [ami]\ngrace = 1\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n",
         );
@@ -858,6 +965,7 @@ mod tests {
             Settings {
                 mode: Some(Mode::Generic),
                 dscp: Some(Dscp::Set(26)),
+                priority: Some(Priority(5)),
                 max_streams: Some(1024),
                 proof: Some(12),
                 keepalive: Some(Duration::from_millis(500)),
@@ -875,6 +983,10 @@ mod tests {
         assert_eq!(
             parsed("dscp = \"keep\"").expect("text").dscp,
             Some(Dscp::Keep)
+        );
+        assert_eq!(
+            parsed("priority = \"1:f0\"").expect("text").priority,
+            Some(Priority(0x1_00f0))
         );
     }
 
@@ -913,6 +1025,7 @@ mod tests {
             ),
             ("# é\ndscp = 64", ":2:8: `dscp`: `64` is not a DSCP value"),
             ("dscp = -1", "`-1` is not a DSCP value"),
+            ("priority = 16", "`16` is not a priority: write a class"),
             (
                 "dscp = true",
                 ":1:8: `dscp` is true or false: write \"ef\", \"keep\"",
@@ -984,6 +1097,7 @@ mod tests {
                 interface: "eth0".into(),
                 mode: Mode::Auto,
                 dscp: Dscp::Set(46),
+                priority: None,
                 max_streams: 65_536,
                 proof: 8,
                 keepalive: Duration::from_secs(3),
@@ -1177,6 +1291,23 @@ mod tests {
         assert_eq!("46".parse::<Dscp>().expect("46").to_string(), "ef");
         for bad in ["", "64", "-1", "EF46", "0x2e"] {
             assert!(bad.parse::<Dscp>().is_err(), "{bad}");
+        }
+        for (text, value) in [
+            ("0", 0),
+            ("15", 15),
+            ("1:10", 0x1_0010),
+            ("ffff:abcd", 0xffff_abcd),
+        ] {
+            let priority: Priority = text.parse().expect(text);
+            assert_eq!(
+                (priority.value(), priority.to_string()),
+                (value, text.into())
+            );
+        }
+        for bad in [
+            "", "16", "-1", "1:", ":10", "1:0", "0:5", "1:10000", "1:+1", "1:2:3", "voice",
+        ] {
+            assert!(bad.parse::<Priority>().is_err(), "{bad}");
         }
     }
 }

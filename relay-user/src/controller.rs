@@ -27,7 +27,7 @@ use crate::{
             ReasonReport, RefusalReport, StatusReport, StreamState, Verdict,
         },
     },
-    datapath::{Datapath, DatapathError},
+    datapath::{AttachMode, Datapath, DatapathError},
     events::{EventBus, Subject, TransitionKind},
     next_hop::{NextHops, Notice, Stopped},
     pair::Pair,
@@ -123,6 +123,8 @@ impl Controller {
         Self {
             registry: Registry::new(Policy {
                 dscp: settings.dscp,
+                priority: (datapath.mode() == AttachMode::Tc)
+                    .then(|| settings.priority.unwrap_or_default()),
                 max_streams: settings.max_streams,
                 proof: settings.proof,
                 keepalive: settings.keepalive,
@@ -554,6 +556,10 @@ impl Controller {
             mode: self.datapath.mode(),
             mode_reason: self.mode_reason.clone(),
             dscp: self.settings.dscp,
+            priority: self
+                .settings
+                .priority
+                .filter(|priority| priority.value() != 0),
             proof: self.settings.proof,
             pins: self.datapath.pins().to_owned(),
             uptime_seconds: self.started.elapsed().as_secs(),

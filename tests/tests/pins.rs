@@ -28,7 +28,7 @@ use relay_tests::{
 use relay_user::{
     clock::monotonic_now,
     datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events, names},
-    next_hop::Interfaces,
+    next_hop::{Interface, Interfaces, LinkLayer},
     privileges,
 };
 use serde_json::Value;
@@ -82,6 +82,12 @@ fn spec(leg: u8) -> StreamSpec {
     }
 }
 
+/// The interface of the machine that this runs in.
+fn eth0() -> Interface {
+    let interfaces = Interfaces::read().expect("interfaces");
+    interfaces.named("eth0").expect("eth0").clone()
+}
+
 /// Two phones and the PBX between them, whose datapath the test holds.
 struct Site {
     net: Direct,
@@ -124,10 +130,9 @@ impl Site {
         mode: AttachMode,
         max_streams: u32,
     ) -> Result<(Datapath, Option<Adopted>), DatapathError> {
-        let index = self.index();
         self.host().run(|| {
             datapath::ensure_bpffs()?;
-            Datapath::attach("eth0", index, mode, max_streams)
+            Datapath::attach(&eth0(), mode, max_streams)
         })
     }
 
@@ -231,11 +236,8 @@ impl Site {
 
     /// The XDP program that runs.
     fn xdp(&self) -> Option<u32> {
-        self.host().run(|| {
-            let interfaces = Interfaces::read().expect("interfaces");
-            let interface = interfaces.named("eth0").expect("eth0");
-            interface.xdp.first().map(|program| program.id)
-        })
+        self.host()
+            .run(|| eth0().xdp.first().map(|program| program.id))
     }
 
     /// The programs at the egress, in their order: of TCX or, before Linux 6.6, of clsact.
@@ -629,7 +631,7 @@ fn the_observer_comes_before_other_programs_of_the_egress() {
     let site = Site::new();
     let index = site.index();
     site.host().run(|| {
-        let mut ebpf = datapath::load(GENERIC, 2).expect("loaded");
+        let mut ebpf = datapath::load(GENERIC, LinkLayer::Ethernet, 2).expect("loaded");
         let program = datapath::load_tc(&mut ebpf).expect("loaded");
         // For kernels without TCX.
         tc::qdisc_add_clsact("eth0").expect("clsact");
@@ -658,11 +660,10 @@ fn the_observer_comes_before_other_programs_of_the_egress() {
 #[test]
 fn the_capabilities_kept_suffice_to_carry_on_and_to_end() {
     let site = Site::new();
-    let index = site.index();
     site.host().run(|| {
         // Of this thread only.
         privileges::keep_for_attaching().expect("kept");
-        let attach = || Datapath::attach("eth0", index, GENERIC, MAX_STREAMS).expect("attached");
+        let attach = || Datapath::attach(&eth0(), GENERIC, MAX_STREAMS).expect("attached");
         attach().0.leave();
         let (datapath, adopted) = attach();
         assert!(adopted.is_some());

@@ -28,6 +28,17 @@ pub struct VlanLink {
     pub lower: Option<u32>,
 }
 
+/// What stands before a packet's IP header on a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkLayer {
+    /// An Ethernet header.
+    Ethernet,
+    /// Nothing that the stack sees: tun, WireGuard, PPP.
+    Ip,
+    /// Something that the relay does not know: loopback, tunnels of the kernel's own.
+    Other,
+}
+
 /// Where in the receive path an XDP program sits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum XdpHook {
@@ -55,6 +66,8 @@ pub struct Interface {
     pub index: u32,
     /// Name, which may change.
     pub name: String,
+    /// What its packets begin with.
+    pub layer: LinkLayer,
     /// Ethernet address; `None` where the link layer is not Ethernet.
     pub mac: Option<[u8; 6]>,
     /// Largest IP packet in bytes.
@@ -107,6 +120,13 @@ impl Interface {
         let mut interface = Self {
             index: message.header.index,
             name: String::new(),
+            // Those of dev_is_mac_header_xmit() in include/linux/if_arp.h that need no neighbour
+            // and no outer header: bpf_redirect() sends there from the IP header on.
+            layer: match message.header.link_layer_type {
+                LinkLayerType::Ether => LinkLayer::Ethernet,
+                LinkLayerType::None | LinkLayerType::Ppp | LinkLayerType::Rawip => LinkLayer::Ip,
+                _ => LinkLayer::Other,
+            },
             mac: None,
             mtu: 0,
             kind: None,
@@ -326,8 +346,16 @@ mod tests {
             Interface::from_message(&message).mac,
             Some([2, 0, 0, 0, 0, 1])
         );
-        message.header.link_layer_type = LinkLayerType::Loopback;
-        assert_eq!(Interface::from_message(&message).mac, None);
+        for (kind, layer) in [
+            (LinkLayerType::Loopback, LinkLayer::Other),
+            (LinkLayerType::Ipgre, LinkLayer::Other),
+            (LinkLayerType::None, LinkLayer::Ip),
+            (LinkLayerType::Ppp, LinkLayer::Ip),
+        ] {
+            message.header.link_layer_type = kind;
+            let link = Interface::from_message(&message);
+            assert_eq!((link.mac, link.layer), (None, layer));
+        }
     }
 
     #[test]
