@@ -97,6 +97,9 @@ pub trait Tables {
     /// `STATE`, shared with other CPUs and with the controller.
     fn state(&self, slot: u32) -> Option<*mut State>;
 
+    /// The DSCP that `DSCP_MAP` translates one (0–63) to.
+    fn translated(&self, dscp: u8) -> u8;
+
     /// The deadline in `LEASE`, ns.
     fn lease(&self) -> u64;
 

@@ -33,6 +33,8 @@ pub(crate) struct Parsed {
     pub(crate) source: Address,
     pub(crate) source_port: u16,
     pub(crate) hop_limit: u8,
+    /// DSCP and ECN.
+    pub(crate) traffic_class: u8,
     pub(crate) udp_checksum: u16,
     pub(crate) key: StreamKey,
 }
@@ -48,60 +50,63 @@ pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason
         kind,
         ip,
     } = link(packet)?;
-    let (family, header_length, ip_length, hop_limit, source, destination) = match kind {
-        ethertype::IPV4 => {
-            let header = *packet.header::<Ipv4>(ip)?;
-            match header.version_length {
-                0x45 => {}
-                0x46..=0x4f => return Err(Reason::IpOptions),
-                _ => return Err(Reason::Malformed),
+    let (family, header_length, ip_length, hop_limit, traffic_class, source, destination) =
+        match kind {
+            ethertype::IPV4 => {
+                let header = *packet.header::<Ipv4>(ip)?;
+                match header.version_length {
+                    0x45 => {}
+                    0x46..=0x4f => return Err(Reason::IpOptions),
+                    _ => return Err(Reason::Malformed),
+                }
+                if header.protocol != protocol::UDP {
+                    return Err(Reason::NotUdp);
+                }
+                if header.fragment.get() & FRAGMENT != 0 {
+                    return Err(Reason::Fragment);
+                }
+                (
+                    Family::V4,
+                    Ipv4::LEN,
+                    usize::from(header.total_length.get()),
+                    header.hop_limit,
+                    header.traffic_class,
+                    Address::from_ipv4_halves(header.source),
+                    Address::from_ipv4_halves(header.destination),
+                )
             }
-            if header.protocol != protocol::UDP {
-                return Err(Reason::NotUdp);
+            ethertype::IPV6 => {
+                let header = *packet.header::<Ipv6>(ip)?;
+                if header.version_class.get() >> 12 != 6 {
+                    return Err(Reason::Malformed);
+                }
+                match header.next_header {
+                    protocol::UDP => {}
+                    protocol::FRAGMENT => return Err(Reason::Fragment),
+                    protocol::HOP_BY_HOP
+                    | protocol::ROUTING
+                    | protocol::AUTHENTICATION
+                    | protocol::DESTINATION => return Err(Reason::IpOptions),
+                    _ => return Err(Reason::NotUdp),
+                }
+                let destination = Address::from_halves(header.destination);
+                // As a key it would find an IPv4 stream, or one whose local address is still unknown.
+                // The stack drops such packets.
+                if destination.is_mapped() || destination.is(&Address::default()) {
+                    return Err(Reason::NoStream);
+                }
+                (
+                    Family::V6,
+                    Ipv6::LEN,
+                    Ipv6::LEN + usize::from(header.payload_length.get()),
+                    header.hop_limit,
+                    (header.version_class.get() >> 4) as u8,
+                    Address::from_halves(header.source),
+                    destination,
+                )
             }
-            if header.fragment.get() & FRAGMENT != 0 {
-                return Err(Reason::Fragment);
-            }
-            (
-                Family::V4,
-                Ipv4::LEN,
-                usize::from(header.total_length.get()),
-                header.hop_limit,
-                Address::from_ipv4_halves(header.source),
-                Address::from_ipv4_halves(header.destination),
-            )
-        }
-        ethertype::IPV6 => {
-            let header = *packet.header::<Ipv6>(ip)?;
-            if header.version_class.get() >> 12 != 6 {
-                return Err(Reason::Malformed);
-            }
-            match header.next_header {
-                protocol::UDP => {}
-                protocol::FRAGMENT => return Err(Reason::Fragment),
-                protocol::HOP_BY_HOP
-                | protocol::ROUTING
-                | protocol::AUTHENTICATION
-                | protocol::DESTINATION => return Err(Reason::IpOptions),
-                _ => return Err(Reason::NotUdp),
-            }
-            let destination = Address::from_halves(header.destination);
-            // As a key it would find an IPv4 stream, or one whose local address is still unknown.
-            // The stack drops such packets.
-            if destination.is_mapped() || destination.is(&Address::default()) {
-                return Err(Reason::NoStream);
-            }
-            (
-                Family::V6,
-                Ipv6::LEN,
-                Ipv6::LEN + usize::from(header.payload_length.get()),
-                header.hop_limit,
-                Address::from_halves(header.source),
-                destination,
-            )
-        }
-        _ => return Err(Reason::NotIp),
-    };
+            _ => return Err(Reason::NotIp),
+        };
 
     let udp = ip + header_length;
     let header = *packet.header::<Udp>(udp)?;
@@ -125,6 +130,7 @@ pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason
         source,
         source_port: header.source.get(),
         hop_limit,
+        traffic_class,
         udp_checksum: header.checksum.get(),
         key: StreamKey::new(destination, header.destination.get()),
     })

@@ -10,7 +10,7 @@ use crate::{
     reason::{Reason, Verdict},
     rewrite::{Rewrite, rewrite},
     state::{load, store},
-    stream::{Address, Event, State, Stream, StreamKey, event, mode, ticks},
+    stream::{Address, Event, MARKS, State, Stream, StreamKey, event, mode, ticks},
     wire::{Be16, Rtp, RtpExtension, Udp},
 };
 
@@ -157,12 +157,14 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
 
     let last_seen = load!(state, last_seen);
     store!(state, now_ticks, last_seen);
+    mark(state, parsed.traffic_class >> 2);
     let moment = Moment {
         now_ticks,
         last_seen,
         mode,
     };
-    let reason = match forward(packet, &parsed, stream, state, at, &rtp, &moment) {
+    let plan = plan(packet, &parsed, stream, state, at, &rtp, &moment);
+    let reason = match plan.and_then(|plan| rewrite(packet, &parsed, stream, &plan, tables)) {
         Ok(()) => {
             account(state, packet.length());
             return Ok(());
@@ -306,9 +308,9 @@ pub(crate) const fn is_report_due(reported: u32, now_ticks: u32) -> bool {
     reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL
 }
 
-/// Rewrites the packet, or says why it is Asterisk's.
+/// How to rewrite the packet, or why it is Asterisk's.
 #[inline(always)]
-fn forward<P: Packet + ?Sized>(
+fn plan<P: Packet + ?Sized>(
     packet: &mut P,
     parsed: &Parsed,
     stream: &Stream,
@@ -316,7 +318,7 @@ fn forward<P: Packet + ?Sized>(
     at: usize,
     rtp: &Rtp,
     moment: &Moment,
-) -> Result<(), Reason> {
+) -> Result<Rewrite, Reason> {
     // The stack takes it apart again. Its echoes will be none of what is noted of it.
     if packet.is_aggregate() {
         return Err(Reason::Aggregate);
@@ -341,7 +343,7 @@ fn forward<P: Packet + ?Sized>(
             return Err(Reason::AwaitingEcho);
         }
     }
-    rewrite(packet, parsed, stream, &plan)
+    Ok(plan)
 }
 
 /// Whether the PBX has heard nothing of the phone for too long. A phone that sends RTCP is heard:
@@ -439,6 +441,23 @@ fn rtp_header_length<P: Packet + ?Sized>(
 #[inline(always)]
 pub(crate) fn u32_of([high, low]: [Be16; 2]) -> u32 {
     u32::from(high.get()) << 16 | u32::from(low.get())
+}
+
+/// Counts a packet by the DSCP that it came with.
+#[inline(always)]
+fn mark(state: *mut State, dscp: u8) {
+    let mut index = 0;
+    while index < MARKS {
+        let packets = load!(state, marks[index].packets);
+        if packets == 0 {
+            store!(state, dscp, marks[index].dscp);
+        }
+        if index == MARKS - 1 || load!(state, marks[index].dscp) == dscp {
+            store!(state, packets.saturating_add(1), marks[index].packets);
+            return;
+        }
+        index += 1;
+    }
 }
 
 #[inline(always)]

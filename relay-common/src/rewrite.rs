@@ -2,10 +2,10 @@
 
 use crate::{
     checksum::{Sum, UdpChange},
-    packet::Packet,
+    packet::{Packet, Tables},
     parse::{Family, Parsed},
     reason::Reason,
-    stream::{DSCP_KEEP, NextHop, Stream, VlanTag},
+    stream::{DSCP_KEEP, DSCP_MAP, NextHop, Stream, VlanTag},
     wire::{Be16, Ethernet, Ipv4, Ipv6, Rtp, Tag, Udp, Vlan},
 };
 
@@ -27,6 +27,7 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
     parsed: &Parsed,
     stream: &Stream,
     plan: &Rewrite,
+    tables: &impl Tables,
 ) -> Result<(), Reason> {
     // The second byte of RTP is the low byte of its word.
     let datagram = Sum::new(stream.port_change)
@@ -46,10 +47,10 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
         packet.sum_changed(datagram);
     }
 
+    let class = traffic_class(stream, parsed.traffic_class, tables);
     match parsed.family {
         Family::V4 => {
             let header = packet.header::<Ipv4>(parsed.ip)?;
-            let class = traffic_class(stream, header.traffic_class);
             let hop_limit = header.hop_limit.wrapping_sub(1);
             let change = Sum::new(stream.address_change)
                 .change(u16::from(header.traffic_class), u16::from(class))
@@ -63,7 +64,6 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
         Family::V6 => {
             let header = packet.header::<Ipv6>(parsed.ip)?;
             let word = header.version_class.get();
-            let class = traffic_class(stream, (word >> 4) as u8);
             let new_word = word & 0xf00f | u16::from(class) << 4;
             let hop_limit = header.hop_limit.wrapping_sub(1);
             let change = Sum::new(stream.address_change)
@@ -107,13 +107,14 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
 
 /// The traffic class to send with; the ECN bits are the path's, not ours (RFC 3168).
 #[inline(always)]
-const fn traffic_class(stream: &Stream, old: u8) -> u8 {
+fn traffic_class(stream: &Stream, old: u8, tables: &impl Tables) -> u8 {
     const ECN: u8 = 0x03;
-    if stream.dscp == DSCP_KEEP {
-        old
-    } else {
-        stream.dscp << 2 | old & ECN
-    }
+    let dscp = match stream.dscp {
+        DSCP_KEEP => return old,
+        DSCP_MAP => tables.translated(old >> 2),
+        set => set,
+    };
+    dscp << 2 | old & ECN
 }
 
 /// Another VLAN, the same priority.

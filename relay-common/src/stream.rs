@@ -280,7 +280,7 @@ abi! {
         pub keepalive: u32,
         /// Number of the pair, for a controller that takes the map over.
         pub pair: u64,
-        /// DSCP to send with (0–63), or [`DSCP_KEEP`].
+        /// DSCP to send with (0–63), [`DSCP_KEEP`] or [`DSCP_MAP`].
         pub dscp: u8,
         /// Which leg of the pair it comes in on: 0 or 1.
         pub leg: u8,
@@ -347,6 +347,9 @@ abi! {
 /// In [`Stream::dscp`]: keep the sender's mark.
 pub const DSCP_KEEP: u8 = 0xff;
 
+/// In [`Stream::dscp`]: translate the sender's mark by the [`DscpMap`].
+pub const DSCP_MAP: u8 = 0xfe;
+
 /// DSCP of voice, Expedited Forwarding (RFC 3246; RFC 4594 section 4.1).
 pub const DSCP_EF: u8 = 46;
 
@@ -372,7 +375,7 @@ pub struct StreamSpec {
     pub new_destination: Endpoint,
     /// The way out.
     pub next_hop: NextHop,
-    /// DSCP to send with (0–63), or [`DSCP_KEEP`].
+    /// DSCP to send with (0–63), [`DSCP_KEEP`] or [`DSCP_MAP`].
     pub dscp: u8,
     /// Index of this stream's state.
     pub slot: u32,
@@ -644,6 +647,14 @@ pub mod event {
     pub const RECEIVED_AT: u32 = 4;
     /// The PBX sends to the stream's destination from `address`, which is another than assumed.
     pub const SENT_FROM: u32 = 5;
+}
+
+abi! {
+    /// Value of `DSCP_MAP`, one entry: what each DSCP is translated to.
+    pub struct DscpMap(64, align 1) {
+        /// By the DSCP that a packet came with.
+        pub to: [u8; 64],
+    }
 }
 
 abi! {

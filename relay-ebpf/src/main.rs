@@ -16,7 +16,7 @@ use relay_common::{
     proof::observe,
     reason::{Reason, Verdict},
     relay::relay,
-    stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey},
+    stream::{Counter, DscpMap, Event, Lease, OutLeg, State, Stream, StreamKey},
 };
 use relay_ebpf::skb::{Skb, header_at};
 
@@ -38,6 +38,10 @@ static STATE: Array<State, MAX_STREAMS, { BPF_F_MMAPABLE as usize }> = Array::ne
 /// Packets and bytes by [`Reason`].
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, { Reason::COUNT }> = PerCpuArray::new();
+
+/// What the sender's mark is translated to, where streams ask for it. Written by the controller.
+#[btf_map]
+static DSCP_MAP: Array<DscpMap, 1> = Array::new();
 
 /// Until when anything is relayed. The controller pushes it through `mmap`.
 #[btf_map]
@@ -75,6 +79,14 @@ impl Tables for Maps {
     fn out_leg(&self, key: &StreamKey) -> Option<&OutLeg> {
         // SAFETY: as for `stream`.
         unsafe { OUT_LEGS.get(key) }
+    }
+
+    #[inline(always)]
+    fn translated(&self, dscp: u8) -> u8 {
+        match DSCP_MAP.get(0) {
+            Some(map) => map.to[usize::from(dscp & 0x3f)] & 0x3f,
+            None => dscp,
+        }
     }
 
     #[inline(always)]

@@ -21,16 +21,18 @@ use tokio::{
 };
 
 use crate::{
-    config::{self, Dscp, Mode, Priority, Settings},
+    config::{self, Mode, Settings},
     control::{
         client::{Client, ClientError},
         model::{Detached, Found, PairReport, PairState},
         socket,
     },
     daemon,
+    dscp::Dscp,
     logging::{self, LogFormat},
     output::{self, Style},
     pair::{Leg, Pair, PayloadTypes, Proof},
+    priority::Priority,
     secret::SecretError,
 };
 
@@ -203,7 +205,8 @@ struct Attach {
     /// most 5 seconds, unless another `attach` takes it over
     #[arg(long)]
     persist: bool,
-    /// DSCP of relayed packets: ef, keep (what the phone set), or 0 to 63 [default: ef]
+    /// DSCP of relayed packets: ef, cs3, af41 or another name, or 0 to 63; keep, what the phone set;
+    /// map:FROM=TO,..., what the phone set, translated, such as map:0=ef,cs5=ef [default: ef]
     #[arg(long, value_name = "DSCP")]
     dscp: Option<Dscp>,
     /// Priority of relayed packets at the interface's queueing discipline: a class such as 1:10, or 0 to

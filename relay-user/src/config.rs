@@ -9,11 +9,12 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
 use toml::de::{DeTable, DeValue};
 
 use crate::{
     control::socket,
+    dscp::{Dscp, DscpError, DscpMap, EF},
+    priority::{Priority, PriorityError},
     secret::{Secret, SecretError, SecretFileError},
 };
 
@@ -40,8 +41,6 @@ pub const EXPIRE: Duration = Duration::from_secs(60);
 const LONGEST_TIME: Duration = Duration::from_secs(86_400);
 /// Longest configuration file read, in bytes. All keys together need a hundredth.
 const LONGEST_FILE: u64 = 65_536;
-/// Expedited Forwarding (RFC 3246): the class for voice.
-const EF: u8 = 46;
 
 /// Everything `relay-user attach` needs to know, complete and in range.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,38 +99,6 @@ pub enum Mode {
     Tc,
 }
 
-/// What relayed packets carry in the DSCP field (RFC 2474). The ECN bits are kept in any case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum Dscp {
-    /// What the phone set.
-    Keep,
-    /// This value, 0–63.
-    Set(u8),
-}
-
-/// What relayed packets carry as `skb->priority`, by which a queueing discipline sorts them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Priority(u32);
-
-impl Priority {
-    /// The highest that is no class (`TC_PRIO_MAX` of include/uapi/linux/pkt_sched.h).
-    const MAX: u32 = 15;
-
-    /// From the datapath's table.
-    #[must_use]
-    pub const fn new(value: u32) -> Self {
-        Self(value)
-    }
-
-    /// As the kernel has it: a class in both halves (`TC_H_MAKE`), or 0–15; 0 leaves it as it is.
-    #[must_use]
-    pub const fn value(self) -> u32 {
-        self.0
-    }
-}
-
 /// What is wrong with one value. The text names it and what it may be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
@@ -139,13 +106,11 @@ pub enum SettingError {
     #[error("`{0}` is not an attach mode: write native, generic, tc or auto")]
     Mode(String),
     /// Not a DSCP value.
-    #[error("`{0}` is not a DSCP value: write ef, keep, or a number from 0 to 63")]
-    Dscp(String),
+    #[error(transparent)]
+    Dscp(#[from] DscpError),
     /// Not a priority.
-    #[error(
-        "`{0}` is not a priority: write a class as `tc class` prints it, such as 1:10 (both numbers hexadecimal and not 0), or a number from 0 to 15"
-    )]
-    Priority(String),
+    #[error(transparent)]
+    Priority(#[from] PriorityError),
     /// Not a usable size of the stream table.
     #[error(
         "`{0}` streams are not possible: write a number from {FEWEST_STREAMS} to {MOST_STREAMS}; a pair takes two"
@@ -412,8 +377,8 @@ fn merge(
     };
     let mode = flags.mode.or(file.mode).unwrap_or_default();
     let priority = flags.priority.or(file.priority);
-    if let (Mode::Native | Mode::Generic, Some(priority)) = (mode, priority)
-        && priority.value() != 0
+    if let (Mode::Native | Mode::Generic, Some(priority)) =
+        (mode, priority.and_then(Priority::effective))
     {
         return Err(ConfigError::PriorityWithoutTc(priority));
     }
@@ -505,14 +470,8 @@ impl Document<'_> {
         for entry in self.entries(document.get_ref(), "")? {
             match entry.key {
                 "mode" => settings.mode = Some(self.parse(&entry)?),
-                "dscp" => {
-                    let wanted = "\"ef\", \"keep\", or a number from 0 to 63";
-                    settings.dscp = Some(self.number_or_text(&entry, wanted)?);
-                }
-                "priority" => {
-                    let wanted = "a class such as \"1:10\", or a number from 0 to 15";
-                    settings.priority = Some(self.number_or_text(&entry, wanted)?);
-                }
+                "dscp" => settings.dscp = Some(self.dscp(&entry)?),
+                "priority" => settings.priority = Some(self.priority(&entry)?),
                 "max-streams" => {
                     settings.max_streams = Some(self.number(&entry, max_streams)?);
                 }
@@ -593,19 +552,41 @@ impl Document<'_> {
         self.checked(entry, str::parse)
     }
 
-    fn number_or_text<T: FromStr<Err = SettingError>>(
-        &self,
-        entry: &Entry<'_>,
-        wanted: &'static str,
-    ) -> Result<T, ConfigError> {
-        match entry.value {
-            DeValue::Integer(number) => number
-                .to_string()
-                .parse()
-                .map_err(|source| self.wrong_value(entry, source)),
-            DeValue::String(_) => self.parse(entry),
-            _ => Err(self.wrong_type(entry, wanted)),
-        }
+    fn dscp(&self, entry: &Entry<'_>) -> Result<Dscp, ConfigError> {
+        let read = match entry.value {
+            DeValue::Table(table) => {
+                let texts: Vec<_> = table
+                    .iter()
+                    .map(|(from, to)| {
+                        let to = code_text(to.get_ref()).ok_or_else(|| {
+                            self.wrong_type(entry, "code points, such as { 0 = \"ef\" }")
+                        })?;
+                        Ok((from.get_ref().as_ref(), to))
+                    })
+                    .collect::<Result<_, ConfigError>>()?;
+                DscpMap::new(
+                    texts
+                        .iter()
+                        .map(|(from, to): &(&str, String)| (*from, to.as_str())),
+                )
+                .map(Dscp::Map)
+            }
+            value => code_text(value)
+                .ok_or_else(|| {
+                    let wanted = "\"ef\", \"keep\", a number from 0 to 63, or a table";
+                    self.wrong_type(entry, wanted)
+                })?
+                .parse(),
+        };
+        read.map_err(|source| self.wrong_value(entry, source.into()))
+    }
+
+    fn priority(&self, entry: &Entry<'_>) -> Result<Priority, ConfigError> {
+        let text = code_text(entry.value).ok_or_else(|| {
+            self.wrong_type(entry, "a class such as \"1:10\", or a number from 0 to 15")
+        })?;
+        text.parse()
+            .map_err(|source: PriorityError| self.wrong_value(entry, source.into()))
     }
 
     fn number<T>(
@@ -680,6 +661,15 @@ impl Document<'_> {
             line: before.matches('\n').count() + 1,
             column: before[line_start..].chars().count() + 1,
         }
+    }
+}
+
+/// What may be a code point.
+fn code_text(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::Integer(number) => Some(number.to_string()),
+        DeValue::String(text) => Some(text.to_string()),
+        _ => None,
     }
 }
 
@@ -825,91 +815,6 @@ impl FromStr for Mode {
     }
 }
 
-impl FromStr for Dscp {
-    type Err = SettingError;
-
-    fn from_str(text: &str) -> Result<Self, SettingError> {
-        match text {
-            "ef" => Ok(Self::Set(EF)),
-            "keep" => Ok(Self::Keep),
-            _ => text
-                .parse()
-                .ok()
-                .filter(|value| *value <= 63)
-                .map(Self::Set)
-                .ok_or_else(|| SettingError::Dscp(printable(text))),
-        }
-    }
-}
-
-impl fmt::Display for Dscp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Keep => f.write_str("keep"),
-            Self::Set(EF) => f.write_str("ef"),
-            Self::Set(value) => write!(f, "{value}"),
-        }
-    }
-}
-
-impl TryFrom<String> for Dscp {
-    type Error = SettingError;
-
-    fn try_from(text: String) -> Result<Self, SettingError> {
-        text.parse()
-    }
-}
-
-impl From<Dscp> for String {
-    fn from(dscp: Dscp) -> Self {
-        dscp.to_string()
-    }
-}
-
-impl FromStr for Priority {
-    type Err = SettingError;
-
-    fn from_str(text: &str) -> Result<Self, SettingError> {
-        let class = || {
-            let (major, minor) = text.split_once(':')?;
-            let half = |text: &str| {
-                let digits = text.bytes().all(|byte| byte.is_ascii_hexdigit());
-                u16::from_str_radix(text, 16)
-                    .ok()
-                    .filter(|half| digits && *half != 0)
-            };
-            Some(u32::from(half(major)?) << 16 | u32::from(half(minor)?))
-        };
-        class()
-            .or_else(|| text.parse().ok().filter(|value| *value <= Self::MAX))
-            .map(Self)
-            .ok_or_else(|| SettingError::Priority(printable(text)))
-    }
-}
-
-impl fmt::Display for Priority {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 >> 16 {
-            0 => write!(f, "{}", self.0),
-            major => write!(f, "{major:x}:{:x}", self.0 & 0xffff),
-        }
-    }
-}
-
-impl TryFrom<String> for Priority {
-    type Error = SettingError;
-
-    fn try_from(text: String) -> Result<Self, SettingError> {
-        text.parse()
-    }
-}
-
-impl From<Priority> for String {
-    fn from(priority: Priority) -> Self {
-        priority.to_string()
-    }
-}
-
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}", self.path.display(), self.line, self.column)
@@ -965,7 +870,7 @@ mod tests {
             Settings {
                 mode: Some(Mode::Generic),
                 dscp: Some(Dscp::Set(26)),
-                priority: Some(Priority(5)),
+                priority: Some(Priority::new(5)),
                 max_streams: Some(1024),
                 proof: Some(12),
                 keepalive: Some(Duration::from_millis(500)),
@@ -986,8 +891,16 @@ mod tests {
         );
         assert_eq!(
             parsed("priority = \"1:f0\"").expect("text").priority,
-            Some(Priority(0x1_00f0))
+            Some(Priority::new(0x1_00f0))
         );
+        for text in [
+            "dscp = \"map:0=ef,cs5=10\"",
+            "dscp = { be = \"ef\", 40 = 10 }",
+            "[dscp]\n0 = 46\ncs5 = \"af11\"",
+        ] {
+            let dscp = parsed(text).expect(text).dscp.map(|dscp| dscp.to_string());
+            assert_eq!(dscp.as_deref(), Some("map:cs0=ef,cs5=af11"), "{text}");
+        }
     }
 
     #[test]
@@ -1284,30 +1197,6 @@ mod tests {
             "a\n",
         ] {
             assert!(interface(bad).is_err(), "{bad}");
-        }
-        for text in ["ef", "keep", "0", "63"] {
-            assert_eq!(text.parse::<Dscp>().expect(text).to_string(), text);
-        }
-        assert_eq!("46".parse::<Dscp>().expect("46").to_string(), "ef");
-        for bad in ["", "64", "-1", "EF46", "0x2e"] {
-            assert!(bad.parse::<Dscp>().is_err(), "{bad}");
-        }
-        for (text, value) in [
-            ("0", 0),
-            ("15", 15),
-            ("1:10", 0x1_0010),
-            ("ffff:abcd", 0xffff_abcd),
-        ] {
-            let priority: Priority = text.parse().expect(text);
-            assert_eq!(
-                (priority.value(), priority.to_string()),
-                (value, text.into())
-            );
-        }
-        for bad in [
-            "", "16", "-1", "1:", ":10", "1:0", "0:5", "1:10000", "1:+1", "1:2:3", "voice",
-        ] {
-            assert!(bad.parse::<Priority>().is_err(), "{bad}");
         }
     }
 }

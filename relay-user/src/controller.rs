@@ -31,6 +31,7 @@ use crate::{
     events::{EventBus, Subject, TransitionKind},
     next_hop::{NextHops, Notice, Stopped},
     pair::Pair,
+    priority::Priority,
     registry::{Change, Origin, Policy, Refusal, Registry},
 };
 
@@ -556,10 +557,7 @@ impl Controller {
             mode: self.datapath.mode(),
             mode_reason: self.mode_reason.clone(),
             dscp: self.settings.dscp,
-            priority: self
-                .settings
-                .priority
-                .filter(|priority| priority.value() != 0),
+            priority: self.settings.priority.and_then(Priority::effective),
             proof: self.settings.proof,
             pins: self.datapath.pins().to_owned(),
             uptime_seconds: self.started.elapsed().as_secs(),

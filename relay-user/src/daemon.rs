@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     ami::{self, FeedEvent, FeedSettings, Proving},
-    config::{AttachSettings, Mode, Priority},
+    config::{AttachSettings, Mode},
     control::{
         Command, Reply,
         model::{Detached, Found},
@@ -24,8 +24,10 @@ use crate::{
     },
     controller::{self, Controller, Handled},
     datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events},
+    dscp::Dscp,
     events::EventBus,
     next_hop::{self, Changes, Interface, Interfaces, LinkLayer},
+    priority::Priority,
     privileges,
 };
 
@@ -139,7 +141,7 @@ fn needs_tc(priority: Option<Priority>, layer: LinkLayer, shaper: Option<&str>) 
     if layer == LinkLayer::Ip {
         return Some("the link has no Ethernet header, which XDP needs".to_owned());
     }
-    if let Some(priority) = priority.filter(|priority| priority.value() != 0) {
+    if let Some(priority) = priority.and_then(Priority::effective) {
         return Some(format!(
             "the priority {priority} is nothing that XDP can set"
         ));
@@ -181,6 +183,9 @@ async fn attach(
         adopted,
         mode_reason,
     } = attach_datapath(settings.max_streams, interface, choice)?;
+    if let Dscp::Map(map) = &settings.dscp {
+        datapath.set_dscp_map(map)?;
+    }
     privileges::keep_for_serving()?;
     let (next_hops, resolver, changes) = next_hop::open(interface.index)?;
     tracing::info!(

@@ -12,10 +12,11 @@ use comfy_table::{
 
 use crate::{
     control::model::{
-        AmiReport, AmiState, Detached, Feed, Found, LegReport, NextHopReport, PairReport,
-        PairState, StatusReport, StreamReport, StreamState, Verdict,
+        AmiReport, AmiState, Detached, Feed, Found, LegReport, MarkReport, NextHopReport,
+        PairReport, PairState, StatusReport, StreamReport, StreamState, Verdict,
     },
     datapath::AttachMode,
+    dscp,
     events::{Event, Lagged, TransitionKind},
     pair::Proof,
 };
@@ -149,7 +150,7 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
         return facts.drawn();
     }
     let mut table = style.table(&[
-        "FROM", "TO", "STATE", "PROOF", "PACKETS", "BYTES", "NEXT HOP",
+        "FROM", "TO", "STATE", "PROOF", "PACKETS", "BYTES", "CAME AS", "NEXT HOP",
     ]);
     for stream in &pair.streams {
         table.add_row([
@@ -162,6 +163,7 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
             )),
             number(stream.packets),
             number(stream.bytes),
+            text(&marks(&stream.marks)),
             text(
                 &stream
                     .next_hop
@@ -171,6 +173,22 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
         ]);
     }
     format!("{}\n{}", facts.drawn(), drawn(&table))
+}
+
+/// The shares of the DSCP that a phone's packets came with, in percent.
+fn marks(marks: &[MarkReport]) -> String {
+    let total: u64 = marks.iter().map(|mark| u64::from(mark.packets)).sum();
+    if total == 0 {
+        return "-".to_owned();
+    }
+    let shares: Vec<_> = marks
+        .iter()
+        .map(|mark| {
+            let name = mark.dscp.map_or_else(|| "others".to_owned(), dscp::name);
+            format!("{name} {}%", u64::from(mark.packets) * 100 / total)
+        })
+        .collect();
+    shares.join(", ")
 }
 
 /// What became of a pair just added: one line.

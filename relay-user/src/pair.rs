@@ -6,7 +6,7 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 use relay_common::stream::PAYLOAD_TYPES;
 use serde::{Deserialize, Serialize};
 
-use crate::config::Priority;
+use crate::priority::Priority;
 
 /// One side of a call as the PBX sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,6 +4,7 @@
 //! out in order.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::SocketAddr,
     time::Duration,
@@ -11,21 +12,22 @@ use std::{
 
 use relay_common::{
     stream::{
-        self, Address, DSCP_KEEP, Endpoint, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
-        StreamSpec, feed, mode, ticks,
+        self, Address, DSCP_KEEP, DSCP_MAP, Endpoint, MARKS, PAYLOAD_TYPES, PayloadType, State,
+        Stream, StreamKey, StreamSpec, feed, mode, ticks,
     },
     wire::Mac,
 };
 
 use crate::{
     ami::CallId,
-    config::{Dscp, Priority},
     control::model::{
-        ApiError, ErrorCode, Feed, LegReport, NextHopReport, PairReport, PairState, ProofReport,
-        StreamReport, StreamState,
+        ApiError, ErrorCode, Feed, LegReport, MarkReport, NextHopReport, PairReport, PairState,
+        ProofReport, StreamReport, StreamState,
     },
+    dscp::Dscp,
     next_hop::{Macs, NextHop, NextHopError, Notice, Path, Resolution},
     pair::{Leg, Pair, PayloadTypes, Proof},
+    priority::Priority,
 };
 
 /// What the controller has to do, in this order.
@@ -319,9 +321,10 @@ impl Registry {
     /// # Errors
     /// The [`Refusal`] that [`Registry::add`] would give.
     pub fn check(&self, pair: &Pair) -> Result<(), Refusal> {
-        if let (Some(priority), None) = (pair.priority, self.policy.priority)
-            && priority.value() != 0
-        {
+        if let (Some(priority), None) = (
+            pair.priority.and_then(Priority::effective),
+            self.policy.priority,
+        ) {
             return Err(Refusal::Priority(priority));
         }
         for leg in pair.legs.iter() {
@@ -596,7 +599,7 @@ impl Registry {
     /// Priority of a pair's packets; none where that is left as it is.
     fn priority_of(&self, pair: &Pair) -> Option<Priority> {
         let priority = pair.priority.or(self.policy.priority);
-        priority.filter(|priority| priority.value() != 0)
+        priority.and_then(Priority::effective)
     }
 
     /// Brings the maps in line with what is known of a stream's next hop.
@@ -629,6 +632,7 @@ impl Registry {
             dscp: match self.policy.dscp {
                 Dscp::Keep => DSCP_KEEP,
                 Dscp::Set(value) => value,
+                Dscp::Map(_) => DSCP_MAP,
             },
             slot: stream.slot,
             opposite_slot: streams[1 - index].slot,
@@ -1061,6 +1065,7 @@ impl Registry {
                         }),
                     packets: counted.packets,
                     bytes: counted.bytes,
+                    marks: marks(&counted),
                     next_hop: match &stream.way.resolution {
                         Resolution::Known(next_hop) => Some(next_hop_report(next_hop)),
                         _ => None,
@@ -1333,6 +1338,22 @@ fn endpoint(address: SocketAddr) -> Endpoint {
 }
 
 /// What is relayed of the stream that comes in on leg `index`, as given.
+/// What DSCP a stream's packets came with, the most frequent first.
+fn marks(state: &State) -> Vec<MarkReport> {
+    let mut marks: Vec<_> = state
+        .marks
+        .iter()
+        .enumerate()
+        .filter(|(_, mark)| mark.packets != 0)
+        .map(|(index, mark)| MarkReport {
+            dscp: (index < MARKS - 1).then_some(mark.dscp),
+            packets: mark.packets,
+        })
+        .collect();
+    marks.sort_by_key(|mark| Reverse(mark.packets));
+    marks
+}
+
 fn payload_types(pair: &Pair, index: usize) -> [PayloadType; PAYLOAD_TYPES] {
     let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
     for (entry, types) in payload_types.iter_mut().zip(&pair.payload_types) {

@@ -4,9 +4,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use relay_common::stream::{DSCP_KEEP, Endpoint};
+use relay_common::stream::{DSCP_KEEP, DSCP_MAP, Endpoint};
 
-use crate::tables::Entry;
+use crate::tables::{Entry, TRANSLATED};
 
 /// EtherType of IPv4.
 pub const IPV4: u16 = 0x0800;
@@ -248,9 +248,12 @@ impl Draft {
         }
         out.source = socket_address(stream.new_source);
         out.destination = socket_address(stream.new_destination);
-        if stream.dscp != DSCP_KEEP {
-            out.traffic_class = stream.dscp * 4 + self.traffic_class % 4;
-        }
+        let dscp = match stream.dscp {
+            DSCP_KEEP => self.traffic_class / 4,
+            DSCP_MAP => TRANSLATED[usize::from(self.traffic_class / 4)],
+            set => set,
+        };
+        out.traffic_class = dscp * 4 + self.traffic_class % 4;
         out.hop_limit -= 1;
         let payload_type = self.payload[1] % 128;
         let renumbered = entry

@@ -7,15 +7,15 @@ use relay_common::{
     checksum::PartialChecksum,
     reason::Reason,
     stream::{
-        self, DSCP_EF, DSCP_KEEP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec,
-        VlanTag, feed,
+        self, DSCP_EF, DSCP_KEEP, DSCP_MAP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State,
+        StreamSpec, VlanTag, feed,
     },
     wire::Mac,
 };
 
 use crate::{
     draft::{Checksum, Draft, QINQ, UDP, VLAN},
-    tables::{Entry, NOW},
+    tables::{Entry, NOW, TRANSLATED},
 };
 
 /// Slots of the tables that fixtures meet.
@@ -381,6 +381,18 @@ fn rewritten(fixtures: &mut Vec<Fixture>, family: Family) {
             &|input, output| {
                 input.traffic_class = 0x68 | ecn;
                 output.traffic_class = 0x68 | ecn;
+            },
+        );
+        let map = StreamSpec {
+            dscp: DSCP_MAP,
+            ..stream
+        };
+        add(
+            &format!("DSCP translated, ECN bits {ecn}"),
+            map,
+            &|input, output| {
+                input.traffic_class = 0x68 | ecn;
+                output.traffic_class = TRANSLATED[0x1a] << 2 | ecn;
             },
         );
         for (dscp, marked) in [(0, 0), (34, 0x88), (63, 0xfc)] {

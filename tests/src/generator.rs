@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use relay_common::{
     stream::{
-        Address, DSCP_KEEP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec,
-        VlanTag, feed, ticks,
+        Address, DSCP_KEEP, DSCP_MAP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State,
+        StreamSpec, VlanTag, feed, ticks,
     },
     wire::Mac,
 };
@@ -238,7 +238,7 @@ impl Generator {
                 known,
                 mtu: self.pick(&[1500, 1500, 1500, 9000, 300]),
             },
-            dscp: self.pick(&[DSCP_KEEP, 46, 46, 0, 63]),
+            dscp: self.pick(&[DSCP_KEEP, DSCP_MAP, 46, 46, 0, 63]),
             slot: 0,
             opposite_slot: 1,
             keepalive: 0,

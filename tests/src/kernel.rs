@@ -28,7 +28,7 @@ use zerocopy::FromBytes as _;
 use crate::{
     fixture::Hook,
     program::{self, Run},
-    tables::{Entry, NOW, later},
+    tables::{Entry, NOW, TRANSLATED, later},
 };
 
 /// `XDP_PASS` and `XDP_TX` (`enum xdp_action`), `TC_ACT_UNSPEC`, `TC_ACT_STOLEN` and `TC_ACT_REDIRECT`
@@ -106,6 +106,8 @@ impl Kernel {
             let zero = PerCpuValues::try_from(vec![[0; COUNTER]; cpus])?;
             counters.set(reason as u32, zero, 0)?;
         }
+        let mut dscp_map: Array<_, [u8; 64]> = Array::try_from(self.map_mut(names::DSCP_MAP)?)?;
+        dscp_map.set(0, TRANSLATED, 0)?;
         self.set_lease(u64::MAX)?;
         self.take_events()?;
         // Last, for their times grow old.

@@ -24,6 +24,17 @@ pub struct Entry {
 /// What the clock of [`MemoryTables`] shows first, ns: far from 0, and from where ticks wrap.
 pub const NOW: u64 = 100_000_000_000_000;
 
+/// What each DSCP is translated to, none to itself.
+pub const TRANSLATED: [u8; 64] = {
+    let mut table = [0; 64];
+    let mut dscp = 0;
+    while dscp < 64 {
+        table[dscp] = ((dscp * 5 + 7) % 64) as u8;
+        dscp += 1;
+    }
+    table
+};
+
 /// The fields of a state that hold a time.
 const fn times(state: &mut State) -> [&mut u32; 6] {
     [
@@ -148,6 +159,10 @@ impl Tables for MemoryTables {
 
     fn state(&self, slot: u32) -> Option<*mut State> {
         self.states.get(slot as usize).map(UnsafeCell::get)
+    }
+
+    fn translated(&self, dscp: u8) -> u8 {
+        TRANSLATED[usize::from(dscp)]
     }
 
     fn lease(&self) -> u64 {

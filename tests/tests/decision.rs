@@ -171,6 +171,25 @@ fn a_state_tells_when_the_phone_was_seen_and_by_whom() {
     assert_eq!((relayed.packets, relayed.last_rtcp), (1, 0));
 }
 
+/// Each packet of the phone counts by its mark: three values apart, all others together.
+#[test]
+fn packets_are_counted_by_the_mark_they_came_with() {
+    let entry = proven(stream(Family::V4));
+    let tables = MemoryTables::new(&[entry], SLOTS);
+    for class in [0xb8, 0xbb, 0, 0xb8, 0x20, 0x28, 0x30, 0] {
+        let mut draft = received(Family::V4);
+        draft.traffic_class = class;
+        relay(
+            &mut Frame::new(&mut draft.bytes(), Hook::NativeXdp.partial_checksum()),
+            &tables,
+        );
+    }
+    let state = tables.state_of(entry.stream.slot).expect("a state");
+    let counted = state.marks.map(|mark| (mark.dscp, mark.packets));
+    assert_eq!(counted[..3], [(46, 3), (0, 2), (8, 1)]);
+    assert_eq!(counted[3].1, 2);
+}
+
 /// RTCP beside the stream's port is seen in any mode, and is not RTP.
 #[test]
 fn rtcp_is_seen_whatever_the_mode() {

@@ -18,6 +18,7 @@ use relay_tests::{
     rtp::{Rtp, Stamp},
     topology::{Direct, PBX_MAC, PBX_V4, PBX_V6, PHONES_MAC, ROUTER_MAC, Routed},
 };
+use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Expedited Forwarding.
@@ -125,10 +126,13 @@ fn relays_both_ways(mode: &str, dscp: &str, class: fn(u8) -> u8) {
     }
     let all = 4 * (VOICE + EVENTS) as u64;
     assert_eq!(wire.relay.reasons().expect("status")["relayed"], all);
-    for id in ids {
+    for (index, id) in ids.into_iter().enumerate() {
         let pair = wire.relay.json(["show", &id.to_string()]).expect("show");
         for stream in pair["streams"].as_array().expect("streams") {
             assert_eq!(stream["packets"], all / 4, "{pair:#}");
+            let leg = stream["leg"].as_u64().expect("a leg") as usize;
+            let mark = json!({ "dscp": tos(index, leg) >> 2, "packets": all / 4 });
+            assert_eq!(stream["marks"], json!([mark]), "{pair:#}");
         }
     }
     let recording = capture.stop().expect("no drops");
@@ -150,6 +154,16 @@ fn a_pair_is_relayed_and_marked_ef() {
 #[test]
 fn a_pair_is_relayed_with_the_dscp_of_its_phone() {
     relays_both_ways("generic", "keep", |dscp| dscp);
+}
+
+#[test]
+fn a_pair_is_relayed_with_the_dscp_of_its_phone_translated() {
+    relays_both_ways("generic", "map:17=ef,23=cs1,30=0", |dscp| match dscp {
+        17 => EF,
+        23 => 8,
+        30 => 0,
+        kept => kept,
+    });
 }
 
 #[test]

@@ -8,9 +8,10 @@ use std::{net::SocketAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{Dscp, Priority},
     datapath::AttachMode,
+    dscp::Dscp,
     pair::{Leg, Pair, PairError, PayloadTypes, Proof},
+    priority::Priority,
 };
 
 /// Body of `POST /v1/pairs`.
@@ -147,8 +148,19 @@ pub struct StreamReport {
     pub packets: u64,
     /// Bytes relayed in the kernel, Ethernet header included.
     pub bytes: u64,
+    /// The phone's RTP packets by the DSCP that they came with, the most frequent first.
+    pub marks: Vec<MarkReport>,
     /// How it leaves the host; none until that is resolved.
     pub next_hop: Option<NextHopReport>,
+}
+
+/// Packets that came with one DSCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MarkReport {
+    /// 0–63; none for all that came when three others were known already.
+    pub dscp: Option<u8>,
+    /// How many, relayed or not.
+    pub packets: u32,
 }
 
 /// How far the proof of a stream is.
@@ -199,7 +211,7 @@ pub struct StatusReport {
     pub mode: AttachMode,
     /// Why this mode, in words.
     pub mode_reason: String,
-    /// DSCP of relayed packets: `ef`, `keep` or a number, as a string.
+    /// DSCP of relayed packets, as `--dscp` takes it.
     pub dscp: Dscp,
     /// Priority of relayed packets at the queueing discipline: a class such as `1:10`, or a number, as a
     /// string; none where that is left as it is.

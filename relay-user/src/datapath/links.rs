@@ -17,15 +17,11 @@ use std::{
 
 use aya::maps::MapInfo;
 use aya_obj::generated::{
-    BPF_F_AFTER, BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd,
-    bpf_link_type,
+    BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd, bpf_link_type,
 };
 use nix::libc;
 
-use super::{
-    names,
-    tc::{Direction, Order},
-};
+use super::{names, tc::Direction};
 
 /// A program at a hook of an interface, for as long as someone holds or has pinned the link.
 pub(super) struct Link(OwnedFd);
@@ -66,19 +62,14 @@ impl Link {
         Self::create(program, index, bpf_attach_type::BPF_XDP, flags)
     }
 
-    /// Attaches a program to traffic control.
+    /// Attaches a program to traffic control, before all others that are there.
     pub(super) fn tcx(
         program: BorrowedFd<'_>,
         index: u32,
         direction: Direction,
-        order: Order,
     ) -> io::Result<Self> {
-        // Before or after nothing named: before or after all.
-        let flags = match order {
-            Order::First => BPF_F_BEFORE,
-            Order::Last => BPF_F_AFTER,
-        };
-        Self::create(program, index, attach_type(direction), flags)
+        // Before nothing named: before all.
+        Self::create(program, index, attach_type(direction), BPF_F_BEFORE)
     }
 
     /// Numbers of the TCX links of an interface; none before Linux 6.6.

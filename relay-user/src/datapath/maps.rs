@@ -7,13 +7,13 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf},
 };
 use aya_obj::Object;
 use memmap2::{MmapOptions, MmapRaw};
 use nix::libc;
 use relay_common::stream::{
-    Counter, Lease, OutLeg, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
+    Counter, DscpMap, Lease, OutLeg, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
 };
 
 use super::{DatapathError, load::OBJECT, names};
@@ -22,6 +22,7 @@ pub(super) const KEY: usize = size_of::<StreamKey>();
 pub(super) const VALUE: usize = size_of::<Stream>();
 pub(super) const OUT_LEG: usize = size_of::<OutLeg>();
 const COUNTER: usize = size_of::<Counter>();
+const DSCP_MAP: usize = size_of::<DscpMap>();
 
 /// The maps of a loaded object.
 pub(super) struct Maps {
@@ -31,6 +32,7 @@ pub(super) struct Maps {
     pub(super) state: StateMap,
     pub(super) lease: LeaseMap,
     pub(super) counters: PerCpuArray<MapData, [u8; COUNTER]>,
+    pub(super) dscp_map: Array<MapData, [u8; DSCP_MAP]>,
     /// Until its reader takes it.
     pub(super) events: Option<RingBuf<MapData>>,
 }
@@ -45,6 +47,7 @@ impl Maps {
             streams: take(ebpf, names::STREAMS)?,
             out_legs: take(ebpf, names::OUT_LEGS)?,
             counters: take(ebpf, names::COUNTERS)?,
+            dscp_map: take(ebpf, names::DSCP_MAP)?,
             events: Some(take(ebpf, names::EVENTS)?),
         })
     }

@@ -28,7 +28,7 @@ use self::{
     attachment::RelayAttachment,
     maps::{KEY, Maps, OUT_LEG, VALUE, removed},
     pins::{Directory, Earlier, Pins},
-    tc::{Order, TcAttachment, TcHook},
+    tc::{TcAttachment, TcHook},
 };
 pub use self::{
     error::DatapathError,
@@ -38,11 +38,14 @@ pub use self::{
     qdisc::{root_qdisc, shapes},
     tc::Direction,
 };
-use crate::next_hop::{Interface, LinkLayer};
+use crate::{
+    dscp::DscpMap,
+    next_hop::{Interface, LinkLayer},
+};
 
 /// Names of what the object defines; nothing else in userspace spells them.
 pub mod names {
-    use super::{Direction, Order, TcHook};
+    use super::{Direction, TcHook};
 
     /// XDP entry point.
     pub const XDP: &str = "relay_xdp";
@@ -52,7 +55,6 @@ pub mod names {
     pub(super) const RELAY: TcHook = TcHook {
         program: TC,
         direction: Direction::Ingress,
-        order: Order::First,
     };
     /// Observer of what leaves, at the TC egress.
     pub const OBSERVE: &str = "relay_observe";
@@ -60,7 +62,6 @@ pub mod names {
     pub(super) const OBSERVER: TcHook = TcHook {
         program: OBSERVE,
         direction: Direction::Egress,
-        order: Order::First,
     };
     /// Streams by local address.
     pub const STREAMS: &str = "STREAMS";
@@ -70,6 +71,8 @@ pub mod names {
     pub const STATE: &str = "STATE";
     /// Packets and bytes by reason.
     pub const COUNTERS: &str = "COUNTERS";
+    /// What the sender's mark is translated to.
+    pub const DSCP_MAP: &str = "DSCP_MAP";
     /// Until when anything is relayed.
     pub const LEASE: &str = "LEASE";
     /// Rare facts for the controller.
@@ -79,7 +82,7 @@ pub mod names {
     /// Load-time constant: 0 where packets begin with their IP header.
     pub const ETHERNET: &str = "ETHERNET";
     /// All maps that are pinned, by their own names.
-    pub const MAPS: [&str; 6] = [STREAMS, OUT_LEGS, STATE, COUNTERS, LEASE, EVENTS];
+    pub const MAPS: [&str; 7] = [STREAMS, OUT_LEGS, STATE, COUNTERS, DSCP_MAP, LEASE, EVENTS];
     /// Those that hold as many entries as there may be streams.
     pub const SIZED: [&str; 3] = [STREAMS, OUT_LEGS, STATE];
     /// Pin of the XDP program's link.
@@ -462,6 +465,19 @@ impl Datapath {
     /// Offloads a stream without proof. `epoch` as in [`Self::watch`].
     pub fn offload(&self, slot: u32, epoch: u32, payload_types: [PayloadType; PAYLOAD_TYPES]) {
         self.maps.state.offload(slot, epoch, payload_types);
+    }
+
+    /// Sets what the marks of streams with [`DSCP_MAP`](relay_common::stream::DSCP_MAP) are translated
+    /// to.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`].
+    pub fn set_dscp_map(&mut self, map: &DscpMap) -> Result<(), DatapathError> {
+        let set = self.maps.dscp_map.set(0, map.table(), 0);
+        set.map_err(|source| DatapathError::Map {
+            map: names::DSCP_MAP,
+            source: Box::new(source),
+        })
     }
 
     /// Until when anything is relayed: `CLOCK_MONOTONIC`, ns.

@@ -26,7 +26,6 @@ pub(crate) struct TcHook {
     /// Name of the program, of which an interface has one at most.
     pub(crate) program: &'static str,
     pub(crate) direction: Direction,
-    pub(crate) order: Order,
 }
 
 /// What passes a hook.
@@ -38,15 +37,6 @@ pub enum Direction {
     Egress,
 }
 
-/// Where a program stands among those of a hook.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Order {
-    /// Before all that are there.
-    First,
-    /// After all that are there.
-    Last,
-}
-
 /// A program that is attached.
 pub(crate) enum TcAttachment {
     /// By TCX.
@@ -56,7 +46,7 @@ pub(crate) enum TcAttachment {
 }
 
 impl TcAttachment {
-    /// Attaches a program, besides any that is there.
+    /// Attaches a program before any that is there.
     pub(crate) fn attach(
         hook: TcHook,
         program: &mut SchedClassifier,
@@ -64,7 +54,7 @@ impl TcAttachment {
         index: u32,
     ) -> io::Result<Self> {
         let descriptor = descriptor(program)?.as_fd();
-        match Link::tcx(descriptor, index, hook.direction, hook.order) {
+        match Link::tcx(descriptor, index, hook.direction) {
             // Before Linux 6.6, a link could not have a program of this type.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 Filter::attach(hook, program, interface, index).map(Self::Filter)
@@ -119,14 +109,8 @@ impl Filter {
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
             outcome => outcome.map_err(io::Error::other)?,
         }
-        let options = TcAttachOptions::Netlink(NlOptions {
-            priority: match hook.order {
-                // The kernel puts a filter without a priority before all that are there.
-                Order::First => 0,
-                Order::Last => u16::MAX,
-            },
-            ..NlOptions::default()
-        });
+        // The kernel puts a filter without a priority before all that are there.
+        let options = TcAttachOptions::Netlink(NlOptions::default());
         let attach = |program: &mut SchedClassifier| {
             let attach_type = hook.direction.attach_type();
             let id = program.attach_with_options(interface, attach_type, options)?;

@@ -157,7 +157,7 @@ fn status_report() -> StatusReport {
         ifindex: 2,
         mode: AttachMode::Generic,
         mode_reason: "asked for".into(),
-        dscp: crate::config::Dscp::Set(46),
+        dscp: crate::dscp::Dscp::Set(46),
         priority: None,
         proof: 8,
         pins: "/sys/fs/bpf/relay/v3/eth0".into(),
