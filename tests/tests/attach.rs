@@ -28,6 +28,7 @@ use relay_tests::{
     relay::{Followed, Relay, binary},
     topology::{Direct, PBX_V4},
 };
+use relay_user::datapath;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -936,7 +937,7 @@ impl Calls {
             }
         }
         let kernel = Kernel::of(&net.pbx);
-        assert!(!kernel.is_gone() && kernel.maps.len() == 6);
+        assert!(!kernel.is_gone() && kernel.maps.len() == datapath::names::MAPS.len());
         assert_eq!(kernel.programs.len(), 2);
         Self {
             net,
@@ -1095,7 +1096,7 @@ fn an_upgrade_in_mid_call_loses_no_packet_and_leaves_none_to_the_pbx() {
             assert_eq!(pair["state"], "offloaded", "{pair:#}");
             // What moves on.
             for stream in pair["streams"].as_array_mut().expect("streams") {
-                for moving in ["packets", "bytes", "silent_ms"] {
+                for moving in ["packets", "bytes", "marks", "silent_ms"] {
                     stream.as_object_mut().expect("a stream").remove(moving);
                 }
             }

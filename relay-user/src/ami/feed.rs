@@ -94,14 +94,15 @@ async fn drive<S, C, F>(
         if !ends.tell_lost(&lost).await {
             return;
         }
-        // At once after a session that held. One that is closed right after each login must not be
-        // opened over and over: only a session that held shows that the trouble is over.
+        // At once after a session that outlasted the wait before it, and from the shortest wait on:
+        // that trouble was over, and a PBX that restarts now is not to be waited for as long. One
+        // that is closed right after each login must not be opened over and over.
         let mut next = since + jittered(wait);
-        if since.elapsed() >= MAX_WAIT {
-            wait = FIRST_WAIT;
-        } else if since.elapsed() < wait {
-            wait = (wait * 2).min(MAX_WAIT);
-        }
+        wait = if since.elapsed() >= wait {
+            FIRST_WAIT
+        } else {
+            (wait * 2).min(MAX_WAIT)
+        };
         session = loop {
             tokio::select! {
                 () = sleep_until(next) => {}
@@ -420,6 +421,31 @@ mod tests {
             while !feed.next().await.starts_with("down ") {}
         }
         assert!(start.elapsed() >= 5 * MAX_WAIT, "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_session_that_held_an_earlier_trouble_delays_nothing() {
+        let (mut feed, mut server) = feed(16).await;
+        let pbx = one_call();
+        // The wait has grown to 8 s by then.
+        for _ in 0..4 {
+            drop(server);
+            server = feed.servers.recv().await.expect("another attempt");
+            server.accept().await;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(9)) => {}
+            () = server.serve(&pbx) => unreachable!("the feed goes on"),
+            () = async { loop { feed.next().await; } } => unreachable!("the feed goes on"),
+        }
+        drop(server);
+        let start = Instant::now();
+        while !feed.next().await.starts_with("down ") {}
+        for _ in 0..3 {
+            drop(feed.servers.recv().await.expect("another attempt"));
+            while !feed.next().await.starts_with("down ") {}
+        }
+        assert!(start.elapsed() <= 3 * FIRST_WAIT, "{:?}", start.elapsed());
     }
 
     #[tokio::test(start_paused = true)]
