@@ -195,8 +195,8 @@ fn what_cannot_be_attached_is_refused_whole() {
             "lo",
             &["--mode", "native"],
             &[
-                "lo has no Ethernet addresses",
-                "attach to the Ethernet interface",
+                "lo is neither Ethernet nor a plain IP link",
+                "attach to the interface",
             ],
         ),
         (
@@ -207,8 +207,14 @@ fn what_cannot_be_attached_is_refused_whole() {
         (
             "eth0",
             &["--mode", "fast"],
-            &["fast", "auto, native, generic"],
+            &["fast", "auto, native, generic, tc"],
         ),
+        (
+            "eth0",
+            &["--mode", "generic", "--priority", "1:10"],
+            &["the priority 1:10", "use --mode tc, or auto"],
+        ),
+        ("eth0", &["--priority", "16"], &["16", "such as 1:10"]),
         ("eth0", &["--dscp", "64"], &["64", "0 to 63"]),
         ("eth0", &["--max-streams", "1"], &["from 2 to 1048576"]),
         (
