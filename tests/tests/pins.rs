@@ -680,34 +680,43 @@ fn an_interface_that_is_another_by_now_gets_a_new_instance() {
 }
 
 #[test]
-fn the_observer_comes_before_other_programs_of_the_egress() {
+fn relay_and_observer_come_before_other_programs_of_traffic_control() {
     let site = Site::new();
     let index = site.index();
+    let xdp = site.net.pbx_interface.pass_program().expect("program");
     site.host().run(|| {
         let mut ebpf = datapath::load(GENERIC, LinkLayer::Ethernet, 2).expect("loaded");
-        let program = datapath::load_tc(&mut ebpf).expect("loaded");
+        let program = datapath::load_observer(&mut ebpf).expect("loaded");
         // For kernels without TCX.
         tc::qdisc_add_clsact("eth0").expect("clsact");
-        let link = program
-            .attach("eth0", TcAttachType::Egress)
-            .expect("attached");
-        // It stays as long as the machine does.
-        mem::forget(program.take_link(link).expect("link"));
+        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let link = program.attach("eth0", side).expect("attached");
+            // It stays as long as the machine does.
+            mem::forget(program.take_link(link).expect("link"));
+        }
     });
-    let theirs = site.observers();
-    let datapath = site.fresh(GENERIC, MAX_STREAMS);
-    let [ours, rest @ ..] = &site.observers()[..] else {
-        panic!("nothing attached");
+    let sides = || {
+        let ingress = site.traffic_control(TcAttachType::Ingress, "ingress");
+        [ingress, site.observers()]
     };
-    assert!(rest == theirs && !theirs.contains(ours), "{ours} {rest:?}");
+    let theirs = sides();
+    let datapath = site.fresh(AttachMode::Tc, MAX_STREAMS);
+    for (attached, theirs) in sides().iter().zip(&theirs) {
+        let [ours, rest @ ..] = &attached[..] else {
+            panic!("nothing attached");
+        };
+        assert!(rest == theirs && !theirs.contains(ours), "{ours} {rest:?}");
+    }
     assert_eq!(
         site.host()
             .run(|| datapath::attached_mode("eth0", index))
             .expect("mode"),
-        Some(GENERIC)
+        Some(AttachMode::Tc)
     );
     site.drop(datapath);
-    assert_eq!(site.observers(), theirs, "only ours goes");
+    assert_eq!(sides(), theirs, "only ours goes");
+    assert!(site.xdp().is_some(), "another XDP program is no obstacle");
+    drop(xdp);
 }
 
 #[test]
