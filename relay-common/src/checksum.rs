@@ -101,6 +101,19 @@ pub struct UdpChange {
     pub datagram: Sum,
 }
 
+/// How a new traffic class changes an IP header.
+#[derive(Clone, Copy, Debug)]
+pub struct ClassChange {
+    /// Offset of the IP header, bytes.
+    pub ip: usize,
+    /// Whether the header has a checksum: IPv4.
+    pub has_checksum: bool,
+    /// The header's first 16 bits, which hold the traffic class.
+    pub old: u16,
+    /// What replaces them.
+    pub new: u16,
+}
+
 /// The new UDP checksum field for a hook that sees the bytes only, given the old one (`!= 0`).
 ///
 /// A field that equals the pseudo-header's sum is most probably an unfinished checksum, which no

@@ -6,7 +6,9 @@
 #![no_std]
 #![forbid(unsafe_op_in_unsafe_fn)]
 
+mod abi;
 pub mod checksum;
+pub mod classify;
 mod digest;
 pub mod packet;
 mod parse;

@@ -3,10 +3,10 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    checksum::{self, PartialChecksum, Sum, UdpChange},
+    checksum::{self, ClassChange, PartialChecksum, Sum, UdpChange},
     reason::Reason,
     stream::{Event, OutLeg, State, Stream, StreamKey},
-    wire::{Be16, Tag, Udp},
+    wire::{Be16, Ipv4, Tag, Udp},
 };
 
 /// A header that can be viewed in place: any bytes are valid, none is padding.
@@ -44,6 +44,30 @@ pub trait Packet {
     /// # Errors
     /// [`Reason::Truncated`] when the frame ends before the header does.
     fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason>;
+
+    /// A copy of the header at `at` bytes, also where [`Packet::header`] cannot view it in place.
+    ///
+    /// # Errors
+    /// As [`Packet::header`].
+    #[inline(always)]
+    fn read<H: Header>(&mut self, at: usize) -> Result<H, Reason> {
+        self.header(at).copied()
+    }
+
+    /// Replaces the traffic class of an IP header, and the header's checksum with it.
+    ///
+    /// # Errors
+    /// A [`Reason`] why the packet is as it was.
+    #[inline(always)]
+    fn change_traffic_class(&mut self, change: &ClassChange) -> Result<(), Reason> {
+        if change.has_checksum {
+            let header = self.header::<Ipv4>(change.ip)?;
+            let sum = Sum::ZERO.change(change.old, change.new);
+            header.checksum = Be16::new(sum.applied_to(header.checksum.get()));
+        }
+        *self.header::<Be16>(change.ip)? = Be16::new(change.new);
+        Ok(())
+    }
 
     /// What becomes of an unfinished checksum after this hook.
     fn partial_checksum(&self) -> PartialChecksum;

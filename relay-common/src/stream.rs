@@ -9,9 +9,8 @@ use core::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
-
 use crate::{
+    abi::abi,
     checksum::Sum,
     wire::{Be16, Mac, Rtp, protocol},
 };
@@ -29,18 +28,6 @@ pub const NOTES: usize = 8;
 /// Values of DSCP that a stream's packets are counted by: a phone has one or two, for RTP before and
 /// after an answer, and a network that changes them makes it twice as many.
 pub const MARKS: usize = 4;
-
-/// Derives what every ABI type needs.
-macro_rules! abi {
-    ($(#[$doc:meta])* pub struct $name:ident($size:literal, align $align:literal) { $($(#[$field_doc:meta])* $visibility:vis $field:ident: $type:ty,)* }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-        #[repr(C, align($align))]
-        pub struct $name { $($(#[$field_doc])* $visibility $field: $type,)* }
-
-        const _: () = assert!(size_of::<$name>() == $size && align_of::<$name>() == $align);
-    };
-}
 
 abi! {
     /// An IP address of either family; IPv4 as `::ffff:a.b.c.d` (RFC 4291 section 2.5.5.2).

@@ -122,6 +122,25 @@ headers! {
         /// Checksum; 0 is none, on IPv4 only.
         checksum: Be16,
     }
+    /// TCP without options (RFC 9293 section 3.1).
+    Tcp = 20 {
+        /// Source port.
+        source: Be16,
+        /// Destination port.
+        destination: Be16,
+        /// Sequence number.
+        sequence: [Be16; 2],
+        /// Acknowledgement number.
+        acknowledgement: [Be16; 2],
+        /// Header length in words (4 bits), reserved (4), control bits (8).
+        offset_flags: Be16,
+        /// Receive window.
+        window: Be16,
+        /// Checksum.
+        checksum: Be16,
+        /// Urgent pointer.
+        urgent: Be16,
+    }
     /// RTP's fixed header (RFC 3550 section 5.1).
     Rtp = 12 {
         /// Version (2 bits), padding (1), extension (1), CSRC count (4).
@@ -181,6 +200,8 @@ pub struct Tag {
 pub mod ethertype {
     /// IPv4.
     pub const IPV4: u16 = 0x0800;
+    /// ARP.
+    pub const ARP: u16 = 0x0806;
     /// IPv6.
     pub const IPV6: u16 = 0x86dd;
     /// 802.1Q customer tag.
@@ -193,6 +214,10 @@ pub mod ethertype {
 pub mod protocol {
     /// IPv6 hop-by-hop options.
     pub const HOP_BY_HOP: u8 = 0;
+    /// ICMP.
+    pub const ICMP: u8 = 1;
+    /// TCP.
+    pub const TCP: u8 = 6;
     /// UDP.
     pub const UDP: u8 = 17;
     /// IPv6 routing header.
@@ -201,6 +226,8 @@ pub mod protocol {
     pub const FRAGMENT: u8 = 44;
     /// Authentication header.
     pub const AUTHENTICATION: u8 = 51;
+    /// ICMPv6.
+    pub const ICMP_V6: u8 = 58;
     /// IPv6 destination options.
     pub const DESTINATION: u8 = 60;
 }

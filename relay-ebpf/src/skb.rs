@@ -1,15 +1,18 @@
 //! Packets in traffic control, whose programs share this way to reach them.
 
+use core::ptr;
+
 use aya_ebpf::{
     Global,
-    helpers::{bpf_csum_update, bpf_skb_vlan_pop, bpf_skb_vlan_push},
+    bindings::BPF_F_RECOMPUTE_CSUM,
+    helpers::{bpf_csum_update, bpf_skb_load_bytes, bpf_skb_vlan_pop, bpf_skb_vlan_push},
     programs::TcContext,
 };
 use relay_common::{
-    checksum::{PartialChecksum, Sum, UdpChange},
+    checksum::{ClassChange, PartialChecksum, Sum, UdpChange},
     packet::{Header, Packet},
     reason::Reason,
-    wire::Tag,
+    wire::{Be16, Tag},
 };
 
 /// 0 where packets have no Ethernet header, but begin with that of IP: on tun and PPP.
@@ -82,6 +85,46 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason> {
         header_at(self.0.data(), self.0.data_end(), at)
+    }
+
+    /// Without a pull, which would copy the headers of every packet that TCP may send again.
+    #[inline(always)]
+    fn read<H: Header>(&mut self, at: usize) -> Result<H, Reason> {
+        if let Ok(header) = self.header::<H>(at) {
+            return Ok(*header);
+        }
+        let mut header = H::new_zeroed();
+        let to = ptr::from_mut(&mut header).cast();
+        // SAFETY: the helper writes `size_of::<H>()` bytes, of which any are a valid `H`, or fails.
+        match unsafe {
+            bpf_skb_load_bytes(self.0.skb.skb.cast(), at as u32, to, size_of::<H>() as u32)
+        } {
+            0 => Ok(header),
+            _ => Err(Reason::Truncated),
+        }
+    }
+
+    /// By helpers, which copy a shared header before they write, and keep a sum over the packet right.
+    #[inline(always)]
+    fn change_traffic_class(&mut self, change: &ClassChange) -> Result<(), Reason> {
+        const CHECKSUM: usize = 10;
+        let new = Be16::new(change.new);
+        // Checksum and class make up for each other in a sum over the packet; IPv6 has no checksum.
+        let recompute = if change.has_checksum {
+            let raw = |word: u16| u64::from(word.to_be());
+            let at = change.ip + CHECKSUM;
+            let changed = self
+                .0
+                .l3_csum_replace(at, raw(change.old), raw(change.new), 2);
+            changed.map_err(|_| Reason::Truncated)?;
+            0
+        } else {
+            u64::from(BPF_F_RECOMPUTE_CSUM)
+        };
+        // It cannot fail where the checksum, which stands behind it, was written.
+        self.0
+            .store(change.ip, &new, recompute)
+            .map_err(|_| Reason::Truncated)
     }
 
     #[inline(always)]

@@ -1,5 +1,7 @@
 //! The command line: what is typed, what it means, and how it ends.
 
+mod qos;
+
 use std::{
     env,
     ffi::OsString,
@@ -48,7 +50,7 @@ relay-user ends or fails, calls go on as they did without it.
 
 `relay-user attach IFACE` is the daemon: it runs in the foreground, learns from Asterisk's manager \
 interface (AMI) which calls can be relayed, and serves a control socket. All other commands talk to \
-that daemon.";
+that daemon, but `relay-user qos`, which needs none: it gives calls their share of a slow line.";
 
 const AFTER_LONG_HELP: &str = "\
 WORDS
@@ -70,9 +72,12 @@ EXAMPLES
     relay-user events
   Relay a call by hand:
     relay-user add 192.0.2.1:10000=192.0.2.11:30000 192.0.2.1:10002=192.0.2.12:30002
+  Keep calls clear on an uplink of 2 Mbit/s:
+    relay-user qos apply eth0 --uplink 2mbit
 
 FILES
   /run/relay-user/IFACE.sock  control socket of the daemon on IFACE, for root only
+  /run/relay/qos/IFACE.json   what `qos clear` puts back
 
 ENVIRONMENT
   RELAY_AMI_SECRET  the AMI secret, where no --ami-secret-file is given
@@ -102,6 +107,7 @@ enum Task {
         request: Request,
     },
     Follow(Events),
+    Qos(qos::Qos),
 }
 
 /// What the daemon is asked.
@@ -141,6 +147,7 @@ enum Verb {
     Status(Status),
     Events(Events),
     Detach(Detach),
+    Qos(qos::Qos),
 }
 
 /// Attach the relay to an interface and run as its daemon
@@ -453,6 +460,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Verb::Flush(Flush { target, form }) => ask(target, form, Request::Flush),
         Verb::Status(Status { target, form }) => ask(target, form, Request::Status),
         Verb::Events(events) => Task::Follow(events),
+        Verb::Qos(qos) => Task::Qos(qos),
     };
     Ok(Invocation(task))
 }
@@ -487,6 +495,7 @@ pub fn run(invocation: Invocation) -> ExitCode {
         Task::Attach(arguments) => attach(arguments).map(|()| String::new()),
         Task::Detach(arguments) => detach(arguments),
         Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
+        Task::Qos(arguments) => qos::run(&arguments),
         Task::Ask {
             target,
             form,

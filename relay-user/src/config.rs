@@ -2,8 +2,6 @@
 //! whole. Flags win over the environment, and the environment over the file.
 
 use std::{
-    fmt, fs,
-    io::{self, Read as _},
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -13,6 +11,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::{
     control::socket,
+    document::{self, Document, DocumentError, Entry, Position, printable},
     dscp::{Dscp, DscpError, DscpMap, EF},
     priority::{Priority, PriorityError},
     secret::{Secret, SecretError, SecretFileError},
@@ -39,8 +38,6 @@ pub const SILENCE: Duration = Duration::from_secs(10);
 pub const EXPIRE: Duration = Duration::from_secs(60);
 /// The longest of these times: a day.
 const LONGEST_TIME: Duration = Duration::from_secs(86_400);
-/// Longest configuration file read, in bytes. All keys together need a hundredth.
-const LONGEST_FILE: u64 = 65_536;
 
 /// Everything `relay-user attach` needs to know, complete and in range.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,64 +141,12 @@ pub enum SettingError {
     Interface(String),
 }
 
-/// Where in a configuration file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Position {
-    /// The file.
-    pub path: PathBuf,
-    /// Line, from 1.
-    pub line: usize,
-    /// Character in the line, from 1.
-    pub column: usize,
-}
-
 /// Why the settings were refused. No text holds a secret.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be opened or read.
-    #[error("cannot read the configuration file {}: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// Longer than any configuration.
-    #[error("{} is longer than {LONGEST_FILE} bytes: this is not a configuration file of relay-user", .0.display())]
-    TooLong(PathBuf),
-    /// Not UTF-8.
-    #[error("{} is not UTF-8 text: this is not a configuration file of relay-user", .0.display())]
-    NotText(PathBuf),
-    /// Not TOML.
-    #[error("{at}: {message}")]
-    Syntax {
-        /// Where the parser stopped.
-        at: Position,
-        /// What it said.
-        message: String,
-    },
-    /// A key this program does not know.
-    #[error("{at}: unknown key `{key}`: did you mean `{nearest}`?")]
-    UnknownKey {
-        /// Where the key is.
-        at: Position,
-        /// The key, with its table.
-        key: String,
-        /// The known key that looks most like it, with its table.
-        nearest: &'static str,
-    },
-    /// A value of another type.
-    #[error("{at}: `{key}` is {found}: write {wanted}")]
-    Type {
-        /// Where the value is.
-        at: Position,
-        /// The key, with its table.
-        key: &'static str,
-        /// What stands there.
-        found: &'static str,
-        /// What should.
-        wanted: &'static str,
-    },
+    /// The file cannot be read, or is not of this form.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
     /// A value out of its range.
     #[error("{at}: `{key}`: {source}")]
     Value {
@@ -410,34 +355,19 @@ fn merge(
 /// # Errors
 /// Every [`ConfigError`] that is about the file.
 fn read(path: &Path) -> Result<Settings, ConfigError> {
-    let failed = |source| ConfigError::Read {
-        path: path.to_owned(),
-        source,
-    };
-    let mut bytes = Vec::new();
-    fs::File::open(path)
-        .map_err(failed)?
-        .take(LONGEST_FILE + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
-    if bytes.len() as u64 > LONGEST_FILE {
-        return Err(ConfigError::TooLong(path.to_owned()));
+    let text = document::read(path, FILE)?;
+    document(path, &text).settings()
+}
+
+/// What these files are called.
+const FILE: &str = "configuration file";
+
+fn document<'a>(path: &'a Path, text: &'a str) -> Document<'a> {
+    Document {
+        path,
+        text,
+        keys: &KEYS,
     }
-    let text = String::from_utf8(bytes).map_err(|_| ConfigError::NotText(path.to_owned()))?;
-    Document { path, text: &text }.settings()
-}
-
-/// A configuration file's text, and where it came from.
-struct Document<'a> {
-    path: &'a Path,
-    text: &'a str,
-}
-
-/// A value, its full key, and its first byte in the document.
-struct Entry<'a> {
-    key: &'static str,
-    value: &'a DeValue<'a>,
-    start: usize,
 }
 
 /// Every key there is, with its table. What a misspelt key is compared with.
@@ -461,11 +391,7 @@ const KEYS: [&str; 15] = [
 
 impl Document<'_> {
     fn settings(&self) -> Result<Settings, ConfigError> {
-        let document = DeTable::parse(self.text).map_err(|error| ConfigError::Syntax {
-            at: self.position(error.span().map_or(0, |span| span.start)),
-            // Not its `Display`, which quotes the line: it could be a misplaced secret.
-            message: error.message().to_owned(),
-        })?;
+        let document = self.parsed()?;
         let mut settings = Settings::default();
         for entry in self.entries(document.get_ref(), "")? {
             match entry.key {
@@ -483,7 +409,7 @@ impl Document<'_> {
                 "socket" => settings.socket = Some(self.file_path(&entry)?),
                 _ => {
                     let DeValue::Table(ami) = entry.value else {
-                        return Err(self.wrong_type(&entry, "a table: [ami]"));
+                        return Err(self.wrong_type(&entry, "a table: [ami]").into());
                     };
                     self.ami(ami, &mut settings)?;
                 }
@@ -502,42 +428,6 @@ impl Document<'_> {
             }
         }
         Ok(())
-    }
-
-    /// The entries of a table, all of known keys. `table` is the prefix of its keys.
-    fn entries<'t>(
-        &self,
-        content: &'t DeTable<'t>,
-        table: &str,
-    ) -> Result<Vec<Entry<'t>>, ConfigError> {
-        content
-            .iter()
-            .map(|(name, value)| {
-                let key = format!("{table}{}", name.get_ref());
-                match KEYS
-                    .iter()
-                    .find(|known| **known == key && !name.get_ref().contains('.'))
-                {
-                    Some(known) => Ok(Entry {
-                        key: known,
-                        value: value.get_ref(),
-                        start: value.span().start,
-                    }),
-                    None => Err(ConfigError::UnknownKey {
-                        at: self.position(name.span().start),
-                        nearest: nearest(&key),
-                        key: printable(&key),
-                    }),
-                }
-            })
-            .collect()
-    }
-
-    fn text<'t>(&self, entry: &'t Entry<'_>) -> Result<&'t str, ConfigError> {
-        entry
-            .value
-            .as_str()
-            .ok_or_else(|| self.wrong_type(entry, "a string in quotes"))
     }
 
     fn checked<T>(
@@ -598,7 +488,9 @@ impl Document<'_> {
             DeValue::Integer(number) => {
                 check(&number.to_string()).map_err(|source| self.wrong_value(entry, source))
             }
-            _ => Err(self.wrong_type(entry, "a whole number without quotes")),
+            _ => Err(self
+                .wrong_type(entry, "a whole number without quotes")
+                .into()),
         }
     }
 
@@ -610,16 +502,13 @@ impl Document<'_> {
         let text = match entry.value {
             DeValue::Integer(number) => number.to_string(),
             DeValue::Float(number) => number.to_string(),
-            _ => return Err(self.wrong_type(entry, "a number of seconds without quotes")),
+            _ => {
+                return Err(self
+                    .wrong_type(entry, "a number of seconds without quotes")
+                    .into());
+            }
         };
         check(&text).map_err(|source| self.wrong_value(entry, source))
-    }
-
-    fn flag(&self, entry: &Entry<'_>) -> Result<bool, ConfigError> {
-        match entry.value {
-            DeValue::Boolean(flag) => Ok(*flag),
-            _ => Err(self.wrong_type(entry, "true or false, without quotes")),
-        }
     }
 
     fn file_path(&self, entry: &Entry<'_>) -> Result<PathBuf, ConfigError> {
@@ -627,39 +516,11 @@ impl Document<'_> {
         Ok(folder.join(self.checked(entry, path)?))
     }
 
-    fn wrong_type(&self, entry: &Entry<'_>, wanted: &'static str) -> ConfigError {
-        let found = match entry.value {
-            DeValue::String(_) => "a string",
-            DeValue::Integer(_) => "a whole number",
-            DeValue::Float(_) => "a number with a fraction",
-            DeValue::Boolean(_) => "true or false",
-            DeValue::Datetime(_) => "a date or a time",
-            DeValue::Array(_) => "a list",
-            DeValue::Table(_) => "a table",
-        };
-        ConfigError::Type {
-            at: self.position(entry.start),
-            key: entry.key,
-            found,
-            wanted,
-        }
-    }
-
     fn wrong_value(&self, entry: &Entry<'_>, source: SettingError) -> ConfigError {
         ConfigError::Value {
             at: self.position(entry.start),
             key: entry.key,
             source,
-        }
-    }
-
-    fn position(&self, offset: usize) -> Position {
-        let before = self.text.get(..offset).unwrap_or(self.text);
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        Position {
-            path: self.path.to_owned(),
-            line: before.matches('\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
         }
     }
 }
@@ -671,23 +532,6 @@ fn code_text(value: &DeValue<'_>) -> Option<String> {
         DeValue::String(text) => Some(text.to_string()),
         _ => None,
     }
-}
-
-/// The known key most like `key`. The last part weighs too, for a key in the wrong table.
-fn nearest(key: &str) -> &'static str {
-    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().replace('_', "-");
-    let likeness = |known: &str| {
-        strsim::jaro_winkler(key, known).max(strsim::jaro_winkler(&last(key), &last(known)))
-    };
-    KEYS.into_iter()
-        .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
-        .unwrap_or(KEYS[0])
-}
-
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
 }
 
 /// Reads a size of the stream table.
@@ -815,24 +659,14 @@ impl FromStr for Mode {
     }
 }
 
-impl fmt::Display for Position {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}:{}", self.path.display(), self.line, self.column)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::{fs, os::unix::fs::PermissionsExt as _};
 
     use super::*;
 
     fn parsed(text: &str) -> Result<Settings, ConfigError> {
-        Document {
-            path: Path::new("/etc/relay-user.toml"),
-            text,
-        }
-        .settings()
+        document(Path::new("/etc/relay-user.toml"), text).settings()
     }
 
     fn secret(text: &str) -> Secret {

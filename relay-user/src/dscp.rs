@@ -5,6 +5,8 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::document::printable;
+
 /// How many there are: six bits.
 const CODES: usize = 64;
 
@@ -107,12 +109,6 @@ pub fn name(code: u8) -> String {
         Some((name, _)) => (*name).to_owned(),
         None => code.to_string(),
     }
-}
-
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
 }
 
 impl DscpMap {

@@ -1,5 +1,7 @@
 //! What the commands print for people. Programs take `--json`.
 
+pub mod qos;
+
 use std::{
     borrow::Cow,
     fmt::Write as _,

@@ -83,6 +83,51 @@ pub fn test_run(
     repeat: u32,
     flags: u32,
 ) -> io::Result<Run> {
+    run(program, frame, after, repeat, flags, &mut [])
+}
+
+/// What a TC program is told of a packet besides its bytes, and may change (`struct __sk_buff` in
+/// include/uapi/linux/bpf.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SkBuff {
+    before: [u32; 8],
+    /// `skb->priority`
+    pub priority: u32,
+    between: [u32; 31],
+    /// Bytes on the wire; 0 for those of the frame.
+    pub wire_len: u32,
+    /// Packets that it stands for.
+    pub gso_segs: u32,
+    socket: u64,
+    /// Payload of each of them, bytes.
+    pub gso_size: u32,
+    /// The kernel refuses a structure that is shorter than its own.
+    after: [u32; 19],
+}
+
+/// As [`test_run`], for a TC program and what is known of the packet besides its bytes.
+///
+/// # Errors
+/// As [`test_run`].
+pub fn test_run_skb(
+    program: BorrowedFd<'_>,
+    frame: &[u8],
+    after: &mut [u8],
+    repeat: u32,
+    skb: &mut SkBuff,
+) -> io::Result<Run> {
+    run(program, frame, after, repeat, 0, std::slice::from_mut(skb))
+}
+
+fn run(
+    program: BorrowedFd<'_>,
+    frame: &[u8],
+    after: &mut [u8],
+    repeat: u32,
+    flags: u32,
+    context: &mut [SkBuff],
+) -> io::Result<Run> {
     /// `struct { … } test` of `union bpf_attr`.
     #[repr(C)]
     struct TestRun {
@@ -112,6 +157,12 @@ pub fn test_run(
     run.input = frame.as_ptr().addr() as u64;
     run.output = after.as_mut_ptr().addr() as u64;
     run.repeat = repeat;
+    if !context.is_empty() {
+        run.context_input_size = mem::size_of_val(context) as u32;
+        run.context_output_size = run.context_input_size;
+        run.context_input = context.as_ptr().addr() as u64;
+        run.context_output = context.as_mut_ptr().addr() as u64;
+    }
     run.flags = flags;
     bpf(BPF_PROG_TEST_RUN, &mut run)?;
     Ok(Run {

@@ -17,19 +17,23 @@ use std::{
 
 use aya::maps::MapInfo;
 use aya_obj::generated::{
-    BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd, bpf_link_type,
+    BPF_F_AFTER, BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd,
+    bpf_link_type,
 };
 use nix::libc;
 
-use super::{names, tc::Direction};
+use super::{
+    names,
+    tc::{Direction, Order},
+};
 
 /// A program at a hook of an interface, for as long as someone holds or has pinned the link.
-pub(super) struct Link(OwnedFd);
+pub(crate) struct Link(OwnedFd);
 
 /// Where a link's program sits, in the order in which programs are detached: nothing may be relayed
 /// unobserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Hook {
+pub(crate) enum Hook {
     /// XDP, in whatever mode.
     Xdp,
     /// TCX, before the stack.
@@ -40,15 +44,15 @@ pub(super) enum Hook {
 
 /// What the kernel says of a link.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct LinkInfo {
+pub(crate) struct LinkInfo {
     /// Number of the link.
-    pub(super) id: u32,
+    pub(crate) id: u32,
     /// Number of its program.
-    pub(super) program: u32,
+    pub(crate) program: u32,
     /// Where it sits; none of ours otherwise.
-    pub(super) hook: Option<Hook>,
+    pub(crate) hook: Option<Hook>,
     /// Index of its interface; 0 once that is gone.
-    pub(super) interface: u32,
+    pub(crate) interface: u32,
 }
 
 impl Link {
@@ -62,14 +66,19 @@ impl Link {
         Self::create(program, index, bpf_attach_type::BPF_XDP, flags)
     }
 
-    /// Attaches a program to traffic control, before all others that are there.
-    pub(super) fn tcx(
+    /// Attaches a program to traffic control.
+    pub(crate) fn tcx(
         program: BorrowedFd<'_>,
         index: u32,
         direction: Direction,
+        order: Order,
     ) -> io::Result<Self> {
-        // Before nothing named: before all.
-        Self::create(program, index, attach_type(direction), BPF_F_BEFORE)
+        // Before or after nothing named: before or after all.
+        let flags = match order {
+            Order::First => BPF_F_BEFORE,
+            Order::Last => BPF_F_AFTER,
+        };
+        Self::create(program, index, attach_type(direction), flags)
     }
 
     /// Numbers of the TCX links of an interface; none before Linux 6.6.
@@ -143,7 +152,7 @@ impl Link {
     }
 
     /// Replaces the program: a packet sees the old one or the new one. All pins stay the link's.
-    pub(super) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+    pub(crate) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
         /// `struct { … } link_update` of `union bpf_attr`.
         #[repr(C)]
         struct Update {
@@ -163,7 +172,7 @@ impl Link {
 
     /// Detaches the program at once, whoever has pinned the link: the kernel releases a removed pin
     /// only a while later (`bpf_free_inode()` in kernel/bpf/inode.c runs after a grace period).
-    pub(super) fn detach(&self) -> io::Result<()> {
+    pub(crate) fn detach(&self) -> io::Result<()> {
         /// `struct { … } link_detach` of `union bpf_attr`.
         #[repr(C)]
         struct Detach {
@@ -176,7 +185,7 @@ impl Link {
     }
 
     /// Gives it a name in the BPF file system, besides those it has.
-    pub(super) fn pin(&self, path: &Path) -> io::Result<()> {
+    pub(crate) fn pin(&self, path: &Path) -> io::Result<()> {
         let name = name_of(path)?;
         let mut pin = PinnedObject {
             path: name.as_ptr().addr() as u64,
@@ -186,7 +195,7 @@ impl Link {
         bpf(bpf_cmd::BPF_OBJ_PIN, &mut pin).map(drop)
     }
 
-    pub(super) fn info(&self) -> io::Result<LinkInfo> {
+    pub(crate) fn info(&self) -> io::Result<LinkInfo> {
         /// `struct bpf_link_info`, as far as it matters; the kernel fills in as much as is asked for.
         #[repr(C)]
         #[derive(Default)]
@@ -240,7 +249,7 @@ const fn attach_type(direction: Direction) -> bpf_attach_type {
 }
 
 /// What stands behind a name in the BPF file system.
-pub(super) enum Pinned {
+pub(crate) enum Pinned {
     /// A map.
     Map(MapInfo),
     /// A program, by its name in the kernel.
@@ -251,7 +260,7 @@ pub(super) enum Pinned {
 
 impl Pinned {
     /// Opens a pin.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let name = name_of(path)?;
         let mut get = PinnedObject {
             path: name.as_ptr().addr() as u64,
@@ -284,7 +293,7 @@ impl Pinned {
     /// Whether the relay, in any version, has pinned this as `name`. Maps have their own names there,
     /// programs begin with `relay_`; a link's program cannot be seen without CAP_SYS_ADMIN, so the
     /// name of the pin decides.
-    pub(super) fn is_ours(&self, name: &str) -> bool {
+    pub(crate) fn is_ours(&self, name: &str) -> bool {
         match self {
             Self::Map(info) => info.name_as_str() == Some(name),
             Self::Program(program) => program.starts_with(names::PROGRAM_PREFIX),

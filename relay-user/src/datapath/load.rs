@@ -44,10 +44,19 @@ pub(super) fn load_onto(
             loader.map_pin_path(name, pins.join(name));
         }
     }
-    loader.load(OBJECT).map_err(|error| match error {
+    create(&mut loader, OBJECT, "lower `--max-streams`")
+}
+
+/// Loads an object with its maps. `memory` is the remedy where there is too little.
+pub(crate) fn create(
+    loader: &mut EbpfLoader<'_>,
+    object: &[u8],
+    memory: &'static str,
+) -> Result<Ebpf, DatapathError> {
+    loader.load(object).map_err(|error| match error {
         EbpfError::MapError(MapError::CreateError { io_error, .. }) => {
             let remedy = match io_error.raw_os_error() {
-                Some(libc::ENOMEM) => "lower `--max-streams`",
+                Some(libc::ENOMEM) => memory,
                 Some(libc::EPERM) => "CAP_BPF is needed",
                 _ => "Linux 5.15 or newer is needed",
             };
@@ -77,9 +86,7 @@ pub fn load_xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
 /// # Errors
 /// As [`load_xdp`].
 pub fn load_tc(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
-    let program: &mut SchedClassifier = program(ebpf, names::TC)?;
-    program.load().map_err(load_error)?;
-    Ok(program)
+    load_classifier(ebpf, names::TC)
 }
 
 /// The observer of a loaded object, itself loaded.
@@ -87,7 +94,18 @@ pub fn load_tc(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
 /// # Errors
 /// As [`load_xdp`].
 pub fn load_observer(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
-    let program: &mut SchedClassifier = program(ebpf, names::OBSERVE)?;
+    load_classifier(ebpf, names::OBSERVE)
+}
+
+/// A program for traffic control of a loaded object, itself loaded.
+///
+/// # Errors
+/// As [`load_xdp`].
+pub(crate) fn load_classifier<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, DatapathError> {
+    let program: &mut SchedClassifier = program(ebpf, name)?;
     program.load().map_err(load_error)?;
     Ok(program)
 }
@@ -112,7 +130,7 @@ pub(super) fn relay(ebpf: &mut Ebpf, mode: AttachMode) -> Result<&mut Program, D
 }
 
 /// A program of the object, typed.
-pub(super) fn program<'a, T>(
+pub(crate) fn program<'a, T>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
 ) -> Result<&'a mut T, DatapathError>

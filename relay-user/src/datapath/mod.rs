@@ -3,12 +3,12 @@
 mod attachment;
 mod error;
 mod events;
-mod links;
-mod load;
+pub(crate) mod links;
+pub(crate) mod load;
 mod maps;
-mod pins;
+pub(crate) mod pins;
 mod qdisc;
-mod tc;
+pub(crate) mod tc;
 
 use std::{collections::HashSet, io, path::Path};
 
@@ -28,7 +28,7 @@ use self::{
     attachment::RelayAttachment,
     maps::{KEY, Maps, OUT_LEG, VALUE, removed},
     pins::{Directory, Earlier, Pins},
-    tc::{TcAttachment, TcHook},
+    tc::{Order, TcAttachment, TcHook},
 };
 pub use self::{
     error::DatapathError,
@@ -45,7 +45,7 @@ use crate::{
 
 /// Names of what the object defines; nothing else in userspace spells them.
 pub mod names {
-    use super::{Direction, TcHook};
+    use super::{Direction, Order, TcHook};
 
     /// XDP entry point.
     pub const XDP: &str = "relay_xdp";
@@ -55,6 +55,7 @@ pub mod names {
     pub(super) const RELAY: TcHook = TcHook {
         program: TC,
         direction: Direction::Ingress,
+        order: Order::First,
     };
     /// Observer of what leaves, at the TC egress.
     pub const OBSERVE: &str = "relay_observe";
@@ -62,6 +63,7 @@ pub mod names {
     pub(super) const OBSERVER: TcHook = TcHook {
         program: OBSERVE,
         direction: Direction::Egress,
+        order: Order::First,
     };
     /// Streams by local address.
     pub const STREAMS: &str = "STREAMS";
@@ -77,10 +79,10 @@ pub mod names {
     pub const LEASE: &str = "LEASE";
     /// Rare facts for the controller.
     pub const EVENTS: &str = "EVENTS";
+    /// Load-time constant: 0 where packets have no Ethernet header.
+    pub const ETHERNET: &str = "ETHERNET";
     /// Load-time constant: 1 in generic XDP.
     pub const GENERIC: &str = "GENERIC";
-    /// Load-time constant: 0 where packets begin with their IP header.
-    pub const ETHERNET: &str = "ETHERNET";
     /// All maps that are pinned, by their own names.
     pub const MAPS: [&str; 7] = [STREAMS, OUT_LEGS, STATE, COUNTERS, DSCP_MAP, LEASE, EVENTS];
     /// Those that hold as many entries as there may be streams.

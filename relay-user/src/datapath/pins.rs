@@ -31,7 +31,7 @@ use super::{
 use crate::next_hop::{Interfaces, XdpHook};
 
 /// Where BPF objects get names.
-pub(super) const BPFFS: &str = "/sys/fs/bpf";
+pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 
 /// From include/uapi/linux/magic.h.
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
@@ -65,7 +65,7 @@ fn pin_root() -> PathBuf {
 
 /// The name of an interface's pins: bpffs refuses dots (bpf_lookup() in kernel/bpf/inode.c), which
 /// VLAN devices have in their names; no interface may have a colon in its.
-fn pin_name(interface: &str) -> String {
+pub(crate) fn pin_name(interface: &str) -> String {
     interface.replace('.', ":")
 }
 
@@ -77,7 +77,7 @@ fn own_directory(interface: &str) -> PathBuf {
 }
 
 /// What goes wrong with a path.
-fn error(path: &Path) -> impl FnOnce(io::Error) -> DatapathError {
+pub(crate) fn error(path: &Path) -> impl FnOnce(io::Error) -> DatapathError {
     let path = path.to_owned();
     move |source| DatapathError::Pins { path, source }
 }
@@ -257,7 +257,7 @@ impl Directory {
 }
 
 /// Removes a folder that is there.
-fn remove_folder(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_folder(path: &Path) -> io::Result<()> {
     match fs::remove_dir(path) {
         Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(()),
         outcome => outcome,

@@ -8,7 +8,7 @@ use netlink_packet_route::{
     tc::{TcAttribute, TcHandle, TcMessage},
 };
 
-use super::tc::exchange;
+use crate::netlink::exchange;
 
 /// Those that only decide what goes first or is lost when the link is full. What goes around them
 /// fares no worse. Any other is taken for one that shapes, or has classes that somebody chose.

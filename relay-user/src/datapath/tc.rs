@@ -10,15 +10,15 @@ use aya::programs::{
     ProgramError, ProgramFd, SchedClassifier, TcAttachType,
     tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact},
 };
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{self, TcAttribute, TcFilterBpfOption, TcMessage, TcOption},
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use nix::libc;
+use nix::{errno::Errno, libc};
 
 use super::links::Link;
+use crate::netlink::{Refusal, exchange};
 
 /// A program of ours in traffic control, and where it sits there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +26,7 @@ pub(crate) struct TcHook {
     /// Name of the program, of which an interface has one at most.
     pub(crate) program: &'static str,
     pub(crate) direction: Direction,
+    pub(crate) order: Order,
 }
 
 /// What passes a hook.
@@ -37,6 +38,15 @@ pub enum Direction {
     Egress,
 }
 
+/// Where a program stands among those of a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Before all that are there.
+    First,
+    /// After all that are there.
+    Last,
+}
+
 /// A program that is attached.
 pub(crate) enum TcAttachment {
     /// By TCX.
@@ -46,7 +56,7 @@ pub(crate) enum TcAttachment {
 }
 
 impl TcAttachment {
-    /// Attaches a program before any that is there.
+    /// Attaches a program, besides any that is there.
     pub(crate) fn attach(
         hook: TcHook,
         program: &mut SchedClassifier,
@@ -54,7 +64,7 @@ impl TcAttachment {
         index: u32,
     ) -> io::Result<Self> {
         let descriptor = descriptor(program)?.as_fd();
-        match Link::tcx(descriptor, index, hook.direction) {
+        match Link::tcx(descriptor, index, hook.direction, hook.order) {
             // Before Linux 6.6, a link could not have a program of this type.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 Filter::attach(hook, program, interface, index).map(Self::Filter)
@@ -109,8 +119,14 @@ impl Filter {
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
             outcome => outcome.map_err(io::Error::other)?,
         }
-        // The kernel puts a filter without a priority before all that are there.
-        let options = TcAttachOptions::Netlink(NlOptions::default());
+        let options = TcAttachOptions::Netlink(NlOptions {
+            priority: match hook.order {
+                // The kernel puts a filter without a priority before all that are there.
+                Order::First => 0,
+                Order::Last => u16::MAX,
+            },
+            ..NlOptions::default()
+        });
         let attach = |program: &mut SchedClassifier| {
             let attach_type = hook.direction.attach_type();
             let id = program.attach_with_options(interface, attach_type, options)?;
@@ -227,57 +243,12 @@ fn is_program(filter: &TcMessage, program: &str) -> bool {
 }
 
 /// What is not there is not to be found or deleted.
-fn absent(outcome: io::Result<()>) -> io::Result<()> {
+fn absent(outcome: Result<(), Refusal>) -> io::Result<()> {
     match outcome {
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                // No interface; no clsact; no filter.
-                Some(libc::ENODEV | libc::EINVAL | libc::ENOENT)
-            ) =>
-        {
+        // No interface; no clsact; no filter.
+        Err(refusal) if matches!(refusal.errno, Errno::ENODEV | Errno::EINVAL | Errno::ENOENT) => {
             Ok(())
         }
-        outcome => outcome,
-    }
-}
-
-/// Asks the kernel and hears all it answers.
-pub(super) fn exchange(
-    request: RouteNetlinkMessage,
-    flags: u16,
-    mut each: impl FnMut(RouteNetlinkMessage),
-) -> io::Result<()> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    let mut message = NetlinkMessage::from(request);
-    message.header.flags = NLM_F_REQUEST | flags;
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    socket.send(&bytes, 0)?;
-    loop {
-        // One read of a dump or an answer holds several messages, each aligned to 4 bytes.
-        let (received, _) = socket.recv_from_full()?;
-        let mut rest = &received[..];
-        while !rest.is_empty() {
-            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                .map_err(io::Error::other)?;
-            let length = (message.header.length as usize).next_multiple_of(4);
-            rest = rest.get(length..).unwrap_or_default();
-            match message.payload {
-                NetlinkPayload::InnerMessage(message) => each(message),
-                NetlinkPayload::Done(done) if done.code == 0 => return Ok(()),
-                NetlinkPayload::Done(done) => {
-                    return Err(io::Error::from_raw_os_error(-done.code));
-                }
-                NetlinkPayload::Error(error) if error.raw_code() == 0 => return Ok(()),
-                NetlinkPayload::Error(error) => {
-                    return Err(io::Error::from_raw_os_error(-error.raw_code()));
-                }
-                _ => {}
-            }
-        }
+        outcome => Ok(outcome?),
     }
 }

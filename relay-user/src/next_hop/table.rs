@@ -701,7 +701,10 @@ mod tests {
     use std::iter;
 
     use super::*;
-    use crate::next_hop::{link::VlanLink, route::Prefix};
+    use crate::next_hop::{
+        link::{LinkLayer, VlanLink},
+        route::Prefix,
+    };
 
     const ATTACHED: u32 = 2;
     const OTHER: u32 = 3;

@@ -1,0 +1,236 @@
+//! `relay-user qos`.
+
+use std::{
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use clap::{Args, Subcommand};
+
+use super::{Form, printed};
+use crate::{
+    config,
+    output::{self, Style},
+    qos::{
+        kernel::Rtnetlink,
+        policy::{BUILT_IN, Policy},
+        rate::Rate,
+        report,
+        shaper::{self, Request},
+    },
+};
+
+/// Give calls their share of a slow line
+///
+/// Packets leave an interface through HTB, a queueing discipline with four classes: real time (ICMP and
+/// what TCP needs to go on), high (EF and CS3: calls), regular (the web, SSH and the like) and bulk. Each
+/// has its share, and may borrow what others leave. A BPF program on the interface marks packets and
+/// chooses their class, as a policy says: `relay-user qos policy` prints the built-in one.
+///
+/// Needs no daemon, and no `tc`.
+#[derive(Debug, Args)]
+#[command(
+    arg_required_else_help = true,
+    after_long_help = "\
+EXAMPLES
+  An uplink of 2 Mbit/s:
+    relay-user qos apply eth0 --uplink 2mbit
+  See how it fares:
+    relay-user qos show eth0
+  A policy of your own:
+    relay-user qos policy > /etc/relay-user/qos.toml
+    editor /etc/relay-user/qos.toml
+    relay-user qos policy /etc/relay-user/qos.toml --uplink 2mbit
+    relay-user qos apply eth0 --uplink 2mbit --policy /etc/relay-user/qos.toml
+  Put back what was there:
+    relay-user qos clear eth0"
+)]
+pub(super) struct Qos {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Apply(Apply),
+    Show(Show),
+    Clear(Clear),
+    Policy(PolicyArguments),
+}
+
+/// Shape an interface, or change how it is shaped
+///
+/// RATE is what the line carries, written as for tc(8): 1000kbit, 1.5mbit, 1gbit; a number alone is
+/// bit/s, and kbps means kilobytes per second. It is shaped to 95 % of that, so that packets wait here,
+/// where calls overtake them, and not in the modem.
+///
+/// Done again, it changes rates and policy in their place; no packet is lost, unless the default class is
+/// another one. Either all of it is done or nothing. What was there before is put back by `clear`.
+///
+/// HTB sends a packet as a whole. Where another interface of this host merges packets (GRO), one of 64 kB
+/// holds a line of 1 Mbit/s for half a second: `ethtool -K IFACE gro off` on the interfaces that it
+/// comes from.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+  An uplink of 2 Mbit/s:
+    relay-user qos apply eth0 --uplink 2mbit
+  DSL with 1 Mbit/s up and 8 Mbit/s down:
+    relay-user qos apply ppp0 --uplink 1mbit --downlink 8mbit
+  In the place of a queueing discipline of your own:
+    relay-user qos apply eth0 --uplink 2mbit --replace")]
+struct Apply {
+    /// Network interface towards the line
+    #[arg(value_name = "IFACE", value_parser = config::interface)]
+    interface: String,
+    /// What the line carries away from this host
+    #[arg(long, value_name = "RATE")]
+    uplink: Rate,
+    /// What the line brings: queues it too, by way of an IFB device. Senders slow down by that, and
+    /// there is room for calls. Packets that the relay takes at XDP or TC ingress are not queued
+    #[arg(long, value_name = "RATE")]
+    downlink: Option<Rate>,
+    /// Policy (TOML) instead of the built-in one
+    #[arg(long, value_name = "FILE", value_parser = config::path)]
+    policy: Option<PathBuf>,
+    /// Replace a queueing discipline that relay-user has not made
+    #[arg(long)]
+    replace: bool,
+}
+
+/// Show how shaped interfaces fare
+///
+/// For each class its share, what it has sent, what was dropped, how often it had to wait, and what is
+/// waiting; then what each rule of the policy has matched. What was changed by hand is named. All of it
+/// is read from the kernel.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+    relay-user qos show
+  Every 2 seconds, with the rates of that time:
+    relay-user qos show eth0 --watch 2
+  Packets dropped, by class:
+    relay-user qos show eth0 --json | jq '.interfaces[].uplink.classes[] | {name, drops}'")]
+struct Show {
+    /// Network interface; all that are shaped, if none is named
+    #[arg(value_name = "IFACE", value_parser = config::interface)]
+    interface: Option<String>,
+    /// Show it again and again, until Ctrl-C
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        value_parser = config::some_time,
+        num_args = 0..=1,
+        default_missing_value = "1"
+    )]
+    watch: Option<Duration>,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// Put back what was on an interface before it was shaped
+///
+/// Removes the classifier, and the IFB device of --downlink too. Where nothing of relay-user's is there,
+/// says so and does nothing.
+#[derive(Debug, Args)]
+#[command(after_long_help = "EXAMPLE\n    relay-user qos clear eth0")]
+struct Clear {
+    /// Network interface
+    #[arg(value_name = "IFACE", value_parser = config::interface)]
+    interface: String,
+}
+
+/// Print the built-in policy, or check one
+///
+/// Without FILE, prints the built-in policy to start from. With FILE, checks it and prints its classes;
+/// with --uplink, with their rates on a line of that rate.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+    relay-user qos policy > /etc/relay-user/qos.toml
+    relay-user qos policy /etc/relay-user/qos.toml --uplink 2mbit")]
+struct PolicyArguments {
+    /// Policy (TOML)
+    #[arg(value_name = "FILE", value_parser = config::path)]
+    file: Option<PathBuf>,
+    /// What the line carries away from this host
+    #[arg(long, value_name = "RATE")]
+    uplink: Option<Rate>,
+}
+
+/// Does what was asked, and returns what is to be printed.
+pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
+    match &arguments.verb {
+        Verb::Apply(apply) => {
+            let policy = policy(apply.policy.as_ref())?;
+            let request = Request {
+                interface: &apply.interface,
+                uplink: apply.uplink,
+                downlink: apply.downlink,
+                policy: &policy,
+                policy_file: apply.policy.as_deref(),
+                replace: apply.replace,
+            };
+            let applied = shaper::apply(&mut Rtnetlink, &request)?;
+            Ok(output::qos::applied(&request, &applied))
+        }
+        Verb::Show(arguments) => show(arguments),
+        Verb::Clear(Clear { interface }) => {
+            let cleared = shaper::clear(&mut Rtnetlink, interface)?;
+            Ok(output::qos::cleared(interface, &cleared))
+        }
+        Verb::Policy(PolicyArguments {
+            file: None,
+            uplink: None,
+        }) => Ok(BUILT_IN.to_owned()),
+        Verb::Policy(PolicyArguments { file, uplink }) => {
+            let policy = policy(file.as_ref())?;
+            let rates = uplink
+                .map(|uplink| policy.rates(uplink.shaped()))
+                .transpose()?;
+            Ok(output::qos::policy(
+                &policy,
+                rates.as_deref(),
+                Style::of_stdout(),
+            ))
+        }
+    }
+}
+
+fn policy(file: Option<&PathBuf>) -> anyhow::Result<Policy> {
+    Ok(match file {
+        Some(file) => Policy::read(file)?,
+        None => Policy::built_in(),
+    })
+}
+
+fn show(arguments: &Show) -> anyhow::Result<String> {
+    let Show {
+        interface,
+        watch,
+        form,
+    } = arguments;
+    let read = || report::show(&mut Rtnetlink, interface.as_deref());
+    let style = Style::of_stdout();
+    let Some(pause) = watch else {
+        return form.text(&read()?, |report| output::qos::report(report, style));
+    };
+    let mut earlier = (read()?, Instant::now());
+    loop {
+        thread::sleep(*pause);
+        let (mut report, now) = (read()?, Instant::now());
+        let seconds = now.duration_since(earlier.1).as_secs_f64();
+        let plain = report.clone();
+        report.measure(&earlier.0, seconds);
+        let text = if form.json {
+            serde_json::to_string(&report)? + "\n"
+        } else {
+            output::qos::report(&report, style) + "\n"
+        };
+        if !printed(&text)? {
+            return Ok(String::new());
+        }
+        earlier = (plain, now);
+    }
+}

@@ -1,0 +1,175 @@
+//! What `relay-user qos` prints.
+
+use std::fmt::Write as _;
+
+use comfy_table::Cell;
+
+use super::{Facts, Style, clean, drawn, number, text};
+use crate::qos::{
+    object::handle,
+    policy::{ClassRate, Policy},
+    rate,
+    report::{InterfaceReport, LineReport, QosReport, ShapingState},
+    shaper::{Applied, Cleared, Request},
+};
+
+/// What `apply` did: a line, and one for each thing to know.
+pub fn applied(request: &Request<'_>, applied: &Applied) -> String {
+    let mut lines = format!("{}: {} up", request.interface, request.uplink);
+    if let Some(downlink) = request.downlink {
+        let _ = write!(lines, ", {downlink} down");
+    }
+    let _ = writeln!(
+        lines,
+        ", shaped to 95 %, {} in {} classes; `relay-user qos clear {}` puts back {}",
+        applied.leaf.kind(),
+        request.policy.classes.len(),
+        request.interface,
+        clean(&applied.before),
+    );
+    notes(&mut lines, &applied.notes);
+    lines
+}
+
+/// What `clear` did.
+pub fn cleared(interface: &str, cleared: &Cleared) -> String {
+    match cleared {
+        Cleared::Nothing => {
+            format!("{interface} is not shaped by relay-user: nothing to clear\n")
+        }
+        Cleared::Restored { before, notes: all } => {
+            let mut lines = format!("{interface}: {} again\n", clean(before));
+            notes(&mut lines, all);
+            lines
+        }
+        Cleared::Gone => format!("{interface} was removed since it was shaped: nothing is left\n"),
+    }
+}
+
+fn notes(lines: &mut String, notes: &[String]) {
+    for note in notes {
+        let _ = writeln!(lines, "note: {}", clean(note));
+    }
+}
+
+/// The classes of a policy, with their rates where the line's is known.
+pub fn policy(policy: &Policy, rates: Option<&[ClassRate]>, style: Style) -> String {
+    let mut header = vec!["CLASS", "NAME", "PRIO", "DEFAULT"];
+    if rates.is_some() {
+        header.extend(["RATE", "CEILING"]);
+    }
+    let mut table = style.table(&header);
+    for (index, class) in policy.classes.iter().enumerate() {
+        let default = if index == policy.default {
+            "default"
+        } else {
+            ""
+        };
+        let mut row = vec![
+            Cell::new(handle(Policy::class_id(index))),
+            text(&class.name),
+            number(class.prio.into()),
+            Cell::new(default),
+        ];
+        if let Some(rates) = rates.and_then(|rates| rates.get(index)) {
+            row.extend([bits(rates.rate), bits(rates.ceiling)]);
+        }
+        table.add_row(row);
+    }
+    drawn(&table)
+}
+
+/// Every interface on a screen of its own.
+pub fn report(report: &QosReport, style: Style) -> String {
+    if report.interfaces.is_empty() {
+        return "no interface is shaped by relay-user\n".to_owned();
+    }
+    let screens = report.interfaces.iter().map(|it| interface(it, style));
+    screens.collect::<Vec<_>>().join("\n")
+}
+
+fn interface(report: &InterfaceReport, style: Style) -> String {
+    let mut facts = Facts::default();
+    match report.ifindex {
+        Some(index) => facts.add(
+            "interface",
+            format_args!("{} (number {index})", report.interface),
+        ),
+        None => facts.add("interface", &report.interface),
+    }
+    let state = match report.state {
+        ShapingState::Shaped => "shaped".to_owned(),
+        ShapingState::Drifted => format!("drifted: {}", report.drift.join(", ")),
+        ShapingState::Unshaped => format!("not shaped; it has {}", report.before),
+        ShapingState::Gone => format!(
+            "not shaped: the interface was removed since; `relay-user qos clear {}` removes what is left",
+            report.interface
+        ),
+    };
+    facts.add("state", state);
+    if report.uplink.is_some() {
+        let built_in = || "built in".to_owned();
+        let policy = report.policy.as_ref();
+        facts.add(
+            "policy",
+            policy.map_or_else(built_in, |path| path.display().to_string()),
+        );
+        facts.add("before", &report.before);
+    }
+    let mut screen = facts.drawn();
+    for (name, report) in [("uplink", &report.uplink), ("downlink", &report.downlink)] {
+        if let Some(report) = report {
+            let _ = write!(screen, "\n{}", line(name, report, style));
+        }
+    }
+    screen
+}
+
+fn line(name: &str, report: &LineReport, style: Style) -> String {
+    let mut table = style.table(&[
+        "CLASS",
+        "NAME",
+        "RATE",
+        "CEILING",
+        "PACKETS",
+        "BYTES",
+        "NOW",
+        "DROPS",
+        "OVERLIMITS",
+        "BACKLOG",
+    ]);
+    for class in &report.classes {
+        table.add_row([
+            Cell::new(&class.id),
+            text(class.name.as_deref().unwrap_or("-")),
+            bits(class.rate),
+            bits(class.ceiling),
+            number(class.packets),
+            number(class.bytes),
+            class.bits_per_second.map_or_else(|| Cell::new("-"), bits),
+            number(class.drops),
+            number(class.overlimits),
+            number(class.backlog_packets),
+        ]);
+    }
+    let mut lines = format!(
+        "{name} on {}: {} of {}, {} in each class\n{}",
+        report.device,
+        rate::display(report.shaped),
+        rate::display(report.rate),
+        report.leaf.kind(),
+        drawn(&table)
+    );
+    if let Some(rules) = report.rules.as_deref().filter(|rules| !rules.is_empty()) {
+        let mut table = style.table(&["RULE", "PACKETS", "BYTES"]);
+        for rule in rules {
+            table.add_row([text(&rule.name), number(rule.packets), number(rule.bytes)]);
+        }
+        let _ = write!(lines, "\n{}", drawn(&table));
+    }
+    lines
+}
+
+fn bits(bits_per_second: u64) -> Cell {
+    text(&rate::display(bits_per_second)).set_alignment(comfy_table::CellAlignment::Right)
+}

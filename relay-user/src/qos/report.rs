@@ -1,0 +1,338 @@
+//! How shaped interfaces fare: read from the kernel, with what the state adds.
+//!
+//! This is the JSON of `relay-user qos show --json`. Its shape is stable: fields are added, never
+//! renamed or removed. A field that does not apply is `null`, never absent.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    classifier::Classifier,
+    htb,
+    kernel::{self, Kernel, question},
+    leaf::Leaf,
+    object::{Attribute, Object, handle},
+    policy::Policy,
+    shaper::QosError,
+    state::{Line, State, Store},
+    tree::Tree,
+};
+use crate::next_hop::Interfaces;
+
+/// `TCA_STATS2` of include/uapi/linux/rtnetlink.h.
+const TCA_STATS2: u16 = 7;
+
+/// All interfaces that were asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QosReport {
+    /// One each.
+    pub interfaces: Vec<InterfaceReport>,
+}
+
+/// One interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceReport {
+    /// Its name.
+    pub interface: String,
+    /// Its index when it was shaped, or now if it is not; `null` where there is none of that name.
+    pub ifindex: Option<u32>,
+    /// What it is.
+    pub state: ShapingState,
+    /// What was changed by hand since, a phrase each.
+    pub drift: Vec<String>,
+    /// What is there if it is not shaped, and what was there before and `clear` puts back if it is.
+    pub before: String,
+    /// Where the policy was read; `null` for the built-in one.
+    pub policy: Option<PathBuf>,
+    /// What leaves.
+    pub uplink: Option<LineReport>,
+    /// What comes in, where that is shaped too.
+    pub downlink: Option<LineReport>,
+}
+
+/// What became of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShapingState {
+    /// As it was made.
+    Shaped,
+    /// Changed by hand since.
+    Drifted,
+    /// Something else is there, or nothing.
+    Unshaped,
+    /// The interface that was shaped is gone; `clear` removes what is left.
+    Gone,
+}
+
+/// A device with its classes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LineReport {
+    /// The interface, or the IFB device of what comes in.
+    pub device: String,
+    /// What the line carries, as it was told, in bit/s.
+    pub rate: u64,
+    /// What it is shaped to, in bit/s.
+    pub shaped: u64,
+    /// The queueing discipline in each class.
+    pub leaf: Leaf,
+    /// Those that are there.
+    pub classes: Vec<ClassReport>,
+    /// The rules of the policy, in order; `null` where packets are not classified.
+    pub rules: Option<Vec<RuleReport>>,
+}
+
+/// A class, as the kernel tells of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClassReport {
+    /// As tc(8) writes it, such as `1:10`.
+    pub id: String,
+    /// From the policy; `null` for a class that is not of it.
+    pub name: Option<String>,
+    /// Guaranteed, in bit/s.
+    pub rate: u64,
+    /// With what others leave, in bit/s.
+    pub ceiling: u64,
+    /// Who is asked first: 0 before all others.
+    pub prio: u32,
+    /// Packets sent.
+    pub packets: u64,
+    /// Bytes sent, from the Ethernet header on.
+    pub bytes: u64,
+    /// The rate of the last seconds, in bit/s; `null` where the kernel does not measure it.
+    pub bits_per_second: Option<u64>,
+    /// Packets dropped because the queue was full.
+    pub drops: u64,
+    /// How often the class had to wait.
+    pub overlimits: u64,
+    /// Packets waiting.
+    pub backlog_packets: u64,
+    /// Bytes waiting.
+    pub backlog_bytes: u64,
+}
+
+/// A rule of the policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleReport {
+    /// What it is called.
+    pub name: String,
+    /// Packets that it matched.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+impl QosReport {
+    /// Takes the rates from what was sent since an earlier report, so many seconds ago.
+    pub fn measure(&mut self, earlier: &Self, seconds: f64) {
+        let earlier: Vec<_> = earlier.classes().collect();
+        let lines = self.interfaces.iter_mut();
+        let lines = lines.flat_map(|it| it.uplink.iter_mut().chain(&mut it.downlink));
+        for line in lines {
+            for class in &mut line.classes {
+                let mut earlier = earlier.iter();
+                let found =
+                    earlier.find(|(device, it)| *device == line.device && it.id == class.id);
+                class.bits_per_second = found.map(|(_, found)| {
+                    let bytes = class.bytes.saturating_sub(found.bytes);
+                    (bytes as f64 * 8.0 / seconds) as u64
+                });
+            }
+        }
+    }
+
+    fn classes(&self) -> impl Iterator<Item = (&str, &ClassReport)> {
+        let lines = self.interfaces.iter();
+        let lines = lines.flat_map(|it| it.uplink.iter().chain(&it.downlink));
+        lines.flat_map(|line| {
+            line.classes
+                .iter()
+                .map(|class| (line.device.as_str(), class))
+        })
+    }
+}
+
+/// Reads one interface, or all that were shaped.
+///
+/// # Errors
+/// [`QosError`]; an interface of that name is neither there nor was shaped.
+pub fn show(kernel: &mut dyn Kernel, interface: Option<&str>) -> Result<QosReport, QosError> {
+    let names = match interface {
+        Some(name) => vec![name.to_owned()],
+        None => Store::interfaces(),
+    };
+    let interfaces = Interfaces::read()?;
+    let reports = names.iter().map(|name| one(kernel, &interfaces, name));
+    Ok(QosReport {
+        interfaces: reports.collect::<Result<_, _>>()?,
+    })
+}
+
+fn one(
+    kernel: &mut dyn Kernel,
+    interfaces: &Interfaces,
+    name: &str,
+) -> Result<InterfaceReport, QosError> {
+    let mut report = InterfaceReport {
+        interface: name.to_owned(),
+        ifindex: None,
+        state: ShapingState::Unshaped,
+        drift: Vec::new(),
+        before: String::new(),
+        policy: None,
+        uplink: None,
+        downlink: None,
+    };
+    let Some(state) = Store::new(name).read()? else {
+        let found = interfaces.named(name)?;
+        report.ifindex = Some(found.index);
+        report.before = tree(kernel, name, found.index)?.describe();
+        return Ok(report);
+    };
+    let line = &state.uplink;
+    let found = interfaces.indexed(line.index);
+    report.policy = state.policy.as_ref().map(|policy| policy.path.clone());
+    report.before = line.before.describe();
+    if !state.is_current() || found.is_none_or(|found| found.name != line.device) {
+        report.ifindex = interfaces.named(name).ok().map(|found| found.index);
+        report.state = ShapingState::Gone;
+        return Ok(report);
+    }
+    report.ifindex = Some(line.index);
+    let present = tree(kernel, name, line.index)?;
+    if !state.shaped || !line.tree.is_at(&present) {
+        report.before = present.describe();
+    } else {
+        report.drift = line.tree.drift(&present);
+        report.uplink = Some(line_report(kernel, &state, line)?);
+        if let Some(line) = &state.downlink {
+            match interfaces.indexed(line.index) {
+                Some(_) => {
+                    let present = tree(kernel, &line.device, line.index)?;
+                    let drift = line.tree.drift(&present);
+                    let on = |what| format!("{what} on {}", line.device);
+                    report.drift.extend(drift.into_iter().map(on));
+                    report.downlink = Some(line_report(kernel, &state, line)?);
+                }
+                None => report.drift.push(format!("{} is gone", line.device)),
+            }
+        }
+        report.state = match report.drift[..] {
+            [] => ShapingState::Shaped,
+            _ => ShapingState::Drifted,
+        };
+    }
+    Ok(report)
+}
+
+fn tree(kernel: &mut dyn Kernel, device: &str, index: u32) -> Result<Tree, QosError> {
+    Tree::read(kernel, index).map_err(|refusal| QosError::Read {
+        device: device.to_owned(),
+        refusal,
+    })
+}
+
+fn line_report(
+    kernel: &mut dyn Kernel,
+    state: &State,
+    line: &Line,
+) -> Result<LineReport, QosError> {
+    let classes = kernel
+        .dump(question(kernel::GET_CLASS, line.index, 0))
+        .map_err(|refusal| QosError::Read {
+            device: line.device.clone(),
+            refusal,
+        })?;
+    let mut classes: Vec<_> = classes
+        .iter()
+        .filter_map(|class| class_report(class, &state.classes))
+        .collect();
+    classes.sort_by_key(|(handle, _)| *handle);
+    Ok(LineReport {
+        device: line.device.clone(),
+        rate: line.rate.bits_per_second(),
+        shaped: line.rate.shaped(),
+        leaf: state.leaf,
+        classes: classes.into_iter().map(|(_, report)| report).collect(),
+        rules: Classifier::read(&line.device)?.map(|counted| {
+            let rules = counted.rules.into_iter();
+            let rules = rules.map(|rule| RuleReport {
+                name: rule.name,
+                packets: rule.packets,
+                bytes: rule.bytes,
+            });
+            rules.collect()
+        }),
+    })
+}
+
+fn class_report(object: &Object, names: &[String]) -> Option<(u32, ClassReport)> {
+    let class = htb::Class::decode(object.options())?;
+    let statistics = Statistics::read(object.attribute(TCA_STATS2));
+    let mut names = names.iter().enumerate();
+    let name = names.find(|(index, _)| Policy::class_id(*index) == object.handle);
+    let report = ClassReport {
+        id: handle(object.handle),
+        name: name.map(|(_, name)| name.clone()),
+        rate: class.rate * 8,
+        ceiling: class.ceil * 8,
+        prio: class.prio,
+        packets: statistics.packets,
+        bytes: statistics.bytes,
+        bits_per_second: statistics.bytes_per_second.map(|bytes| bytes * 8),
+        drops: statistics.drops.into(),
+        overlimits: statistics.overlimits.into(),
+        backlog_packets: statistics.backlog_packets.into(),
+        backlog_bytes: statistics.backlog_bytes.into(),
+    };
+    Some((object.handle, report))
+}
+
+/// What the kernel counts of a class (include/uapi/linux/gen_stats.h).
+#[derive(Default)]
+struct Statistics {
+    bytes: u64,
+    packets: u64,
+    bytes_per_second: Option<u64>,
+    backlog_packets: u32,
+    backlog_bytes: u32,
+    drops: u32,
+    overlimits: u32,
+}
+
+impl Statistics {
+    /// Reads the content of `TCA_STATS2`.
+    fn read(attribute: &[u8]) -> Self {
+        const BASIC: u16 = 1;
+        const RATE_EST: u16 = 2;
+        const QUEUE: u16 = 3;
+        const RATE_EST64: u16 = 5;
+        const PKT64: u16 = 8;
+        let all = Attribute::all(attribute);
+        let number = |kind, at: usize| {
+            let found = all.iter().find(|attribute| attribute.kind() == kind)?;
+            let bytes = found.value().get(at..at + 4)?;
+            Some(u32::from_ne_bytes(bytes.try_into().ok()?))
+        };
+        let wide = |kind, at: usize| {
+            let found = all.iter().find(|attribute| attribute.kind() == kind)?;
+            let bytes = found.value().get(at..at + 8)?;
+            Some(u64::from_ne_bytes(bytes.try_into().ok()?))
+        };
+        let queue = |at| number(QUEUE, at).unwrap_or_default();
+        Self {
+            // struct gnet_stats_basic; the number of packets has 64 bits in an attribute of its own.
+            bytes: wide(BASIC, 0).unwrap_or_default(),
+            packets: wide(PKT64, 0)
+                .or(number(BASIC, 8).map(u64::from))
+                .unwrap_or_default(),
+            // struct gnet_stats_rate_est and, beyond 32 bits, its wide one.
+            bytes_per_second: wide(RATE_EST64, 0).or(number(RATE_EST, 0).map(u64::from)),
+            // struct gnet_stats_queue.
+            backlog_packets: queue(0),
+            backlog_bytes: queue(4),
+            drops: queue(8),
+            overlimits: queue(16),
+        }
+    }
+}

@@ -1,0 +1,761 @@
+//! Shaping an interface, and putting back what was there.
+//!
+//! Either all of it happens or nothing: trees are built in a namespace of their own first, where that
+//! is permitted, and what fails all the same is undone. Traffic flows meanwhile. In a new tree no packet
+//! is queued before its class exists (HTB sends it straight on), and a tree of ours is changed in its
+//! place, without loss. Packets are classified once the classes exist, and classes deleted once no
+//! packet is.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use nix::errno::Errno;
+
+use super::{
+    classifier::{Classifier, ClassifierError},
+    htb,
+    kernel::Kernel,
+    leaf::Leaf,
+    policy::{Policy, PolicyError},
+    rate::Rate,
+    rehearsal::{self, RehearsalError},
+    shape::Shape,
+    state::{Line, PolicyText, State, StateError, Store},
+    tree::{Plan, StepError, Tree, run},
+};
+use crate::{
+    datapath::{AttachMode, attached_mode},
+    netlink::Refusal,
+    next_hop::{Interface, InterfaceError, Interfaces, NetlinkError},
+};
+
+/// What an interface is shaped to.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Name of the interface.
+    pub interface: &'a str,
+    /// What the line carries away from this host.
+    pub uplink: Rate,
+    /// What it brings, to be queued here as well.
+    pub downlink: Option<Rate>,
+    /// Classes and rules.
+    pub policy: &'a Policy,
+    /// Where they were read, if they are not the built-in ones.
+    pub policy_file: Option<&'a Path>,
+    /// Whether a queueing discipline of the administrator's makes way.
+    pub replace: bool,
+}
+
+/// What was done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// The queueing discipline in each class.
+    pub leaf: Leaf,
+    /// What was there before, in words.
+    pub before: String,
+    /// What the user should know, a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// What was undone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cleared {
+    /// Nothing of ours was there.
+    Nothing,
+    /// What was there before is back.
+    Restored {
+        /// It, in words.
+        before: String,
+        /// What the user should know, a sentence each.
+        notes: Vec<String>,
+    },
+    /// The interface was removed, and our trees with it; the rest is removed now.
+    Gone,
+}
+
+/// Why nothing was done. The text names the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum QosError {
+    /// No such interface.
+    #[error(transparent)]
+    Interface(#[from] InterfaceError),
+    /// The interfaces cannot be listed.
+    #[error(transparent)]
+    Interfaces(#[from] NetlinkError),
+    /// The policy does not fit the rate.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The policy cannot be kept.
+    #[error("cannot read the policy {}: {source}", path.display())]
+    PolicyFile {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The state cannot be read or written.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The administrator has a queueing discipline of his own there.
+    #[error(
+        "{interface} has a queueing discipline that is not relay-user's ({what}): with --replace it makes way, and `relay-user qos clear {interface}` {restored}"
+    )]
+    Foreign {
+        /// The interface.
+        interface: String,
+        /// What is there.
+        what: String,
+        /// How well it would be put back.
+        restored: &'static str,
+    },
+    /// Not root.
+    #[error("changing queueing disciplines needs CAP_NET_ADMIN: run as root")]
+    Permission,
+    /// Removed meanwhile.
+    #[error("{0} is gone: shape it again when it is back")]
+    InterfaceGone(String),
+    /// No HTB.
+    #[error(
+        "this kernel has no HTB: load the module sch_htb (`modprobe sch_htb`), or use a kernel with CONFIG_NET_SCH_HTB"
+    )]
+    NoHtb,
+    /// No IFB.
+    #[error(
+        "this kernel has no IFB devices, which --downlink needs: load the module ifb (`modprobe ifb`), or use a kernel with CONFIG_IFB"
+    )]
+    NoIfb,
+    /// The name of the IFB device is taken.
+    #[error(
+        "a device {0} is there, which relay-user has not made: remove it (`ip link delete {0}`), or rename it"
+    )]
+    IfbTaken(String),
+    /// The IFB device cannot be made or removed.
+    #[error("the IFB device {name}: {refusal}")]
+    Ifb {
+        /// Its name.
+        name: String,
+        /// The kernel's answer.
+        #[source]
+        refusal: Refusal,
+    },
+    /// The kernel refuses a part of a tree.
+    #[error("{device}: {source}")]
+    Step {
+        /// On which device.
+        device: String,
+        /// What it refuses.
+        #[source]
+        source: StepError,
+    },
+    /// The kernel cannot be asked.
+    #[error("the queueing disciplines of {device} cannot be read: {refusal}")]
+    Read {
+        /// Of which device.
+        device: String,
+        /// The kernel's answer.
+        #[source]
+        refusal: Refusal,
+    },
+    /// Packets cannot be classified.
+    #[error(transparent)]
+    Classifier(#[from] ClassifierError),
+    /// It failed, and so did putting everything back.
+    #[error(
+        "{first}; and undoing what was done failed: {undo}; `relay-user qos clear {interface}` tries again"
+    )]
+    NotUndone {
+        /// The interface.
+        interface: String,
+        /// What failed first.
+        #[source]
+        first: Box<QosError>,
+        /// What failed then.
+        undo: Box<QosError>,
+    },
+}
+
+/// Shapes an interface and classifies what leaves it.
+///
+/// # Errors
+/// [`QosError`]; then everything is as it was.
+pub fn apply(kernel: &mut dyn Kernel, request: &Request<'_>) -> Result<Applied, QosError> {
+    establish(kernel, request, Sorting::Attach)
+}
+
+/// Shapes an interface whose classifier is attached already, or will be by somebody else.
+///
+/// # Errors
+/// [`QosError`]; then everything is as it was.
+pub fn shape(kernel: &mut dyn Kernel, request: &Request<'_>) -> Result<Applied, QosError> {
+    establish(kernel, request, Sorting::Leave)
+}
+
+/// Puts the queueing disciplines back that were there. The classifier stays, and with it the IFB device
+/// that it redirects to, for [`shape`] to go on with.
+///
+/// # Errors
+/// [`QosError`]; then everything is as it was.
+pub fn unshape(kernel: &mut dyn Kernel, interface: &str) -> Result<Cleared, QosError> {
+    let store = Store::new(interface);
+    let _lock = store.lock()?;
+    match store.read()? {
+        Some(state) if state.shaped => remove(kernel, &store, &state, Sorting::Leave),
+        _ => Ok(Cleared::Nothing),
+    }
+}
+
+/// Undoes all that was done to an interface, also to one that is gone.
+///
+/// # Errors
+/// [`QosError`]; then everything is as it was.
+pub fn clear(kernel: &mut dyn Kernel, interface: &str) -> Result<Cleared, QosError> {
+    let store = Store::new(interface);
+    let _lock = store.lock()?;
+    match store.read()? {
+        Some(state) => remove(kernel, &store, &state, Sorting::Attach),
+        None => Ok(Cleared::Nothing),
+    }
+}
+
+/// Whether the classifier takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sorting {
+    Attach,
+    Leave,
+}
+
+/// All that is needed to put everything back.
+struct Undo<'a> {
+    store: &'a Store,
+    interface: &'a str,
+    state: Option<State>,
+    /// Devices and what they had.
+    trees: Vec<(Device, Tree)>,
+    /// An IFB device that was not there.
+    ifb: Option<Device>,
+    /// What the classifier was to be attached for, once it was touched.
+    sorting: Option<State>,
+}
+
+#[derive(Clone, Debug)]
+struct Device {
+    name: String,
+    index: u32,
+    mtu: u32,
+}
+
+impl From<&Interface> for Device {
+    fn from(interface: &Interface) -> Self {
+        Self {
+            name: interface.name.clone(),
+            index: interface.index,
+            mtu: interface.mtu,
+        }
+    }
+}
+
+impl Device {
+    fn read(&self, kernel: &mut dyn Kernel) -> Result<Tree, QosError> {
+        Tree::read(kernel, self.index).map_err(|refusal| match refusal.errno {
+            Errno::ENODEV => QosError::InterfaceGone(self.name.clone()),
+            _ => QosError::Read {
+                device: self.name.clone(),
+                refusal,
+            },
+        })
+    }
+
+    fn failed(&self, source: StepError) -> QosError {
+        match source.refusal.errno {
+            Errno::EPERM => QosError::Permission,
+            Errno::ENODEV => QosError::InterfaceGone(self.name.clone()),
+            Errno::ENOENT if source.kind == htb::KIND => QosError::NoHtb,
+            _ => QosError::Step {
+                device: self.name.clone(),
+                source,
+            },
+        }
+    }
+
+    /// Makes the tree that it has into another one.
+    fn make(&self, kernel: &mut dyn Kernel, wanted: &Tree) -> Result<(), QosError> {
+        let Plan { first, last } = self.read(kernel)?.plan(self.index, wanted);
+        run(kernel, &first)
+            .and_then(|()| run(kernel, &last))
+            .map_err(|error| self.failed(error))
+    }
+
+    /// The same as far as the kernel lets it. Returns what is missing, a sentence each.
+    fn approach(&self, kernel: &mut dyn Kernel, wanted: &Tree) -> Result<Vec<String>, QosError> {
+        let Plan { first, last } = self.read(kernel)?.plan(self.index, wanted);
+        let mut missing = Vec::new();
+        for step in first.iter().chain(&last) {
+            match step.run(kernel) {
+                Err(error) if !matches!(error.refusal.errno, Errno::EPERM | Errno::ENODEV) => {
+                    missing.push(format!("not put back: {error}"));
+                }
+                outcome => outcome.map_err(|error| self.failed(error))?,
+            }
+        }
+        Ok(missing)
+    }
+}
+
+fn establish(
+    kernel: &mut dyn Kernel,
+    request: &Request<'_>,
+    sorting: Sorting,
+) -> Result<Applied, QosError> {
+    // An unknown one leaves no lock behind.
+    Interfaces::read()?.named(request.interface)?;
+    let policy = match request.policy_file {
+        Some(path) => Some(PolicyText {
+            path: path.to_owned(),
+            text: fs::read_to_string(path).map_err(|source| QosError::PolicyFile {
+                path: path.to_owned(),
+                source,
+            })?,
+        }),
+        None => None,
+    };
+    let store = Store::new(request.interface);
+    let _lock = store.lock()?;
+    let known = store.read()?;
+    let interfaces = Interfaces::read()?;
+    let device = Device::from(interfaces.named(request.interface)?);
+    let mut notes = Vec::new();
+
+    let present = device.read(kernel)?;
+    let current = known
+        .as_ref()
+        .filter(|state| state.is_current() && state.uplink.index == device.index);
+    let (before, faithful) = match current {
+        Some(state) if state.shaped && state.uplink.tree.is_at(&present) => {
+            (state.uplink.before.clone(), state.faithful)
+        }
+        _ => {
+            let note = make_way(request, &present)?;
+            let faithful = note.is_none();
+            notes.extend(note);
+            (present.clone(), faithful)
+        }
+    };
+
+    let shape = |rate| Shape {
+        rate,
+        policy: request.policy,
+        mtu: device.mtu,
+    };
+    let mut trees = Vec::new();
+    for leaf in Leaf::ALL {
+        trees.push((leaf, shape(request.uplink).tree(leaf)?));
+        // Its rates are checked too; built, it is the same.
+        if let Some(rate) = request.downlink {
+            shape(rate).tree(leaf)?;
+        }
+    }
+    let leaves = match rehearsal::best_leaf(trees) {
+        Ok(leaf) => vec![leaf],
+        // What is there needs no trial, in which what waits in it would be lost.
+        Err(RehearsalError::NotPermitted(_)) => match current.filter(|state| state.shaped) {
+            Some(state) => vec![state.leaf],
+            None => Leaf::ALL.to_vec(),
+        },
+        Err(RehearsalError::Step(error)) => return Err(device.failed(error)),
+        Err(RehearsalError::Kernel(refusal)) => {
+            return Err(QosError::Read {
+                device: device.name,
+                refusal,
+            });
+        }
+    };
+
+    let mut undo = Undo {
+        store: &store,
+        interface: request.interface,
+        state: current.cloned(),
+        trees: vec![(device.clone(), present)],
+        ifb: None,
+        sorting: None,
+    };
+    let work = Work {
+        request,
+        device: &device,
+        interfaces: &interfaces,
+        leaves,
+        before: before.clone(),
+        faithful,
+        policy,
+        sorting,
+        // Of an interface that is gone, the device that it redirected to is left.
+        stale: known.as_ref().filter(|_| current.is_none()),
+        current,
+    };
+    match work.run(kernel, &mut undo) {
+        Ok(leaf) => {
+            notes.extend(bypass(request.interface, device.index));
+            Ok(Applied {
+                leaf,
+                before: before.describe(),
+                notes,
+            })
+        }
+        Err(first) => Err(undo.run(kernel, first)),
+    }
+}
+
+/// Whether a tree that is not ours may be replaced; what is to be said if it may not come back whole.
+fn make_way(request: &Request<'_>, present: &Tree) -> Result<Option<String>, QosError> {
+    const FAITHFUL: &str = "puts it back";
+    const UNFAITHFUL: &str = "cannot put it back wholly";
+    const UNKNOWN: &str = "tries to put it back";
+    if present.root().is_none() {
+        return Ok(None);
+    }
+    let restored = match rehearsal::restorable(present.clone()) {
+        Ok(true) => FAITHFUL,
+        Ok(false) => UNFAITHFUL,
+        Err(_) => UNKNOWN,
+    };
+    if !request.replace {
+        return Err(QosError::Foreign {
+            interface: request.interface.to_owned(),
+            what: present.describe(),
+            restored,
+        });
+    }
+    Ok((restored != FAITHFUL).then(|| {
+        format!(
+            "replaced {}: `relay-user qos clear {}` {restored}",
+            present.describe(),
+            request.interface
+        )
+    }))
+}
+
+/// What a relay on the interface means for the queues.
+fn bypass(interface: &str, index: u32) -> Option<String> {
+    let mode = attached_mode(interface, index).ok()??;
+    matches!(mode, AttachMode::Native | AttachMode::Generic).then(|| {
+        format!(
+            "the relay on {interface} runs in {} XDP, and packets that it relays bypass these queues: attach it with `--mode tc`",
+            mode.name()
+        )
+    })
+}
+
+/// All that [`establish`] has found out.
+struct Work<'a> {
+    request: &'a Request<'a>,
+    device: &'a Device,
+    interfaces: &'a Interfaces,
+    /// To be tried, the best first.
+    leaves: Vec<Leaf>,
+    before: Tree,
+    faithful: bool,
+    policy: Option<PolicyText>,
+    sorting: Sorting,
+    current: Option<&'a State>,
+    stale: Option<&'a State>,
+}
+
+impl Work<'_> {
+    fn run(&self, kernel: &mut dyn Kernel, undo: &mut Undo<'_>) -> Result<Leaf, QosError> {
+        let Self {
+            request, device, ..
+        } = self;
+        if let Some(stale) = self.stale {
+            unsort(stale)?;
+            remove_ifb(kernel, self.interfaces, stale)?;
+        }
+        let ifb = match request.downlink {
+            Some(rate) => Some((self.ifb(kernel, undo)?, rate)),
+            None => None,
+        };
+        // Before anything else: whatever happens from here on, `clear` knows what was there.
+        let line = |device: &Device, rate, before| -> Result<Line, QosError> {
+            let shape = self.shape(rate, device.mtu);
+            Ok(Line {
+                device: device.name.clone(),
+                index: device.index,
+                rate,
+                tree: shape.tree(self.leaves[0])?,
+                before,
+            })
+        };
+        let uplink = line(device, request.uplink, self.before.clone())?;
+        let downlink = match &ifb {
+            Some((ifb, rate)) => Some(line(ifb, *rate, Tree::default())?),
+            None => None,
+        };
+        let mut state = State::new(uplink, downlink, self.leaves[0])?;
+        state.classified =
+            self.sorting == Sorting::Attach || self.current.is_some_and(|state| state.classified);
+        state.faithful = self.faithful;
+        state.policy.clone_from(&self.policy);
+        let classes = request.policy.classes.iter();
+        state.classes = classes.map(|class| class.name.clone()).collect();
+        undo.store.write(&state)?;
+
+        let (leaf, tree, last) = self.build(kernel, device, request.uplink)?;
+        let mut rest = vec![((*device).clone(), last)];
+        (state.leaf, state.uplink.tree) = (leaf, tree);
+        if let (Some((ifb, rate)), Some(line)) = (&ifb, &mut state.downlink) {
+            let (_, tree, last) = self.build(kernel, ifb, *rate)?;
+            line.tree = tree;
+            rest.push((ifb.clone(), last));
+        }
+        undo.store.write(&state)?;
+        if self.sorting == Sorting::Attach {
+            undo.sorting = Some(state.clone());
+            if state.downlink.is_none()
+                && let Some(redirected) = self.current.filter(|it| it.downlink.is_some())
+            {
+                // For a moment no packet is classified: the classifier goes with the redirection.
+                unsort(redirected)?;
+            }
+            sort(&state, request.policy)?;
+        }
+        for (device, last) in rest {
+            run(kernel, &last).map_err(|error| device.failed(error))?;
+        }
+        // Redirected to no longer.
+        if request.downlink.is_none()
+            && let Some(state) = self.current
+        {
+            remove_ifb(kernel, self.interfaces, state)?;
+        }
+        Ok(leaf)
+    }
+
+    fn shape(&self, rate: Rate, mtu: u32) -> Shape<'_> {
+        Shape {
+            rate,
+            policy: self.request.policy,
+            mtu,
+        }
+    }
+
+    /// Builds a device's tree with the first leaf that the kernel has. Returns what remains to be done
+    /// when no packet goes to the old classes any longer.
+    fn build(
+        &self,
+        kernel: &mut dyn Kernel,
+        device: &Device,
+        rate: Rate,
+    ) -> Result<(Leaf, Tree, Vec<super::tree::Step>), QosError> {
+        let mut leaves = self.leaves.iter().copied().peekable();
+        loop {
+            let leaf = leaves.next().unwrap_or(Leaf::Pfifo);
+            let wanted = self.shape(rate, device.mtu).tree(leaf)?;
+            let plan = device.read(kernel)?.plan(device.index, &wanted);
+            match run(kernel, &plan.first) {
+                Ok(()) => return Ok((leaf, wanted, plan.last)),
+                Err(error) if error.lacks(leaf) && leaves.peek().is_some() => {}
+                Err(error) => return Err(device.failed(error)),
+            }
+        }
+    }
+
+    /// The IFB device, made if it is not there.
+    fn ifb(&self, kernel: &mut dyn Kernel, undo: &mut Undo<'_>) -> Result<Device, QosError> {
+        // At most 15 characters, and another one for every interface of less than 10 million.
+        let name = format!("relayifb{}", self.device.index % 10_000_000);
+        if let Ok(found) = self.interfaces.named(&name) {
+            let line = self.current.and_then(|state| state.downlink.as_ref());
+            if line.is_none_or(|line| line.index != found.index) {
+                return Err(QosError::IfbTaken(name));
+            }
+            let ifb = Device::from(found);
+            undo.trees.push((ifb.clone(), ifb.read(kernel)?));
+            return Ok(ifb);
+        }
+        kernel
+            .create_ifb(&name)
+            .map_err(|refusal| match refusal.errno {
+                Errno::EPERM => QosError::Permission,
+                Errno::EOPNOTSUPP => QosError::NoIfb,
+                Errno::EEXIST => QosError::IfbTaken(name.clone()),
+                _ => QosError::Ifb {
+                    name: name.clone(),
+                    refusal,
+                },
+            })?;
+        let ifb = Device::from(Interfaces::read()?.named(&name)?);
+        undo.ifb = Some(ifb.clone());
+        Ok(ifb)
+    }
+}
+
+/// Has packets classified on both lines.
+fn sort(state: &State, policy: &Policy) -> Result<(), QosError> {
+    let uplink = &state.uplink;
+    if let Some(ifb) = &state.downlink {
+        Classifier::attach(&ifb.device, ifb.index, policy)?;
+        Classifier::attach_downlink(&uplink.device, uplink.index, ifb.index)?;
+    }
+    Ok(Classifier::attach(&uplink.device, uplink.index, policy)?)
+}
+
+/// Has packets classified no longer, and what comes in redirected no longer.
+fn unsort(state: &State) -> Result<(), QosError> {
+    if state.classified {
+        let lines = [Some(&state.uplink), state.downlink.as_ref()];
+        for line in lines.into_iter().flatten() {
+            Classifier::detach(&line.device)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes the IFB device of a state, if it is still there.
+fn remove_ifb(
+    kernel: &mut dyn Kernel,
+    interfaces: &Interfaces,
+    state: &State,
+) -> Result<(), QosError> {
+    let Some(line) = &state.downlink else {
+        return Ok(());
+    };
+    let found = interfaces.indexed(line.index);
+    if state.is_current() && found.is_some_and(|found| found.name == line.device) {
+        kernel
+            .delete_link(line.index)
+            .map_err(|refusal| QosError::Ifb {
+                name: line.device.clone(),
+                refusal,
+            })?;
+    }
+    Ok(())
+}
+
+impl Undo<'_> {
+    /// Puts everything back, and returns the error that it was for.
+    fn run(self, kernel: &mut dyn Kernel, first: QosError) -> QosError {
+        let interface = self.interface.to_owned();
+        match self.put_back(kernel) {
+            // With the interface went all that was on it.
+            Ok(()) | Err(QosError::InterfaceGone(_)) => first,
+            Err(undo) => QosError::NotUndone {
+                interface,
+                first: Box::new(first),
+                undo: Box::new(undo),
+            },
+        }
+    }
+
+    fn put_back(self, kernel: &mut dyn Kernel) -> Result<(), QosError> {
+        if let Some(sorted) = &self.sorting {
+            let known = self.state.as_ref();
+            // Whatever it redirects to that was not redirected to before.
+            if known.is_none_or(|state| !state.classified || state.downlink != sorted.downlink) {
+                unsort(sorted)?;
+            }
+            if let Some(state) = known.filter(|state| state.classified) {
+                sort(state, &policy_in_force(state)?)?;
+            }
+        }
+        for (device, tree) in &self.trees {
+            device.make(kernel, tree)?;
+        }
+        if let Some(ifb) = &self.ifb {
+            kernel
+                .delete_link(ifb.index)
+                .map_err(|refusal| QosError::Ifb {
+                    name: ifb.name.clone(),
+                    refusal,
+                })?;
+        }
+        match &self.state {
+            Some(state) => self.store.write(state)?,
+            None => self.store.remove()?,
+        }
+        Ok(())
+    }
+}
+
+/// The policy that a state was made with.
+fn policy_in_force(state: &State) -> Result<Policy, PolicyError> {
+    match &state.policy {
+        Some(policy) => Policy::parse(&policy.path, &policy.text),
+        None => Ok(Policy::built_in()),
+    }
+}
+
+fn remove(
+    kernel: &mut dyn Kernel,
+    store: &Store,
+    state: &State,
+    sorting: Sorting,
+) -> Result<Cleared, QosError> {
+    let interfaces = Interfaces::read()?;
+    let line = &state.uplink;
+    let found = interfaces
+        .indexed(line.index)
+        .filter(|found| found.name == line.device && state.is_current());
+    let Some(found) = found else {
+        unsort(state)?;
+        remove_ifb(kernel, &interfaces, state)?;
+        store.remove()?;
+        return Ok(Cleared::Gone);
+    };
+    let device = Device::from(found);
+    let present = device.read(kernel)?;
+    let undo = Undo {
+        store,
+        interface: &line.device,
+        state: Some(state.clone()),
+        trees: vec![(device.clone(), present.clone())],
+        ifb: None,
+        sorting: (sorting == Sorting::Attach).then(|| state.clone()),
+    };
+    let mut notes = Vec::new();
+    let work = |kernel: &mut dyn Kernel, notes: &mut Vec<String>| {
+        // First, or packets would be sent to classes of what is put back.
+        if sorting == Sorting::Attach {
+            unsort(state)?;
+        }
+        if state.shaped {
+            if line.tree.is_at(&present) {
+                if state.faithful {
+                    device.make(kernel, &line.before)?;
+                } else {
+                    notes.extend(device.approach(kernel, &line.before)?);
+                }
+            } else {
+                notes.push(format!(
+                    "{} is not what relay-user put on {}, and stays",
+                    present.describe(),
+                    line.device
+                ));
+            }
+        }
+        match (sorting, &state.downlink) {
+            (Sorting::Attach, _) => {
+                remove_ifb(kernel, &interfaces, state)?;
+                store.remove()?;
+            }
+            (Sorting::Leave, downlink) => {
+                if let Some(ifb) = downlink
+                    .as_ref()
+                    .and_then(|it| interfaces.indexed(it.index))
+                {
+                    Device::from(ifb).make(kernel, &Tree::default())?;
+                }
+                let mut unshaped = state.clone();
+                unshaped.shaped = false;
+                store.write(&unshaped)?;
+            }
+        }
+        Ok(())
+    };
+    match work(kernel, &mut notes) {
+        Ok(()) => Ok(Cleared::Restored {
+            before: line.before.describe(),
+            notes,
+        }),
+        Err(first) => Err(undo.run(kernel, first)),
+    }
+}

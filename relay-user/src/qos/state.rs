@@ -1,0 +1,342 @@
+//! What must be known to undo: one file for each shaped interface, `/run/relay/qos/IFACE.json`.
+//!
+//! Everything else is read from the kernel.
+
+use std::{
+    fs::{self, File, Permissions},
+    io::{self, Write as _},
+    os::unix::fs::{
+        DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{Flock, FlockArg},
+    unistd::geteuid,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{leaf::Leaf, rate::Rate, tree::Tree};
+
+/// Where they are.
+const FOLDER: &str = "/run/relay/qos";
+
+/// The kernel's name of this boot (random(4)).
+const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Form of the file: another one is not read.
+const VERSION: u32 = 1;
+
+/// What was done to an interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct State {
+    version: u32,
+    /// Of the boot in which it holds.
+    boot: String,
+    /// Whether the trees are there; the classifier and the IFB device can be without them.
+    pub(super) shaped: bool,
+    /// Whether what was there is known to come back whole.
+    pub(super) faithful: bool,
+    /// Whether packets are classified.
+    pub(super) classified: bool,
+    /// The policy; the built-in one if there is none.
+    pub(super) policy: Option<PolicyText>,
+    /// Names of the classes.
+    pub(super) classes: Vec<String>,
+    /// In each class.
+    pub(super) leaf: Leaf,
+    /// The interface.
+    pub(super) uplink: Line,
+    /// The IFB device that what comes in passes.
+    pub(super) downlink: Option<Line>,
+}
+
+/// A policy as it was read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PolicyText {
+    /// Where.
+    pub(super) path: PathBuf,
+    /// The whole file: it may be another one by now.
+    pub(super) text: String,
+}
+
+/// A device that is shaped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Line {
+    pub(super) device: String,
+    pub(super) index: u32,
+    pub(super) rate: Rate,
+    /// What we made.
+    pub(super) tree: Tree,
+    /// What was there.
+    pub(super) before: Tree,
+}
+
+impl State {
+    pub(super) fn new(
+        uplink: Line,
+        downlink: Option<Line>,
+        leaf: Leaf,
+    ) -> Result<Self, StateError> {
+        Ok(Self {
+            version: VERSION,
+            boot: boot().map_err(failed("read", Path::new(BOOT)))?,
+            shaped: true,
+            faithful: true,
+            classified: false,
+            policy: None,
+            classes: Vec::new(),
+            leaf,
+            uplink,
+            downlink,
+        })
+    }
+
+    /// Whether it is from this boot: indices count anew in the next.
+    pub(super) fn is_current(&self) -> bool {
+        boot().is_ok_and(|boot| boot == self.boot)
+    }
+}
+
+fn boot() -> io::Result<String> {
+    let id = fs::read_to_string(BOOT)?;
+    Ok(id.trim().to_owned())
+}
+
+/// Why the state cannot be had or kept.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The file system refuses.
+    #[error("cannot {action} {path}: {source}", path = path.display())]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Others could have written it.
+    #[error(
+        "{path} is not root's alone (owner {owner}, mode {mode:04o}) and is not believed: look at `tc qdisc show`, then remove it (`rm {path}`)",
+        path = path.display()
+    )]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Number of its owner.
+        owner: u32,
+        /// Its mode.
+        mode: u32,
+    },
+    /// No state, or that of another version.
+    #[error(
+        "{path} cannot be read as the state of `relay-user qos` ({what}): look at `tc qdisc show`, then remove it (`rm {path}`)",
+        path = path.display()
+    )]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+}
+
+/// The files of one interface.
+#[derive(Debug)]
+pub(super) struct Store {
+    folder: PathBuf,
+    interface: String,
+}
+
+/// While it lives, nobody else changes anything about the interface.
+pub(super) struct Lock(#[expect(dead_code, reason = "held, not used")] Flock<File>);
+
+impl Store {
+    pub(super) fn new(interface: &str) -> Self {
+        Self {
+            folder: PathBuf::from(FOLDER),
+            interface: interface.to_owned(),
+        }
+    }
+
+    /// The interfaces that have a state, sorted.
+    pub(super) fn interfaces() -> Vec<String> {
+        let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let mut names: Vec<_> = names
+            .filter_map(|name| Some(name.strip_suffix(".json")?.to_owned()))
+            .collect();
+        names.sort();
+        names
+    }
+
+    fn path(&self, suffix: &str) -> PathBuf {
+        self.folder.join(format!("{}{suffix}", self.interface))
+    }
+
+    /// Waits until nobody else holds the lock.
+    pub(super) fn lock(&self) -> Result<Lock, StateError> {
+        let mut builder = fs::DirBuilder::new();
+        builder
+            .recursive(true)
+            .mode(0o755)
+            .create(&self.folder)
+            .map_err(failed("create", &self.folder))?;
+        let path = self.path(".lock");
+        let mut options = File::options();
+        let file = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed("open", &path))?;
+        Flock::lock(file, FlockArg::LockExclusive)
+            .map(Lock)
+            .map_err(|(_, errno)| failed("lock", &path)(errno.into()))
+    }
+
+    /// The state, if there is one.
+    pub(super) fn read(&self) -> Result<Option<State>, StateError> {
+        let path = self.path(".json");
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed("open", &path)(error)),
+        };
+        let metadata = file.metadata().map_err(failed("look at", &path))?;
+        let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+        if owner != geteuid().as_raw() || mode & 0o077 != 0 {
+            return Err(StateError::Open { path, owner, mode });
+        }
+        let content = |what: String| StateError::Content {
+            path: path.clone(),
+            what,
+        };
+        let text = io::read_to_string(file).map_err(failed("read", &path))?;
+        let state: State =
+            serde_json::from_str(&text).map_err(|error| content(error.to_string()))?;
+        if state.version != VERSION {
+            return Err(content(format!("version {}", state.version)));
+        }
+        if state.uplink.device != self.interface {
+            return Err(content(format!("it is of {}", state.uplink.device)));
+        }
+        Ok(Some(state))
+    }
+
+    /// Puts a state in the place of the present one.
+    pub(super) fn write(&self, state: &State) -> Result<(), StateError> {
+        let text = serde_json::to_vec(state).map_err(io::Error::other);
+        let path = self.path(".json");
+        text.and_then(|text| self.put(&path, &text))
+            .map_err(failed("write", &path))
+    }
+
+    /// Removes the state. The lock's file stays, for whoever waits for it.
+    pub(super) fn remove(&self) -> Result<(), StateError> {
+        let path = self.path(".json");
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(failed("remove", &path)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes a file beside the one that it then replaces: a reader sees the old or the new.
+    fn put(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        let next = self.path(".next");
+        let mut options = File::options();
+        let mut file = options
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&next)?;
+        file.set_permissions(Permissions::from_mode(0o600))?;
+        file.write_all(content)?;
+        fs::rename(&next, path)
+    }
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
+    let path = path.to_owned();
+    move |source| StateError::System {
+        action,
+        path,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> State {
+        let line = Line {
+            device: "eth0".to_owned(),
+            index: 7,
+            rate: "1mbit".parse().expect("rate"),
+            tree: Tree::default(),
+            before: Tree::default(),
+        };
+        State::new(line, None, Leaf::Pfifo).expect("state")
+    }
+
+    fn store(folder: &Path) -> Store {
+        Store {
+            folder: folder.to_owned(),
+            interface: "eth0".to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_by_its_owner_only() {
+        let folder = tempfile::tempdir().expect("folder");
+        let store = store(folder.path());
+        assert_eq!(store.read().expect("none"), None);
+        store.write(&state()).expect("written");
+        assert_eq!(store.read().expect("one"), Some(state()));
+        assert!(state().is_current());
+        let path = folder.path().join("eth0.json");
+        let mode = fs::metadata(&path).expect("file").mode();
+        assert_eq!(mode & 0o777, 0o600);
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).expect("mode");
+        let error = store.read().expect_err("open to others").to_string();
+        assert!(error.contains("mode 0644"), "{error}");
+        store.remove().expect("removed");
+        assert_eq!(store.read().expect("none"), None);
+    }
+
+    #[test]
+    fn what_is_no_state_is_not_believed() {
+        let folder = tempfile::tempdir().expect("folder");
+        let store = store(folder.path());
+        let whole = serde_json::to_value(state()).expect("JSON");
+        let with = |key: &str, value: serde_json::Value| {
+            let mut changed = whole.clone();
+            changed[key] = value;
+            changed.to_string()
+        };
+        let mut other = whole.clone();
+        other["uplink"]["device"] = "eth1".into();
+        for (content, says) in [
+            (String::new(), "EOF"),
+            ("{}".to_owned(), "missing field"),
+            (with("version", 2.into()), "version 2"),
+            (with("surprise", 2.into()), "unknown field"),
+            (other.to_string(), "it is of eth1"),
+        ] {
+            let path = folder.path().join("eth0.json");
+            store.put(&path, content.as_bytes()).expect("written");
+            let error = store.read().expect_err(says).to_string();
+            assert!(error.contains(says) && error.contains("rm "), "{error}");
+        }
+    }
+}

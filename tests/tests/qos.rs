@@ -1,0 +1,977 @@
+//! Shaping an interface, and putting back what was there. The witness is iproute2's `tc`, which shares nothing with
+//! `relay-user`.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{ErrorKind, Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    process::{Command, Output},
+    thread,
+    time::{Duration, Instant},
+};
+
+use aya::programs::{SchedClassifier, TcAttachType};
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::socket::{setsockopt, sockopt},
+};
+use relay_tests::{
+    link::{End, connect},
+    namespace::Host,
+    relay::{Relay, binary},
+    topology::{Direct, PBX_MAC, PBX_V4, PHONES_MAC},
+};
+use relay_user::{
+    netlink::Refusal,
+    qos::{
+        kernel::{Kernel, Rtnetlink},
+        object::{Message, Object},
+        policy::Policy,
+        shaper::{self, QosError, Request},
+    },
+};
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const STATE: &str = "/run/relay/qos/eth0.json";
+
+/// Waits for what no event announces.
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs `relay-user qos` in a machine, whatever its exit status.
+fn qos(host: &Host, words: &str) -> Output {
+    let program = binary("relay-user", "RELAY_USER_BIN").expect("relay-user is built");
+    let mut command = Command::new(program);
+    command.arg("qos").args(words.split_whitespace());
+    host.run_to_end(command).expect("started")
+}
+
+/// The same; it succeeds. Returns what it prints.
+fn done(host: &Host, words: &str) -> String {
+    let output = qos(host, words);
+    let (out, err) = texts(&output);
+    assert!(output.status.success(), "qos {words}: {err}{out}");
+    out
+}
+
+/// The same; it fails with this status, and says all this.
+fn refused(host: &Host, words: &str, status: i32, says: &[&str]) {
+    let output = qos(host, words);
+    let (out, err) = texts(&output);
+    assert_eq!(
+        output.status.code(),
+        Some(status),
+        "qos {words}: {err}{out}"
+    );
+    for fragment in says {
+        assert!(
+            err.contains(fragment),
+            "qos {words}: no `{fragment}` in: {err}"
+        );
+    }
+}
+
+fn texts(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+/// Runs `tc` in a machine: one command a line.
+fn tc(host: &Host, lines: &str) -> String {
+    let mut printed = String::new();
+    for line in lines.lines() {
+        let mut command = Command::new("tc");
+        command.args(line.split_whitespace());
+        let output = host.output(command).expect(line);
+        printed += &String::from_utf8_lossy(&output.stdout);
+    }
+    printed
+}
+
+/// All that `tc` shows of a device, in an order of its own: the kernel's is that of a hash table.
+fn dump(host: &Host, device: &str) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
+    for what in ["-d qdisc show", "-d class show", "filter show"] {
+        let lines = tc(host, &format!("{what} dev {device}"));
+        all.extend(lines.lines().map(|line| format!("{what}: {line}")));
+    }
+    all
+}
+
+fn exists(host: &Host, path: &str) -> bool {
+    host.run(|| std::path::Path::new(path).exists())
+}
+
+/// `qos show --json` of one interface.
+fn shown(host: &Host, interface: &str) -> Value {
+    let text = done(host, &format!("show {interface} --json"));
+    let report: Value = serde_json::from_str(&text).expect("JSON");
+    report["interfaces"][0].clone()
+}
+
+/// A class of the uplink, by name.
+fn class(report: &Value, name: &str) -> Value {
+    let classes = report["uplink"]["classes"].as_array().expect("classes");
+    let found = classes.iter().find(|class| class["name"] == name);
+    found.expect(name).clone()
+}
+
+fn count(value: &Value) -> u64 {
+    value.as_u64().expect("a number")
+}
+
+#[test]
+fn the_tree_is_as_the_policy_says() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let before = dump(host, "eth0");
+    let said = done(host, "apply eth0 --uplink 1000kbit");
+    assert!(
+        said.contains("1mbit up") && said.contains("pfifo in 4 classes"),
+        "{said}"
+    );
+    let qdiscs = tc(host, "qdisc show dev eth0");
+    assert!(
+        qdiscs.contains("qdisc htb 1: root") && qdiscs.contains("default 0x40"),
+        "{qdiscs}"
+    );
+    let classes = tc(host, "-d class show dev eth0");
+    for (class, words) in [
+        (
+            "1:1 root",
+            "rate 950Kbit ceil 950Kbit linklayer ethernet burst 1636b/1",
+        ),
+        (
+            "1:10 parent 1:1 leaf 10:",
+            "prio 0 quantum 1518 rate 47496bit ceil 95Kbit",
+        ),
+        (
+            "1:20 parent 1:1 leaf 20:",
+            "prio 1 quantum 1518 rate 522496bit ceil 950Kbit",
+        ),
+        (
+            "1:30 parent 1:1 leaf 30:",
+            "prio 2 quantum 1518 rate 190Kbit ceil 950Kbit",
+        ),
+        (
+            "1:40 parent 1:1 leaf 40:",
+            "prio 3 quantum 1518 rate 190Kbit ceil 950Kbit",
+        ),
+    ] {
+        let mut lines = classes.lines();
+        let line = lines.find(|line| line.starts_with(&format!("class htb {class}")));
+        let line = line.unwrap_or_else(|| panic!("{class}: {classes}"));
+        // tc rounds a burst up or down.
+        let words = words.split(" linklayer").next().expect("words");
+        assert!(line.contains(words), "no {words} in {line}");
+    }
+    for leaf in [
+        "10: parent 1:10",
+        "20: parent 1:20",
+        "30: parent 1:30",
+        "40: parent 1:40",
+    ] {
+        assert!(
+            qdiscs.contains(&format!("qdisc pfifo {leaf} limit 32p")),
+            "{qdiscs}"
+        );
+    }
+    // More bytes a second than 32 bits hold.
+    done(host, "apply eth0 --uplink 100gbit");
+    let classes = tc(host, "class show dev eth0");
+    assert!(classes.contains("rate 95Gbit ceil 95Gbit"), "{classes}");
+    assert!(classes.contains("rate 52250Mbit ceil 95Gbit"), "{classes}");
+    assert_eq!(shown(host, "eth0")["state"], "shaped");
+    let said = done(host, "clear eth0");
+    assert!(said.contains("the kernel's default again"), "{said}");
+    assert_eq!(dump(host, "eth0"), before);
+    assert!(!exists(host, STATE));
+    let said = done(host, "clear eth0");
+    assert!(said.contains("nothing to clear"), "{said}");
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_with_the_remedy() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let before = dump(host, "eth0");
+    for (words, status, says) in [
+        ("", 2, &["Usage: relay-user qos"][..]),
+        ("apply", 2, &["IFACE", "--uplink"]),
+        ("apply eth0", 2, &["--uplink"]),
+        (
+            "apply eth0 --uplink fast",
+            2,
+            &["`fast` is no rate", "1.5mbit"],
+        ),
+        (
+            "apply eth0 --uplink 1kbit",
+            2,
+            &["`1kbit`", "64kbit to 100gbit"],
+        ),
+        (
+            "apply eth0 --uplink 1mbit --downlink 0",
+            2,
+            &["`0`", "64kbit"],
+        ),
+        (
+            "apply eth7 --uplink 1mbit",
+            1,
+            &["no interface `eth7`", "eth0"],
+        ),
+        (
+            "apply a/b --uplink 1mbit",
+            2,
+            &["cannot be the name of an interface"],
+        ),
+        (
+            "apply eth0 --uplink 1mbit --policy /run/none",
+            1,
+            &["/run/none", "No such file"],
+        ),
+        ("show eth7", 1, &["no interface `eth7`"]),
+        ("show --watch never", 2, &["no length of time"]),
+        ("policy /run/none", 1, &["/run/none", "No such file"]),
+        ("aply eth0", 2, &["apply"]),
+    ] {
+        refused(host, words, status, says);
+    }
+    assert_eq!(dump(host, "eth0"), before);
+    assert!(!exists(host, STATE));
+    assert!(done(host, "show").contains("no interface is shaped"));
+    assert!(done(host, "show eth0").contains("not shaped"));
+}
+
+#[test]
+fn the_built_in_policy_is_one_to_start_from() {
+    let host = Host::new("alone").expect("machine");
+    let text = done(&host, "policy");
+    let file = host.private_file("qos.toml", &text).expect("file");
+    let file = file.display();
+    let table = done(&host, &format!("policy {file} --uplink 1mbit"));
+    for words in [
+        "realtime",
+        "47500bit",
+        "95kbit",
+        "high",
+        "522500bit",
+        "default",
+    ] {
+        assert!(table.contains(words), "no {words} in {table}");
+    }
+}
+
+#[test]
+fn rates_are_changed_without_losing_what_waits() {
+    const PACKETS: u16 = 24;
+    let net = Direct::new(1).expect("network");
+    done(&net.pbx, "apply eth0 --uplink 64kbit");
+    let receiver = net.phones.run(|| UdpSocket::bind((Direct::phone_v4(0), 9)));
+    let receiver = receiver.expect("socket");
+    receiver.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let sender = net
+        .pbx
+        .run(|| UdpSocket::bind((PBX_V4, 0)))
+        .expect("socket");
+    for number in 0..PACKETS {
+        let mut packet = [0; 1000];
+        packet[..2].copy_from_slice(&number.to_be_bytes());
+        let to = SocketAddr::from((Direct::phone_v4(0), 9));
+        sender.send_to(&packet, to).expect("sent");
+    }
+    let waiting = count(&class(&shown(&net.pbx, "eth0"), "bulk")["backlog_packets"]);
+    // At 64 kbit/s, what was sent takes three seconds.
+    assert!(waiting > 4, "only {waiting} wait");
+    done(&net.pbx, "apply eth0 --uplink 10mbit");
+    done(&net.pbx, "apply eth0 --uplink 10mbit");
+    for number in 0..PACKETS {
+        let mut packet = [0; 1000];
+        receiver.recv(&mut packet).expect("each arrives");
+        assert_eq!(packet[..2], number.to_be_bytes(), "in their order");
+    }
+    let report = shown(&net.pbx, "eth0");
+    assert_eq!(report["state"], "shaped");
+    assert_eq!(class(&report, "bulk")["drops"], 0);
+}
+
+#[test]
+fn the_line_is_not_filled_beyond_its_share() {
+    const RATE: f64 = 1_900_000.0;
+    let net = Direct::new(1).expect("network");
+    done(&net.pbx, "apply eth0 --uplink 2mbit");
+    let receiver = net.phones.run(|| UdpSocket::bind((Direct::phone_v4(0), 9)));
+    let receiver = receiver.expect("socket");
+    receiver.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let sender = net
+        .pbx
+        .run(|| UdpSocket::bind((PBX_V4, 0)))
+        .expect("socket");
+    sender.set_nonblocking(true).expect("not waiting");
+    let (mut first, mut bytes) = (None, 0_u32);
+    let mut packet = [0; 1400];
+    loop {
+        // More than the line takes, so that some always wait.
+        for _ in 0..4 {
+            let _ = sender.send_to(&packet, (Direct::phone_v4(0), 9));
+        }
+        receiver.recv(&mut packet).expect("packets arrive");
+        let first = *first.get_or_insert_with(Instant::now);
+        // Ethernet, IP and UDP headers.
+        bytes += 1400 + 42;
+        if bytes > 400_000 {
+            let rate = f64::from(bytes) * 8.0 / first.elapsed().as_secs_f64();
+            // Another process may have the CPU, but none can make the line faster.
+            assert!((RATE * 0.5..RATE * 1.05).contains(&rate), "{rate} bit/s");
+            break;
+        }
+    }
+    let report = shown(&net.pbx, "eth0");
+    assert!(count(&class(&report, "bulk")["drops"]) > 0, "{report}");
+    assert!(
+        count(&class(&report, "bulk")["bits_per_second"]) > 0,
+        "{report}"
+    );
+}
+
+#[test]
+fn packets_that_name_a_class_are_in_it() {
+    let net = Direct::new(1).expect("network");
+    done(&net.pbx, "apply eth0 --uplink 10mbit");
+    let sender = net
+        .pbx
+        .run(|| UdpSocket::bind((PBX_V4, 0)))
+        .expect("socket");
+    for (minor, name) in [
+        (0x10, "realtime"),
+        (0x20, "high"),
+        (0x30, "regular"),
+        (0x40, "bulk"),
+    ] {
+        let priority = 1 << 16 | minor;
+        setsockopt(&sender, sockopt::Priority, &priority).expect("priority");
+        let before = count(&class(&shown(&net.pbx, "eth0"), name)["packets"]);
+        for _ in 0..10 {
+            sender
+                .send_to(&[0; 100], (Direct::phone_v4(0), 9))
+                .expect("sent");
+        }
+        until(name, || {
+            count(&class(&shown(&net.pbx, "eth0"), name)["packets"]) >= before + 10
+        });
+    }
+}
+
+#[test]
+fn packets_are_in_the_class_of_their_kind() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let phone = Direct::phone_v4(0);
+    let web = net.phones.run(|| TcpListener::bind((phone, 80)));
+    let web = web.expect("listening");
+    done(host, "apply eth0 --uplink 10mbit");
+    let packets = |name: &str| count(&class(&shown(host, "eth0"), name)["packets"]);
+    let in_class = |name: &str, many: u64, send: &dyn Fn()| {
+        let before = packets(name);
+        send();
+        until(name, || packets(name) >= before + many);
+    };
+    in_class("realtime", 1, &|| {
+        // Nobody listens there, of which the phone is told by ICMP.
+        let socket = net
+            .phones
+            .run(|| UdpSocket::bind((phone, 0)))
+            .expect("socket");
+        socket.connect((PBX_V4, 9)).expect("connected");
+        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        socket.send(&[0]).expect("sent");
+        let told = socket.recv(&mut [0]).expect_err("nobody is there");
+        assert_eq!(told.kind(), ErrorKind::ConnectionRefused);
+    });
+    // What the handshake takes, then what it was for.
+    in_class("realtime", 2, &|| {
+        in_class("regular", 2, &|| {
+            let mut client = host
+                .run(|| TcpStream::connect((phone, 80)))
+                .expect("connected");
+            client.write_all(&[0; 2000]).expect("sent");
+            let (mut server, _) = web.accept().expect("accepted");
+            server.read_exact(&mut [0; 2000]).expect("received");
+        });
+    });
+    let sender = host.run(|| UdpSocket::bind((PBX_V4, 0))).expect("socket");
+    for (tos, name) in [(0xb8, "high"), (0x60, "high"), (0, "bulk"), (0x28, "bulk")] {
+        setsockopt(&sender, sockopt::Ipv4Tos, &tos).expect("TOS");
+        in_class(name, 10, &|| {
+            for _ in 0..10 {
+                sender.send_to(&[0; 100], (phone, 9)).expect("sent");
+            }
+        });
+    }
+    let report = shown(host, "eth0");
+    let rules = report["uplink"]["rules"].as_array().expect("rules");
+    let matched = rules.iter().map(|rule| count(&rule["packets"]));
+    assert!(matched.sum::<u64>() > 20, "{rules:?}");
+    assert!(done(host, "show eth0").contains("RULE"));
+    done(host, "clear eth0");
+    assert_eq!(programs(host), [0, 0]);
+}
+
+#[test]
+fn what_comes_in_is_queued_once() {
+    const PACKETS: u16 = 40;
+    const RATE: f64 = 1_900_000.0;
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    done(host, "apply eth0 --uplink 100mbit --downlink 2mbit");
+    let receiver = host.run(|| UdpSocket::bind((PBX_V4, 9))).expect("socket");
+    receiver.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let sender = net.phones.run(|| UdpSocket::bind((Direct::phone_v4(0), 0)));
+    let sender = sender.expect("socket");
+    setsockopt(&sender, sockopt::Ipv4Tos, &0xb8).expect("TOS");
+    let mut packet = [0; 1400];
+    let mut first = None;
+    for number in 0..PACKETS {
+        packet[..2].copy_from_slice(&number.to_be_bytes());
+        sender.send_to(&packet, (PBX_V4, 9)).expect("sent");
+    }
+    for number in 0..PACKETS {
+        receiver.recv(&mut packet).expect("each arrives");
+        assert_eq!(packet[..2], number.to_be_bytes(), "once, in their order");
+        first.get_or_insert_with(Instant::now);
+    }
+    // The first one is not waited for, and a burst is not either.
+    let bits = f64::from(PACKETS - 1) * 1442.0 * 8.0;
+    let rate = bits / first.expect("a first").elapsed().as_secs_f64();
+    assert!(rate < RATE * 1.1, "{rate} bit/s");
+    let report = shown(host, "eth0");
+    let classes = report["downlink"]["classes"].as_array().expect("classes");
+    let high = classes
+        .iter()
+        .find(|class| class["name"] == "high")
+        .expect("high");
+    assert_eq!(high["packets"], PACKETS, "{high}");
+    assert_eq!(programs(host), [1, 1]);
+    // Without it, what comes in is not sent to a device that is gone.
+    done(host, "apply eth0 --uplink 100mbit");
+    assert_eq!(programs(host), [0, 1]);
+    sender.send_to(&packet, (PBX_V4, 9)).expect("sent");
+    receiver.recv(&mut packet).expect("it arrives");
+    done(host, "clear eth0");
+    assert_eq!(programs(host), [0, 0]);
+}
+
+#[test]
+fn shaping_needs_no_more_than_three_capabilities() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let before = dump(host, "eth0");
+    let output = limited(host, "", "apply eth0 --uplink 1mbit");
+    assert!(texts(&output).1.contains("CAP_NET_ADMIN"), "{output:?}");
+    assert_eq!(dump(host, "eth0"), before);
+    for words in [
+        "apply eth0 --uplink 1mbit --downlink 8mbit",
+        "show",
+        "clear eth0",
+    ] {
+        let output = limited(host, ENOUGH, words);
+        assert!(output.status.success(), "{words}: {output:?}");
+    }
+    assert_eq!(dump(host, "eth0"), before);
+}
+
+#[test]
+fn a_classifier_that_cannot_be_attached_leaves_all_as_it_was() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    for before in ["show", "apply eth0 --uplink 1mbit --downlink 8mbit"] {
+        done(host, before);
+        // Whoever may not mount it cannot pin.
+        host.run(|| umount2("/sys/fs/bpf", MntFlags::MNT_DETACH))
+            .expect("unmounted");
+        let before = (
+            dump(host, "eth0"),
+            host.run(|| fs::read_to_string(STATE).ok()),
+        );
+        let output = limited(host, ENOUGH, "apply eth0 --uplink 2mbit");
+        assert!(texts(&output).1.contains("mount -t bpf"), "{output:?}");
+        let after = (
+            dump(host, "eth0"),
+            host.run(|| fs::read_to_string(STATE).ok()),
+        );
+        assert_eq!(after, before);
+        host.run(|| {
+            mount(
+                Some("bpf"),
+                "/sys/fs/bpf",
+                Some("bpf"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+        })
+        .expect("mounted");
+    }
+}
+
+/// What shaping needs of root's rights.
+const ENOUGH: &str = ",+net_admin,+bpf,+perfmon";
+
+/// Runs `relay-user qos` with no capabilities but these.
+fn limited(host: &Host, set: &str, words: &str) -> Output {
+    let program = binary("relay-user", "RELAY_USER_BIN").expect("relay-user is built");
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--no-new-privs", "--inh-caps=-all"])
+        .arg(format!("--bounding-set=-all{set}"))
+        .arg(&program)
+        .arg("qos")
+        .args(words.split(' '));
+    host.run_to_end(command).expect("started")
+}
+
+/// How many programs there are at the ingress and at the egress of eth0.
+fn programs(host: &Host) -> [usize; 2] {
+    host.run(|| {
+        [TcAttachType::Ingress, TcAttachType::Egress].map(|hook| {
+            let (_, programs) = SchedClassifier::query_tcx("eth0", hook).expect("TCX");
+            programs.len()
+        })
+    })
+}
+
+/// Trees that an administrator may have.
+const FOREIGN: [&str; 4] = [
+    "qdisc add dev eth0 root tbf rate 1mbit burst 10k latency 50ms",
+    "qdisc add dev eth0 root pfifo limit 77",
+    // With the handles of ours, and changed in its place.
+    "qdisc add dev eth0 root handle 1: htb default 40
+class add dev eth0 parent 1: classid 1:1 htb rate 10mbit
+class add dev eth0 parent 1:1 classid 1:10 htb rate 4mbit ceil 10mbit prio 5
+class add dev eth0 parent 1:1 classid 1:40 htb rate 4mbit ceil 10mbit
+class add dev eth0 parent 1:1 classid 1:50 htb rate 2mbit ceil 10mbit
+qdisc add dev eth0 parent 1:10 handle 100: tbf rate 3mbit burst 10k limit 30k
+filter add dev eth0 parent 1: protocol ip prio 3 u32 match ip dport 5060 0xffff flowid 1:10",
+    // One inside another.
+    "qdisc add dev eth0 root handle 5: htb default 1
+class add dev eth0 parent 5: classid 5:1 htb rate 40gbit
+qdisc add dev eth0 parent 5:1 handle 6: htb default 2
+class add dev eth0 parent 6: classid 6:2 htb rate 1mbit
+qdisc add dev eth0 parent 6:2 handle 7: bfifo limit 9000",
+];
+
+#[test]
+fn what_the_administrator_made_is_asked_for_and_put_back() {
+    for foreign in FOREIGN {
+        let net = Direct::new(1).expect("network");
+        let host = &net.pbx;
+        tc(host, foreign);
+        let before = dump(host, "eth0");
+        let says = [
+            "not relay-user's",
+            "--replace",
+            "`relay-user qos clear eth0` puts it back",
+        ];
+        refused(host, "apply eth0 --uplink 1mbit", 1, &says);
+        assert_eq!(dump(host, "eth0"), before);
+        done(host, "apply eth0 --uplink 1mbit --replace");
+        assert_eq!(shown(host, "eth0")["state"], "shaped", "{foreign}");
+        assert_eq!(
+            shown(host, "eth0")["drift"],
+            serde_json::json!([]),
+            "{foreign}"
+        );
+        // Ours needs no flag, and what was there before stays known.
+        done(host, "apply eth0 --uplink 2mbit");
+        done(host, "clear eth0");
+        assert_eq!(dump(host, "eth0"), before, "{foreign}");
+    }
+}
+
+#[test]
+fn what_cannot_be_put_back_whole_is_told_before() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    // A hash table of its own, which no filter brings with it.
+    tc(
+        host,
+        "qdisc add dev eth0 root handle 1: htb
+class add dev eth0 parent 1: classid 1:1 htb rate 10mbit
+filter add dev eth0 parent 1: prio 5 handle 2: protocol ip u32 divisor 256
+filter add dev eth0 parent 1: prio 5 protocol ip u32 ht 2:1: match ip dport 9 0xffff flowid 1:1",
+    );
+    refused(
+        host,
+        "apply eth0 --uplink 1mbit",
+        1,
+        &["cannot put it back wholly"],
+    );
+    let said = done(host, "apply eth0 --uplink 1mbit --replace");
+    assert!(
+        said.contains("note: ") && said.contains("cannot put it back wholly"),
+        "{said}"
+    );
+    let said = done(host, "clear eth0");
+    assert!(
+        said.contains("note: not put back: a filter of 1:"),
+        "{said}"
+    );
+    assert!(tc(host, "class show dev eth0").contains("class htb 1:1 root prio 0 rate 10Mbit"));
+    assert!(!exists(host, STATE));
+}
+
+#[test]
+fn changes_by_hand_are_seen() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    done(host, "apply eth0 --uplink 1mbit");
+    tc(
+        host,
+        "class change dev eth0 parent 1:1 classid 1:20 htb rate 1mbit
+qdisc replace dev eth0 parent 1:30 handle 30: pfifo limit 5
+qdisc delete dev eth0 parent 1:40
+qdisc add dev eth0 parent 1:40 handle 40: bfifo limit 3000
+filter add dev eth0 parent 1: protocol ip u32 match u32 0 0 flowid 1:10",
+    );
+    let report = shown(host, "eth0");
+    assert_eq!(report["state"], "drifted");
+    let told: Vec<_> = report["drift"].as_array().expect("drift").iter().collect();
+    assert_eq!(
+        told,
+        [
+            "class 1:20 was changed",
+            "pfifo of 1:30 was changed",
+            "pfifo of 1:40 was replaced by bfifo",
+            "filters were added: 1"
+        ]
+    );
+    assert!(done(host, "show").contains("drifted: class 1:20 was changed"));
+    done(host, "apply eth0 --uplink 1mbit");
+    assert_eq!(shown(host, "eth0")["state"], "shaped");
+    assert_eq!(tc(host, "filter show dev eth0"), "");
+    // Another tree in the place of ours is its maker's.
+    tc(host, "qdisc replace dev eth0 root pfifo limit 9");
+    let before = dump(host, "eth0");
+    assert_eq!(shown(host, "eth0")["state"], "unshaped");
+    refused(host, "apply eth0 --uplink 1mbit", 1, &["--replace"]);
+    let said = done(host, "clear eth0");
+    assert!(said.contains("pfifo") && said.contains("stays"), "{said}");
+    assert_eq!(dump(host, "eth0"), before);
+}
+
+#[test]
+fn an_interface_that_comes_back_is_another_one() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    done(host, "apply eth0 --uplink 1mbit --downlink 8mbit");
+    let ifb = format!("relayifb{}", net.pbx_interface.index);
+    host.ip("link delete eth0").expect("deleted");
+    assert_eq!(shown(host, "eth0")["state"], "gone");
+    refused(
+        host,
+        "apply eth0 --uplink 1mbit",
+        1,
+        &["no interface `eth0`"],
+    );
+    let [again, _] = connect(
+        End {
+            host,
+            name: "eth0",
+            mac: PBX_MAC,
+            addresses: &[],
+        },
+        End {
+            host: &net.phones,
+            name: "eth1",
+            mac: PHONES_MAC,
+            addresses: &[],
+        },
+    )
+    .expect("cable");
+    assert_ne!(again.index, net.pbx_interface.index);
+    assert_eq!(shown(host, "eth0")["state"], "gone");
+    assert!(done(host, "show").contains("was removed"));
+    done(host, "apply eth0 --uplink 1mbit");
+    assert!(
+        !exists(host, &format!("/sys/class/net/{ifb}")),
+        "what it was redirected to"
+    );
+    assert_eq!(shown(host, "eth0")["state"], "shaped");
+    host.ip("link delete eth0").expect("deleted");
+    let said = done(host, "clear eth0");
+    assert!(said.contains("was removed"), "{said}");
+    assert!(!exists(host, STATE));
+}
+
+#[test]
+fn two_at_once_are_one_after_the_other() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    thread::scope(|scope| {
+        for rate in ["1mbit", "2mbit", "3mbit", "4mbit"] {
+            scope.spawn(move || done(host, &format!("apply eth0 --uplink {rate}")));
+        }
+    });
+    let report = shown(host, "eth0");
+    assert_eq!(
+        (&report["state"], &report["before"]),
+        (&"shaped".into(), &"the kernel's default".into())
+    );
+}
+
+/// The kernel, which refuses the request of one number.
+struct Faulty {
+    kernel: Rtnetlink,
+    left: u32,
+    errno: Errno,
+}
+
+impl Faulty {
+    fn at(number: u32, errno: Errno) -> Self {
+        Self {
+            kernel: Rtnetlink,
+            left: number,
+            errno,
+        }
+    }
+
+    fn count(&mut self) -> Result<(), Refusal> {
+        if self.left == 0 {
+            // Once: undoing is let through.
+            self.left = u32::MAX;
+            return Err(self.errno.into());
+        }
+        self.left -= 1;
+        Ok(())
+    }
+
+    /// Whether it has refused something.
+    fn has_failed(&self) -> bool {
+        self.left > u32::MAX / 2
+    }
+}
+
+impl Kernel for Faulty {
+    fn change(&mut self, message: &Message, flags: u16) -> Result<(), Refusal> {
+        self.count()?;
+        self.kernel.change(message, flags)
+    }
+
+    fn dump(&mut self, question: Message) -> Result<Vec<Object>, Refusal> {
+        self.kernel.dump(question)
+    }
+
+    fn create_ifb(&mut self, name: &str) -> Result<(), Refusal> {
+        self.count()?;
+        self.kernel.create_ifb(name)
+    }
+
+    fn delete_link(&mut self, index: u32) -> Result<(), Refusal> {
+        self.count()?;
+        self.kernel.delete_link(index)
+    }
+}
+
+fn request<'a>(policy: &'a Policy, uplink: &str, downlink: Option<&str>) -> Request<'a> {
+    Request {
+        interface: "eth0",
+        uplink: uplink.parse().expect("rate"),
+        downlink: downlink.map(|rate| rate.parse().expect("rate")),
+        policy,
+        policy_file: None,
+        replace: true,
+    }
+}
+
+/// All that there is to change on the machine: devices, trees, programs, state.
+fn everything(host: &Host) -> (String, BTreeSet<String>, [usize; 2], Option<String>) {
+    let mut command = Command::new("ip");
+    command.args(["-o", "link"]);
+    let links = host.output(command).expect("links").stdout;
+    let links = String::from_utf8(links).expect("text");
+    let mut trees = dump(host, "eth0");
+    for line in links.lines() {
+        if let Some(ifb) = line
+            .split([' ', ':'])
+            .find(|word| word.starts_with("relayifb"))
+        {
+            trees.extend(
+                dump(host, ifb)
+                    .into_iter()
+                    .map(|line| format!("ifb {line}")),
+            );
+        }
+    }
+    let names = links
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .collect();
+    (
+        names,
+        trees,
+        programs(host),
+        host.run(|| fs::read_to_string(STATE).ok()),
+    )
+}
+
+#[test]
+fn whatever_step_fails_leaves_all_as_it_was() {
+    let policy = Policy::built_in();
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let shape = |number, uplink, downlink| {
+        host.run(|| {
+            let mut kernel = Faulty::at(number, Errno::ENOBUFS);
+            let outcome = shaper::apply(&mut kernel, &request(&policy, uplink, downlink));
+            (outcome.map(drop), kernel.has_failed())
+        })
+    };
+    let clear = |number| {
+        host.run(|| {
+            let mut kernel = Faulty::at(number, Errno::ENOBUFS);
+            let outcome = shaper::clear(&mut kernel, "eth0");
+            (outcome.map(drop), kernel.has_failed())
+        })
+    };
+    let fails_at_each = |what: &str, work: &dyn Fn(u32) -> (Result<(), QosError>, bool)| {
+        let before = everything(host);
+        for number in 0.. {
+            let (outcome, failed) = work(number);
+            if !failed {
+                outcome.expect(what);
+                assert!(number > 0, "{what}: nothing was done");
+                break;
+            }
+            let error = outcome.expect_err(what);
+            assert!(
+                !matches!(error, QosError::NotUndone { .. }),
+                "{what}, step {number}: {error}"
+            );
+            assert_eq!(everything(host), before, "{what}, step {number}");
+        }
+    };
+    fails_at_each("on the kernel's default", &|number| {
+        shape(number, "1mbit", Some("8mbit"))
+    });
+    fails_at_each("on ours", &|number| shape(number, "2mbit", Some("9mbit")));
+    fails_at_each("without downlink", &|number| shape(number, "2mbit", None));
+    fails_at_each("cleared", &clear);
+    for foreign in FOREIGN {
+        tc(host, foreign);
+        fails_at_each(foreign, &|number| shape(number, "1mbit", None));
+        fails_at_each(foreign, &clear);
+        tc(host, "qdisc delete dev eth0 root");
+    }
+}
+
+#[test]
+fn a_kernel_without_a_part_is_told_of() {
+    let policy = Policy::built_in();
+    let net = Direct::new(1).expect("network");
+    let apply = |number, errno| {
+        net.pbx.run(|| {
+            let request = request(&policy, "1mbit", Some("8mbit"));
+            shaper::apply(&mut Faulty::at(number, errno), &request).expect_err("a part is missing")
+        })
+    };
+    let ifb = apply(0, Errno::EOPNOTSUPP).to_string();
+    assert!(ifb.contains("modprobe ifb"), "{ifb}");
+    let htb = apply(1, Errno::ENOENT).to_string();
+    assert!(htb.contains("modprobe sch_htb"), "{htb}");
+    let root = apply(1, Errno::EPERM).to_string();
+    assert!(root.contains("CAP_NET_ADMIN"), "{root}");
+}
+
+#[test]
+fn trees_come_and_go_beside_the_classifier() {
+    let policy = Policy::built_in();
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let before = dump(host, "eth0");
+    let request = request(&policy, "1mbit", None);
+    host.run(|| {
+        shaper::shape(&mut Rtnetlink, &request).expect("shaped");
+        shaper::shape(&mut Rtnetlink, &request).expect("shaped again");
+    });
+    assert_eq!(shown(host, "eth0")["state"], "shaped");
+    host.run(|| shaper::unshape(&mut Rtnetlink, "eth0"))
+        .expect("unshaped");
+    assert_eq!(dump(host, "eth0"), before);
+    assert_eq!(shown(host, "eth0")["state"], "unshaped");
+    host.run(|| shaper::shape(&mut Rtnetlink, &request))
+        .expect("shaped");
+    done(host, "clear eth0");
+    assert_eq!(dump(host, "eth0"), before);
+}
+
+#[test]
+fn a_relay_in_xdp_is_warned_of() {
+    let net = Direct::new(1).expect("network");
+    let relay = Relay::attach(&net.pbx, "eth0", ["--mode", "generic"]).expect("relay");
+    let said = done(&net.pbx, "apply eth0 --uplink 1mbit");
+    assert!(
+        said.contains("bypass these queues") && said.contains("--mode tc"),
+        "{said}"
+    );
+    done(&net.pbx, "clear eth0");
+    relay.stop().expect("stopped");
+}
+
+#[test]
+fn the_report_is_of_one_shape() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let keys = |value: &Value| -> Vec<String> {
+        let object = value.as_object().expect("an object");
+        object.keys().cloned().collect()
+    };
+    let interface = [
+        "before",
+        "downlink",
+        "drift",
+        "ifindex",
+        "interface",
+        "policy",
+        "state",
+        "uplink",
+    ];
+    assert_eq!(keys(&shown(host, "eth0")), interface);
+    done(host, "apply eth0 --uplink 1mbit --downlink 8mbit");
+    let report = shown(host, "eth0");
+    assert_eq!(keys(&report), interface);
+    for line in ["uplink", "downlink"] {
+        let line = &report[line];
+        assert_eq!(
+            keys(line),
+            ["classes", "device", "leaf", "rate", "rules", "shaped"]
+        );
+        assert_eq!(
+            keys(&line["classes"][1]),
+            [
+                "backlog_bytes",
+                "backlog_packets",
+                "bits_per_second",
+                "bytes",
+                "ceiling",
+                "drops",
+                "id",
+                "name",
+                "overlimits",
+                "packets",
+                "prio",
+                "rate"
+            ]
+        );
+    }
+    assert_eq!(report["downlink"]["shaped"], 7_600_000);
+    assert_eq!(
+        report["downlink"]["device"],
+        format!("relayifb{}", net.pbx_interface.index)
+    );
+}
