@@ -17,6 +17,7 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::socket::{setsockopt, sockopt},
 };
+use relay_common::classify::QOS_ABI;
 use relay_tests::{
     link::{End, connect},
     namespace::Host,
@@ -493,20 +494,26 @@ fn a_classifier_that_cannot_be_attached_leaves_all_as_it_was() {
     let host = &net.pbx;
     for before in ["show", "apply eth0 --uplink 1mbit --downlink 8mbit"] {
         done(host, before);
-        // Whoever may not mount it cannot pin.
+        let before = everything(host);
+        // In the place of what is being prepared, which would be removed if it were ours.
+        let foreign = format!("/sys/fs/bpf/relay-qos/v{QOS_ABI}/eth0/next/foreign");
+        host.run(|| fs::create_dir_all(&foreign)).expect("made");
+        for after in [
+            "apply eth0 --uplink 2mbit",
+            "apply eth0 --uplink 2mbit --downlink 9mbit",
+        ] {
+            refused(host, after, 1, &[&foreign]);
+            assert_eq!(everything(host), before, "{after}");
+        }
+        host.run(|| fs::remove_dir(&foreign)).expect("removed");
+        // Whoever may not mount it cannot pin. With it go the pins that hold the classifier.
         host.run(|| umount2("/sys/fs/bpf", MntFlags::MNT_DETACH))
             .expect("unmounted");
-        let before = (
-            dump(host, "eth0"),
-            host.run(|| fs::read_to_string(STATE).ok()),
-        );
+        until("detached", || programs(host) == [0, 0]);
+        let before = everything(host);
         let output = limited(host, ENOUGH, "apply eth0 --uplink 2mbit");
         assert!(texts(&output).1.contains("mount -t bpf"), "{output:?}");
-        let after = (
-            dump(host, "eth0"),
-            host.run(|| fs::read_to_string(STATE).ok()),
-        );
-        assert_eq!(after, before);
+        assert_eq!(everything(host), before);
         host.run(|| {
             mount(
                 Some("bpf"),

@@ -310,6 +310,9 @@ fn establish(
 ) -> Result<Applied, QosError> {
     // An unknown one leaves no lock behind.
     Interfaces::read()?.named(request.interface)?;
+    if sorting == Sorting::Attach {
+        Classifier::prepare()?;
+    }
     let policy = match request.policy_file {
         Some(path) => Some(PolicyText {
             path: path.to_owned(),
@@ -646,33 +649,39 @@ impl Undo<'_> {
         }
     }
 
+    /// All that can be put back, whatever else cannot. Returns the first of what failed.
     fn put_back(self, kernel: &mut dyn Kernel) -> Result<(), QosError> {
-        if let Some(sorted) = &self.sorting {
-            let known = self.state.as_ref();
-            // Whatever it redirects to that was not redirected to before.
-            if known.is_none_or(|state| !state.classified || state.downlink != sorted.downlink) {
-                unsort(sorted)?;
-            }
-            if let Some(state) = known.filter(|state| state.classified) {
-                sort(state, &policy_in_force(state)?)?;
-            }
-        }
+        let mut outcome = match &self.sorting {
+            Some(sorted) => self.sort_as_before(sorted),
+            None => Ok(()),
+        };
         for (device, tree) in &self.trees {
-            device.make(kernel, tree)?;
+            outcome = outcome.and(device.make(kernel, tree));
         }
         if let Some(ifb) = &self.ifb {
-            kernel
-                .delete_link(ifb.index)
-                .map_err(|refusal| QosError::Ifb {
-                    name: ifb.name.clone(),
-                    refusal,
-                })?;
+            let deleted = kernel.delete_link(ifb.index);
+            outcome = outcome.and(deleted.map_err(|refusal| QosError::Ifb {
+                name: ifb.name.clone(),
+                refusal,
+            }));
         }
-        match &self.state {
-            Some(state) => self.store.write(state)?,
-            None => self.store.remove()?,
+        let kept = match &self.state {
+            Some(state) => self.store.write(state),
+            None => self.store.remove(),
+        };
+        outcome.and(kept.map_err(QosError::from))
+    }
+
+    fn sort_as_before(&self, sorted: &State) -> Result<(), QosError> {
+        let known = self.state.as_ref();
+        // Whatever it redirects to that was not redirected to before.
+        if known.is_none_or(|state| !state.classified || state.downlink != sorted.downlink) {
+            unsort(sorted)?;
         }
-        Ok(())
+        match known.filter(|state| state.classified) {
+            Some(state) => sort(state, &policy_in_force(state)?),
+            None => Ok(()),
+        }
     }
 }
 
