@@ -2,6 +2,7 @@
 
 mod interpreter;
 mod program;
+mod qos;
 
 use std::process::ExitCode;
 
@@ -18,13 +19,16 @@ struct Cli {
 enum Suite {
     /// What the programs cost for each packet, alone: no driver, no stack (BPF_PROG_TEST_RUN)
     Program(program::Options),
+    /// What a saturated uplink does to a call, without shaping and with it
+    Qos(qos::Options),
 }
 
 fn main() -> ExitCode {
-    let Cli {
-        suite: Suite::Program(options),
-    } = Cli::parse();
-    match program::run(&options) {
+    let result = match Cli::parse().suite {
+        Suite::Program(options) => program::run(&options),
+        Suite::Qos(options) => qos::run(&options),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

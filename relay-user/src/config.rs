@@ -13,6 +13,12 @@ use crate::{
     control::socket,
     document::{self, Document, DocumentError, Entry, Position, printable},
     dscp::{Dscp, DscpError, DscpMap, EF},
+    priority::{Priority, PriorityError},
+    qos::{
+        auto::AutoSettings,
+        rate::{Rate, RateError},
+        trigger::{ThresholdError, Thresholds},
+    },
     secret::{Secret, SecretError, SecretFileError},
 };
 
@@ -47,6 +53,8 @@ pub struct AttachSettings {
     pub mode: Mode,
     /// DSCP of relayed packets.
     pub dscp: Dscp,
+    /// Priority of relayed packets at the queueing discipline; none leaves it as it is.
+    pub priority: Option<Priority>,
     /// Size of the stream table, 2 to 1,048,576; a pair takes two.
     pub max_streams: u32,
     /// Packets in a row that prove a stream; 0 asks for no proof.
@@ -65,6 +73,8 @@ pub struct AttachSettings {
     pub socket: PathBuf,
     /// The Asterisk to learn pairs from; none when pairs come from the API alone.
     pub ami: Option<AmiSettings>,
+    /// How the interface is shaped while calls are up, if it is.
+    pub qos_auto: Option<AutoSettings>,
 }
 
 /// How to reach Asterisk's manager interface.
@@ -81,24 +91,30 @@ pub struct AmiSettings {
 /// The attach mode asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
-    /// Native XDP where the driver has it, else generic.
+    /// TC where relayed packets need a queueing discipline, or have no Ethernet header; else native XDP
+    /// where the driver has it, else generic.
     #[default]
     Auto,
     /// In the driver's receive path; refused where the driver cannot.
     Native,
     /// In the kernel's generic receive path: slower, works with every driver.
     Generic,
+    /// In the ingress traffic control: what is relayed leaves through the queueing discipline.
+    Tc,
 }
 
 /// What is wrong with one value. The text names it and what it may be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
     /// Not an attach mode.
-    #[error("`{0}` is not an attach mode: write native, generic or auto")]
+    #[error("`{0}` is not an attach mode: write native, generic, tc or auto")]
     Mode(String),
     /// Not a DSCP value.
     #[error(transparent)]
     Dscp(#[from] DscpError),
+    /// Not a priority.
+    #[error(transparent)]
+    Priority(#[from] PriorityError),
     /// Not a usable size of the stream table.
     #[error(
         "`{0}` streams are not possible: write a number from {FEWEST_STREAMS} to {MOST_STREAMS}; a pair takes two"
@@ -125,6 +141,15 @@ pub enum SettingError {
     /// A path of no length.
     #[error("the path is empty: write the path of a file")]
     Path,
+    /// Not a rate of a line.
+    #[error(transparent)]
+    Rate(#[from] RateError),
+    /// Not a number of voice packets per second.
+    #[error("`{0}` is no number of packets per second: write a whole number, such as 10")]
+    VoiceRate(String),
+    /// Thresholds that do not fit each other.
+    #[error(transparent)]
+    Thresholds(#[from] ThresholdError),
     /// Not a name the kernel accepts for an interface.
     #[error(
         "`{0}` cannot be the name of an interface: it has 1 to 15 characters, no space, `/` or `:`; `ip link` lists yours"
@@ -148,6 +173,16 @@ pub enum ConfigError {
         /// What is wrong with it.
         source: SettingError,
     },
+    /// `[qos.auto]` without the line's rate.
+    #[error(
+        "{0}: `qos.auto.uplink` is missing: write what the line carries, such as uplink = \"1000kbit\""
+    )]
+    NoUplink(Position),
+    /// A priority, but no queueing discipline on the way.
+    #[error(
+        "the priority {0} is given, but XDP goes around every queueing discipline: use --mode tc, or auto"
+    )]
+    PriorityWithoutTc(Priority),
     /// An AMI user or secret, but nowhere to log in.
     #[error("{given} is given, but no AMI address: add --ami HOST:PORT, or `address` under [ami]")]
     NoAmiAddress {
@@ -179,6 +214,8 @@ pub struct Settings {
     pub mode: Option<Mode>,
     /// `--dscp`, `dscp`.
     pub dscp: Option<Dscp>,
+    /// `--priority`, `priority`.
+    pub priority: Option<Priority>,
     /// `--max-streams`, `max-streams`.
     pub max_streams: Option<u32>,
     /// `--proof`, `proof`.
@@ -201,6 +238,8 @@ pub struct Settings {
     pub ami_user: Option<String>,
     /// `--ami-secret-file`, `secret-file` under `[ami]`.
     pub ami_secret_file: Option<PathBuf>,
+    /// `[qos.auto]`.
+    pub qos_auto: Option<AutoSettings>,
 }
 
 /// The sources in one: all decided, the secret file not opened yet.
@@ -209,6 +248,7 @@ struct Merged {
     interface: String,
     mode: Mode,
     dscp: Dscp,
+    priority: Option<Priority>,
     max_streams: u32,
     proof: u8,
     keepalive: Duration,
@@ -218,6 +258,7 @@ struct Merged {
     persist: bool,
     socket: PathBuf,
     ami: Option<(String, String, SecretSource)>,
+    qos_auto: Option<AutoSettings>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -261,6 +302,7 @@ pub fn load(
         interface: merged.interface,
         mode: merged.mode,
         dscp: merged.dscp,
+        priority: merged.priority,
         max_streams: merged.max_streams,
         proof: merged.proof,
         keepalive: merged.keepalive,
@@ -270,6 +312,7 @@ pub fn load(
         persist: merged.persist,
         socket: merged.socket,
         ami,
+        qos_auto: merged.qos_auto,
     })
 }
 
@@ -302,9 +345,17 @@ fn merge(
             });
         }
     };
+    let mode = flags.mode.or(file.mode).unwrap_or_default();
+    let priority = flags.priority.or(file.priority);
+    if let (Mode::Native | Mode::Generic, Some(priority)) =
+        (mode, priority.and_then(Priority::effective))
+    {
+        return Err(ConfigError::PriorityWithoutTc(priority));
+    }
     Ok(Merged {
-        mode: flags.mode.or(file.mode).unwrap_or_default(),
+        mode,
         dscp: flags.dscp.or(file.dscp).unwrap_or(Dscp::Set(EF)),
+        priority,
         max_streams: flags
             .max_streams
             .or(file.max_streams)
@@ -320,6 +371,7 @@ fn merge(
             .or(file.socket)
             .unwrap_or_else(|| socket::of_interface(&interface)),
         ami,
+        qos_auto: flags.qos_auto.or(file.qos_auto),
         interface,
     })
 }
@@ -345,9 +397,10 @@ fn document<'a>(path: &'a Path, text: &'a str) -> Document<'a> {
 }
 
 /// Every key there is, with its table. What a misspelt key is compared with.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 23] = [
     "mode",
     "dscp",
+    "priority",
     "max-streams",
     "proof",
     "keepalive",
@@ -360,6 +413,14 @@ const KEYS: [&str; 14] = [
     "ami.user",
     "ami.secret-file",
     "ami.grace",
+    "qos",
+    "qos.auto",
+    "qos.auto.uplink",
+    "qos.auto.downlink",
+    "qos.auto.policy",
+    "qos.auto.replace",
+    "qos.auto.on-threshold",
+    "qos.auto.off-threshold",
 ];
 
 impl Document<'_> {
@@ -370,6 +431,7 @@ impl Document<'_> {
             match entry.key {
                 "mode" => settings.mode = Some(self.parse(&entry)?),
                 "dscp" => settings.dscp = Some(self.dscp(&entry)?),
+                "priority" => settings.priority = Some(self.priority(&entry)?),
                 "max-streams" => {
                     settings.max_streams = Some(self.number(&entry, max_streams)?);
                 }
@@ -379,12 +441,12 @@ impl Document<'_> {
                 "expire" => settings.expire = Some(self.time(&entry, some_time)?),
                 "persist" => settings.persist = Some(self.flag(&entry)?),
                 "socket" => settings.socket = Some(self.file_path(&entry)?),
-                _ => {
-                    let DeValue::Table(ami) = entry.value else {
-                        return Err(self.wrong_type(&entry, "a table: [ami]").into());
-                    };
-                    self.ami(ami, &mut settings)?;
+                "qos" => {
+                    for entry in self.entries(self.table(&entry, "a table: [qos.auto]")?, "qos.")? {
+                        settings.qos_auto = Some(self.qos_auto(&entry)?);
+                    }
                 }
+                _ => self.ami(self.table(&entry, "a table: [ami]")?, &mut settings)?,
             }
         }
         Ok(settings)
@@ -400,6 +462,42 @@ impl Document<'_> {
             }
         }
         Ok(())
+    }
+
+    fn qos_auto(&self, auto: &Entry<'_>) -> Result<AutoSettings, ConfigError> {
+        let (mut uplink, mut downlink, mut policy, mut replace) = (None, None, None, false);
+        let (mut on, mut off) = (Thresholds::ON, Thresholds::OFF);
+        let rate = |entry: &Entry<'_>| self.checked(entry, |text| Ok(text.parse::<Rate>()?));
+        let threshold = |entry: &Entry<'_>| self.number(entry, voice_rate);
+        for entry in self.entries(self.table(auto, "a table: [qos.auto]")?, "qos.auto.")? {
+            match entry.key {
+                "qos.auto.uplink" => uplink = Some(rate(&entry)?),
+                "qos.auto.downlink" => downlink = Some(rate(&entry)?),
+                "qos.auto.policy" => policy = Some(self.file_path(&entry)?),
+                "qos.auto.replace" => replace = self.flag(&entry)?,
+                "qos.auto.on-threshold" => on = threshold(&entry)?,
+                _ => off = threshold(&entry)?,
+            }
+        }
+        Ok(AutoSettings {
+            uplink: uplink.ok_or_else(|| ConfigError::NoUplink(self.position(auto.start)))?,
+            downlink,
+            policy,
+            replace,
+            thresholds: Thresholds::new(on, off)
+                .map_err(|source| self.wrong_value(auto, source.into()))?,
+        })
+    }
+
+    fn table<'t>(
+        &self,
+        entry: &Entry<'t>,
+        wanted: &'static str,
+    ) -> Result<&'t DeTable<'t>, ConfigError> {
+        match entry.value {
+            DeValue::Table(table) => Ok(table),
+            _ => Err(self.wrong_type(entry, wanted).into()),
+        }
     }
 
     fn checked<T>(
@@ -441,6 +539,14 @@ impl Document<'_> {
                 .parse(),
         };
         read.map_err(|source| self.wrong_value(entry, source.into()))
+    }
+
+    fn priority(&self, entry: &Entry<'_>) -> Result<Priority, ConfigError> {
+        let text = code_text(entry.value).ok_or_else(|| {
+            self.wrong_type(entry, "a class such as \"1:10\", or a number from 0 to 15")
+        })?;
+        text.parse()
+            .map_err(|source: PriorityError| self.wrong_value(entry, source.into()))
     }
 
     fn number<T>(
@@ -507,6 +613,11 @@ pub fn max_streams(text: &str) -> Result<u32, SettingError> {
         .ok()
         .filter(|count| (FEWEST_STREAMS..=MOST_STREAMS).contains(count))
         .ok_or_else(|| SettingError::MaxStreams(printable(text)))
+}
+
+fn voice_rate(text: &str) -> Result<u32, SettingError> {
+    text.parse()
+        .map_err(|_| SettingError::VoiceRate(printable(text)))
 }
 
 /// Reads a number of packets that prove a stream.
@@ -617,6 +728,7 @@ impl FromStr for Mode {
             "auto" => Ok(Self::Auto),
             "native" => Ok(Self::Native),
             "generic" => Ok(Self::Generic),
+            "tc" => Ok(Self::Tc),
             _ => Err(SettingError::Mode(printable(text))),
         }
     }
@@ -640,6 +752,7 @@ mod tests {
         Settings {
             mode: Some(Mode::Native),
             dscp: Some(Dscp::Set(10)),
+            priority: None,
             max_streams: Some(4),
             proof: Some(3),
             keepalive: Some(Duration::from_secs(1)),
@@ -651,21 +764,25 @@ mod tests {
             ami_address: Some(format!("{tag}:5038")),
             ami_user: Some(tag.into()),
             ami_secret_file: Some(format!("/{tag}.secret").into()),
+            qos_auto: None,
         }
     }
 
     #[test]
     fn every_key_is_read() {
         let settings = parsed(
-            "mode = \"generic\"\ndscp = 26\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
+            "mode = \"generic\"\ndscp = 26\npriority = 5\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
              silence = 20\nexpire = 90\npersist = true\nsocket = \"/run/x.sock\"\n\
-             [ami]\ngrace = 1\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n",
+             [ami]\ngrace = 1\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n\
+             [qos.auto]\nuplink = \"1mbit\"\ndownlink = \"8mbit\"\npolicy = \"qos.toml\"\nreplace = true\n\
+             on-threshold = 100\noff-threshold = 20\n",
         );
         assert_eq!(
             settings.expect("valid file"),
             Settings {
                 mode: Some(Mode::Generic),
                 dscp: Some(Dscp::Set(26)),
+                priority: Some(Priority::new(5)),
                 max_streams: Some(1024),
                 proof: Some(12),
                 keepalive: Some(Duration::from_millis(500)),
@@ -677,12 +794,23 @@ mod tests {
                 ami_address: Some("pbx.example.com:5038".into()),
                 ami_user: Some("relay".into()),
                 ami_secret_file: Some("/etc/secret".into()),
+                qos_auto: Some(AutoSettings {
+                    uplink: "1mbit".parse().expect("rate"),
+                    downlink: Some("8mbit".parse().expect("rate")),
+                    policy: Some("/etc/qos.toml".into()),
+                    replace: true,
+                    thresholds: Thresholds::new(100, 20).expect("thresholds"),
+                }),
             }
         );
         assert_eq!(parsed("").expect("empty file"), Settings::default());
         assert_eq!(
             parsed("dscp = \"keep\"").expect("text").dscp,
             Some(Dscp::Keep)
+        );
+        assert_eq!(
+            parsed("priority = \"1:f0\"").expect("text").priority,
+            Some(Priority::new(0x1_00f0))
         );
         for text in [
             "dscp = \"map:0=ef,cs5=10\"",
@@ -729,6 +857,7 @@ mod tests {
             ),
             ("# é\ndscp = 64", ":2:8: `dscp`: `64` is not a DSCP value"),
             ("dscp = -1", "`-1` is not a DSCP value"),
+            ("priority = 16", "`16` is not a priority: write a class"),
             (
                 "dscp = true",
                 ":1:8: `dscp` is true or false: write \"ef\", \"keep\"",
@@ -773,6 +902,27 @@ mod tests {
             ("mode = \"auto\"\nmode = \"auto\"", ":2:1: duplicate key"),
             ("mode = auto", ":1:8: "),
             ("[ami\n", ":1:5: "),
+            (
+                "[qos.auto]\ndownlink = \"8mbit\"",
+                ":1:1: `qos.auto.uplink` is missing: write what the line carries",
+            ),
+            (
+                "[qos.auto]\nuplink = \"fast\"",
+                ":2:10: `qos.auto.uplink`: `fast` is no rate",
+            ),
+            (
+                "[qos.auto]\nuplink = \"1mbit\"\noff-threshold = 11",
+                "above 10 voice packets per second and off below 11",
+            ),
+            (
+                "[qos]\nuplink = \"1mbit\"",
+                ":2:1: unknown key `qos.uplink`: did you mean `qos.auto.uplink`?",
+            ),
+            ("qos = 1", "write a table: [qos.auto]"),
+            (
+                "[qos.auto]\non-threshold = -1",
+                "`-1` is no number of packets per second",
+            ),
         ] {
             let error = parsed(text).expect_err(text).to_string();
             assert!(error.contains(expected), "{text}: {error}");
@@ -800,6 +950,7 @@ mod tests {
                 interface: "eth0".into(),
                 mode: Mode::Auto,
                 dscp: Dscp::Set(46),
+                priority: None,
                 max_streams: 65_536,
                 proof: 8,
                 keepalive: Duration::from_secs(3),
@@ -809,6 +960,7 @@ mod tests {
                 persist: false,
                 socket: "/run/relay-user/eth0.sock".into(),
                 ami: None,
+                qos_auto: None,
             }
         );
         let from = |flags, variable, file| {

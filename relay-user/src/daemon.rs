@@ -1,12 +1,16 @@
 //! The daemon behind `relay-user attach`: everything is opened in an order that leaves nothing
 //! behind when a step fails, and closed in the reverse order.
 
-use std::time::Instant;
+use std::{
+    io,
+    thread::{self, JoinHandle},
+    time::Instant,
+};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use sd_notify::NotifyState;
 use tokio::{
-    runtime,
+    runtime::{self, Runtime},
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     time::{MissedTickBehavior, interval},
@@ -26,8 +30,10 @@ use crate::{
     datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events},
     dscp::Dscp,
     events::EventBus,
-    next_hop::{self, Changes, Interface, Interfaces},
+    next_hop::{self, Changes, Interface, Interfaces, LinkLayer},
+    priority::Priority,
     privileges,
+    qos::auto::{Auto, AutoSettings},
 };
 
 /// Commands of clients that wait for the controller.
@@ -49,32 +55,47 @@ pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
     privileges::check()?;
     let interfaces = Interfaces::read()?;
     let interface = interfaces.named(&settings.interface)?.clone();
-    check_interface(&interface)?;
+    let choice = Choice::of(&settings, &interface)?;
+    check_interface(&interface, choice.mode)?;
     for vlan in interfaces.vlans_on(interface.index) {
+        if choice.mode == Mode::Tc {
+            break;
+        }
         // The tag is then beside the packet, where XDP does not see it.
         tracing::warn!(
             vlan = vlan.name,
-            "calls on this VLAN are relayed only while the NIC leaves tags in the frame: `ethtool -K {} rxvlan off`",
+            "calls on this VLAN are relayed only while the NIC leaves tags in the frame (`ethtool -K {} rxvlan off`), or in `--mode tc`",
             interface.name
         );
     }
     datapath::ensure_bpffs()?;
     // Capabilities belong to a thread: before the event loop starts any.
     privileges::keep_for_attaching()?;
-    let runtime = runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the event loop")?;
-    let outcome = runtime.block_on(attach(settings, &interface));
+    let runtime = event_loop()?;
+    let outcome = runtime.block_on(attach(settings, &interface, choice));
     // A name lookup that hangs must not keep the process.
     runtime.shutdown_background();
     outcome
 }
 
 /// Refuses an interface that cannot be attached to, before anything is touched.
-fn check_interface(interface: &Interface) -> anyhow::Result<()> {
+fn check_interface(interface: &Interface, mode: Mode) -> anyhow::Result<()> {
     let name = &interface.name;
-    for program in &interface.xdp {
+    match (interface.layer, mode) {
+        (LinkLayer::Other, _) => bail!(
+            "{name} is neither Ethernet nor a plain IP link such as tun or PPP: attach to the interface that the calls' RTP comes in on"
+        ),
+        (LinkLayer::Ip, Mode::Native | Mode::Generic) => {
+            bail!("{name} has no Ethernet header, which XDP needs: use `--mode tc`, or auto")
+        }
+        _ => {}
+    }
+    // Traffic control gets whatever an XDP program passes.
+    let programs = match mode {
+        Mode::Tc => &[][..],
+        _ => &interface.xdp,
+    };
+    for program in programs {
         // Detaching our own program by hand, as that error advises, would take calls from under a
         // daemon.
         datapath::check_unserved(name)?;
@@ -86,26 +107,60 @@ fn check_interface(interface: &Interface) -> anyhow::Result<()> {
             .into());
         }
     }
-    if interface.mac.is_none() {
-        bail!(
-            "{name} has no Ethernet addresses (loopback, tunnel or point-to-point): attach to the Ethernet interface that the calls' RTP comes in on"
-        );
-    }
     Ok(())
 }
 
-async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Result<()> {
+/// How to attach, as far as that can be told beforehand.
+struct Choice {
+    mode: Mode,
+    /// Why.
+    reason: String,
+    /// The queueing discipline that XDP would go around, where it is there for a purpose.
+    shaper: Option<String>,
+}
+
+impl Choice {
+    fn of(settings: &AttachSettings, interface: &Interface) -> anyhow::Result<Self> {
+        let qdisc = datapath::root_qdisc(interface.index).with_context(|| {
+            format!("cannot read the queueing discipline of {}", interface.name)
+        })?;
+        let shaper = qdisc.filter(|kind| datapath::shapes(kind));
+        let needs_tc = needs_tc(settings, interface.layer, shaper.as_deref());
+        let (mode, reason) = match (settings.mode, needs_tc) {
+            (Mode::Auto, Some(reason)) => (Mode::Tc, reason),
+            (mode, _) => (mode, "asked for".to_owned()),
+        };
+        Ok(Self {
+            mode,
+            reason,
+            shaper,
+        })
+    }
+}
+
+/// Why XDP would not do, if so.
+fn needs_tc(settings: &AttachSettings, layer: LinkLayer, shaper: Option<&str>) -> Option<String> {
+    if layer == LinkLayer::Ip {
+        return Some("the link has no Ethernet header, which XDP needs".to_owned());
+    }
+    if let Some(priority) = settings.priority.and_then(Priority::effective) {
+        return Some(format!(
+            "the priority {priority} is nothing that XDP can set"
+        ));
+    }
+    if settings.qos_auto.is_some() {
+        return Some("[qos.auto] shapes what leaves, and XDP would go around that".to_owned());
+    }
+    shaper.map(|kind| format!("the queueing discipline is {kind}, which XDP would go around"))
+}
+
+async fn attach(
+    mut settings: AttachSettings,
+    interface: &Interface,
+    choice: Choice,
+) -> anyhow::Result<()> {
     // Before anything else, so that a signal during start-up ends the daemon cleanly too.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    let signalled = async {
-        tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-            _ = hangup.recv() => "SIGHUP",
-        }
-    };
+    let signalled = signalled()?;
     tokio::pin!(signalled);
 
     let socket = ControlSocket::claim(&settings.socket)?;
@@ -123,10 +178,15 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         mut datapath,
         adopted,
         mode_reason,
-    } = attach_datapath(&settings, interface)?;
+    } = attach_datapath(settings.max_streams, interface, choice)?;
     if let Dscp::Map(map) = &settings.dscp {
         datapath.set_dscp_map(map)?;
     }
+    let auto = settings
+        .qos_auto
+        .take()
+        .map(|auto| Auto::establish(interface.name.clone(), auto));
+    let auto = auto.transpose()?;
     privileges::keep_for_serving()?;
     let (next_hops, resolver, changes) = next_hop::open(interface.index)?;
     tracing::info!(
@@ -187,6 +247,7 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         wire,
         next_hops: changes,
     };
+    let shaping = auto.map(Shaping::start).transpose()?;
     let served = serve(controller, sources, signalled).await;
 
     notify(&[NotifyState::Stopping]);
@@ -198,12 +259,79 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         }
     });
     stop.cancel();
+    if let Some(shaping) = shaping {
+        shaping.end()?;
+    }
     if let Some(feed) = feed {
         feed.await.context("the AMI feed failed")?;
     }
     server.await.context("the control server failed")??;
     resolver.await.context("the next hop resolver failed")??;
     outcome
+}
+
+/// The signal that ends this process, one of those that come from now on.
+fn signalled() -> io::Result<impl Future<Output = &'static str>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = hangup.recv() => "SIGHUP",
+        }
+    })
+}
+
+/// Shaping while calls are up, in a thread of its own: changing queueing disciplines may take its time.
+struct Shaping {
+    stop: std::sync::mpsc::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Shaping {
+    fn start(auto: Auto) -> io::Result<Self> {
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let thread = thread::Builder::new()
+            .name("qos auto".to_owned())
+            .spawn(move || auto.run(&stopped))?;
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends it, and leaves shaping as it is.
+    fn end(self) -> anyhow::Result<()> {
+        drop(self.stop);
+        let ended = self.thread.join();
+        ended.map_err(|_| anyhow!("the thread that shapes for calls has failed"))
+    }
+}
+
+/// Shapes an interface while calls are up, until SIGTERM, SIGINT or SIGHUP.
+///
+/// # Errors
+/// Whatever keeps it from starting, with its remedy; then the interface is as it was.
+pub fn shape_for_calls(interface: String, settings: AutoSettings) -> anyhow::Result<()> {
+    let auto = Auto::establish(interface, settings)?;
+    // An interface that comes back is prepared anew.
+    privileges::keep_for_attaching()?;
+    let runtime = event_loop()?;
+    runtime.block_on(async {
+        let signalled = signalled()?;
+        let shaping = Shaping::start(auto)?;
+        notify(&[NotifyState::Ready]);
+        let signal = signalled.await;
+        notify(&[NotifyState::Stopping]);
+        tracing::info!(signal, "leaving queues as they are");
+        shaping.end()
+    })
+}
+
+fn event_loop() -> anyhow::Result<Runtime> {
+    runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")
 }
 
 /// Where the controller's events come from.
@@ -284,13 +412,28 @@ struct Attached {
 }
 
 /// Attaches in the mode asked for, or in the one that works here; says why that one.
-fn attach_datapath(settings: &AttachSettings, interface: &Interface) -> anyhow::Result<Attached> {
-    let attach =
-        |mode| Datapath::attach(&interface.name, interface.index, mode, settings.max_streams);
+fn attach_datapath(
+    max_streams: u32,
+    interface: &Interface,
+    choice: Choice,
+) -> anyhow::Result<Attached> {
+    let attach = |mode| Datapath::attach(interface, mode, max_streams);
+    let Choice {
+        mode,
+        reason,
+        shaper,
+    } = choice;
+    if let (Mode::Native | Mode::Generic, Some(kind)) = (mode, shaper) {
+        tracing::warn!(
+            interface = interface.name,
+            "relayed packets go around the queueing discipline {kind}, unless in `--mode tc`"
+        );
+    }
     // veth_xdp_flush() in drivers/net/veth.c: frames sent by XDP_TX are delivered only when the
     // peer runs an XDP program too, and lost without one.
     let veth = interface.kind.as_deref() == Some("veth");
-    let (attached, mode_reason) = match settings.mode {
+    let (attached, mode_reason) = match mode {
+        Mode::Tc => (attach(AttachMode::Tc)?, reason),
         Mode::Native => {
             let attached = attach(AttachMode::Native)?;
             if veth {
@@ -298,10 +441,10 @@ fn attach_datapath(settings: &AttachSettings, interface: &Interface) -> anyhow::
                 tracing::warn!(interface = interface.name, "native XDP on veth {reason}");
                 (attached, reason.to_owned())
             } else {
-                (attached, "asked for".to_owned())
+                (attached, reason)
             }
         }
-        Mode::Generic => (attach(AttachMode::Generic)?, "asked for".to_owned()),
+        Mode::Generic => (attach(AttachMode::Generic)?, reason),
         Mode::Auto => match datapath::attached_mode(&interface.name, interface.index)? {
             // To try another mode, calls would have to be taken back.
             Some(mode) => (

@@ -6,12 +6,14 @@
 
 pub mod ami;
 pub mod asterisk;
+pub mod bulk;
 pub mod capture;
 pub mod demo;
 pub mod draft;
 pub mod fixture;
 pub mod generator;
 pub mod kernel;
+pub mod line;
 pub mod link;
 pub mod namespace;
 pub mod pair;
@@ -26,5 +28,8 @@ pub mod sip;
 pub mod softphone;
 pub mod tables;
 pub mod topology;
+pub mod transit;
+pub mod tun;
+pub mod uplink;
 
 mod datagram;

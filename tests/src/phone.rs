@@ -175,6 +175,8 @@ struct Voice {
     due: Option<Instant>,
     /// Packets to send in place of the next ones of voice.
     inserted: VecDeque<Inserted>,
+    /// When nothing is inserted: talks and pauses in turn, and how many packet times it has done so.
+    speech: Option<(Speech, u32)>,
     /// Timestamp of the digit whose packets are being sent.
     digit: u32,
 }
@@ -192,6 +194,40 @@ enum Inserted {
     Noise,
     /// Voice all the same.
     Voice,
+    /// Nothing, for the time of a packet.
+    Silence,
+}
+
+/// Speech of a phone with voice activity detection, in packet times: talk spurts, of which the first packet has the
+/// marker, and pauses (RFC 3551, section 4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Speech {
+    /// Length of a talk spurt, at least 1.
+    pub spurt: u32,
+    /// Length of a pause.
+    pub pause: u32,
+    /// Every so many of a pause there is a packet of comfort noise, its first one too (RFC 3389); 0 for never.
+    pub noise: u32,
+}
+
+impl Speech {
+    const fn turn(self) -> u32 {
+        self.spurt + self.pause
+    }
+
+    /// Whether a talk spurt begins in the packet time of this number.
+    const fn begins_at(self, number: u32) -> bool {
+        number.is_multiple_of(self.turn())
+    }
+
+    /// What is sent in the packet time of this number.
+    fn at(self, number: u32) -> Inserted {
+        match (number % self.turn()).checked_sub(self.spurt) {
+            None => Inserted::Voice,
+            Some(silent) if self.noise > 0 && silent.is_multiple_of(self.noise) => Inserted::Noise,
+            Some(_) => Inserted::Silence,
+        }
+    }
 }
 
 impl Exchange {
@@ -346,6 +382,7 @@ impl Phone {
                         left: talk.count,
                         due,
                         inserted: VecDeque::new(),
+                        speech: None,
                         digit: 0,
                     });
                 }
@@ -431,6 +468,22 @@ impl Phone {
             let voice = line.voice.as_ref();
             voice.is_none_or(|voice| voice.inserted.is_empty())
         })
+    }
+
+    /// Talks with pauses from now on, beginning with a talk spurt; `None` for without again.
+    ///
+    /// # Panics
+    /// A talk spurt has no length.
+    pub fn suppress_silence(&self, speech: Option<Speech>) {
+        assert!(
+            speech.is_none_or(|speech| speech.spurt > 0),
+            "no talk spurt"
+        );
+        self.line(|line| {
+            if let Some(voice) = &mut line.voice {
+                voice.speech = speech.map(|speech| (speech, 0));
+            }
+        });
     }
 
     /// Sends one packet of comfort noise (payload type 13) in place of one of voice.
@@ -714,6 +767,27 @@ impl Exchange {
     }
 }
 
+impl Voice {
+    /// What its speech has next, if it has pauses.
+    fn speak(&mut self) -> Option<Inserted> {
+        let (speech, number) = self.speech.as_mut()?;
+        let next = speech.at(*number);
+        self.marker |= speech.begins_at(*number);
+        *number = number.wrapping_add(1);
+        Some(next)
+    }
+
+    /// Goes on by the time of a packet.
+    fn pass_time(&mut self) {
+        self.timestamp = self.timestamp.wrapping_add(PAYLOAD as u32);
+        let more = self.left != Some(0);
+        self.due = self
+            .due
+            .filter(|_| more)
+            .map(|due| due + self.talk.interval);
+    }
+}
+
 impl Line {
     fn receive(&mut self, buffer: &mut [u8]) -> Result<()> {
         for socket in self.others.iter().chain([&self.socket]) {
@@ -728,7 +802,8 @@ impl Line {
         let Some(voice) = &mut self.voice else {
             return Ok(reports);
         };
-        while let Some(due) = voice.due.filter(|due| *due <= now) {
+        while voice.due.is_some_and(|due| due <= now) {
+            let inserted = voice.inserted.pop_front().or_else(|| voice.speak());
             let mut rtp = Rtp {
                 marker: voice.marker,
                 payload_type: voice.talk.payload_type,
@@ -736,8 +811,11 @@ impl Line {
                 timestamp: voice.timestamp,
                 ssrc: voice.talk.ssrc,
             };
-            let inserted = voice.inserted.pop_front();
             let payload = match inserted {
+                Some(Inserted::Silence) => {
+                    voice.pass_time();
+                    continue;
+                }
                 Some(Inserted::Event {
                     event,
                     payload_type,
@@ -773,9 +851,8 @@ impl Line {
                 .with_context(|| format!("a phone cannot send to {}", voice.talk.to))?;
             voice.marker = false;
             voice.sequence = voice.sequence.wrapping_add(1);
-            voice.timestamp = voice.timestamp.wrapping_add(PAYLOAD as u32);
             voice.left = voice.left.map(|left| left - 1);
-            voice.due = (voice.left != Some(0)).then(|| due + voice.talk.interval);
+            voice.pass_time();
         }
         Ok(voice.due.into_iter().chain(reports).min())
     }

@@ -580,7 +580,7 @@ fn bit_vectors_decide_as_rule_after_rule_does() {
             let (is, rest) = unmarked(&outcome.frame, &plan, layer);
             assert_eq!(
                 is,
-                plan.traffic_class % 4 | dscp << 2,
+                (plan.traffic_class % 4) | (dscp << 2),
                 "{plan:?} {policy:?}"
             );
             assert_eq!(rest, unmarked(&frame, &plan, layer).1, "{plan:?}");

@@ -18,8 +18,8 @@ use relay_tests::{
     capture::{Capture, Direction, Injector},
     namespace::Host,
     pbx::{self, Counters, Pbx},
-    phone::{Bank, PACKET_TIME, Phone, Talk},
-    rtp::{Rtp, Stamp},
+    phone::{Bank, PACKET_TIME, Phone, Speech, Talk},
+    rtp::{PAYLOAD, Rtp, Stamp},
     topology::{Direct, PBX_MAC, PBX_V4, PBX_V6, PHONES_MAC, Routed},
 };
 
@@ -152,6 +152,62 @@ fn a_phone_reports_loss_duplicates_order_and_strangers() {
         (1, 1, 2),
         "{report:?}"
     );
+}
+
+#[test]
+fn a_phone_that_suppresses_silence_talks_in_spurts() {
+    /// Payload type of comfort noise.
+    const NOISE: u8 = 13;
+    let net = Direct::new(1).expect("network");
+    let (here, there) = (
+        Bank::new(&net.phones).expect("phones"),
+        Bank::new(&net.pbx).expect("phones"),
+    );
+    let alice = here
+        .phone(SocketAddr::new(Direct::phone_v4(0), 30_000))
+        .expect("phone");
+    let bob = there.phone(SocketAddr::new(PBX_V4, 10_000)).expect("phone");
+    // Two turns: three packets of voice each, then noise, silence, noise, silence.
+    alice.talk(Talk {
+        count: Some(0),
+        ..Talk::to(bob.local(), 1)
+    });
+    alice.suppress_silence(Some(Speech {
+        spurt: 3,
+        pause: 4,
+        noise: 2,
+    }));
+    alice.talk(Talk {
+        interval: Duration::from_millis(2),
+        count: Some(10),
+        ..Talk::to(bob.local(), 1)
+    });
+    bob.wait_received(10, PATIENCE).expect("packets");
+    let arrivals = bob.arrivals();
+    let first = arrivals[0].rtp.expect("RTP");
+    let heard: Vec<_> = arrivals
+        .iter()
+        .map(|arrival| {
+            let rtp = arrival.rtp.expect("RTP");
+            let time = rtp.timestamp.wrapping_sub(first.timestamp) / PAYLOAD as u32;
+            let sequence = rtp.sequence.wrapping_sub(first.sequence);
+            (sequence, time, rtp.payload_type, rtp.marker)
+        })
+        .collect();
+    let expected = [
+        (0, 0, 0, true),
+        (1, 1, 0, false),
+        (2, 2, 0, false),
+        (3, 3, NOISE, false),
+        (4, 5, NOISE, false),
+        (5, 7, 0, true),
+        (6, 8, 0, false),
+        (7, 9, 0, false),
+        (8, 10, NOISE, false),
+        (9, 12, NOISE, false),
+    ];
+    assert_eq!(heard, expected);
+    assert_eq!(alice.sent(), 6, "packets of voice");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //!
 //! [`shaper`] builds and removes, [`report`] tells. What was there before is kept and put back.
 
+pub mod auto;
 pub mod classifier;
 mod htb;
 pub mod kernel;
@@ -19,5 +20,6 @@ mod state;
 pub mod table;
 mod tbf;
 pub mod tree;
+pub mod trigger;
 
 pub use self::state::StateError;

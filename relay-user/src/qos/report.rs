@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    auto::{self, AutoReport},
     classifier::Classifier,
     htb,
     kernel::{self, Kernel, question},
@@ -24,14 +25,14 @@ use crate::next_hop::Interfaces;
 const TCA_STATS2: u16 = 7;
 
 /// All interfaces that were asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QosReport {
     /// One each.
     pub interfaces: Vec<InterfaceReport>,
 }
 
 /// One interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InterfaceReport {
     /// Its name.
     pub interface: String,
@@ -45,6 +46,8 @@ pub struct InterfaceReport {
     pub before: String,
     /// Where the policy was read; `null` for the built-in one.
     pub policy: Option<PathBuf>,
+    /// What `qos auto` does or did there; `null` where it never ran since the last boot or `qos clear`.
+    pub auto: Option<AutoReport>,
     /// What leaves.
     pub uplink: Option<LineReport>,
     /// What comes in, where that is shaped too.
@@ -182,6 +185,7 @@ fn one(
         drift: Vec::new(),
         before: String::new(),
         policy: None,
+        auto: auto::read(name),
         uplink: None,
         downlink: None,
     };
