@@ -1048,6 +1048,7 @@ fn the_report_is_of_one_shape() {
         object.keys().cloned().collect()
     };
     let interface = [
+        "auto",
         "before",
         "downlink",
         "drift",
