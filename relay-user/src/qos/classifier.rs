@@ -140,6 +140,14 @@ pub struct NamedCounter {
 pub struct Classifier;
 
 impl Classifier {
+    /// Sees to it that there is a place for pins, before anything is changed that a classifier is for.
+    ///
+    /// # Errors
+    /// [`DatapathError::Bpffs`].
+    pub fn prepare() -> Result<(), ClassifierError> {
+        Ok(ensure_bpffs()?)
+    }
+
     /// Attaches the classifier to an interface, or replaces the one that is there: a packet meets the
     /// old rules or the new ones. Counters begin anew.
     ///

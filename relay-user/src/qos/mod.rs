@@ -11,12 +11,14 @@ pub mod leaf;
 pub mod object;
 pub mod policy;
 pub mod rate;
+mod ratespec;
 mod rehearsal;
 pub mod report;
 mod shape;
 pub mod shaper;
 mod state;
 pub mod table;
+mod tbf;
 pub mod tree;
 pub mod trigger;
 

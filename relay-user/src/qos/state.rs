@@ -18,7 +18,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{leaf::Leaf, rate::Rate, tree::Tree};
+use super::{leaf::Leaves, rate::Rate, tree::Tree};
 
 /// Where they are.
 const FOLDER: &str = "/run/relay/qos";
@@ -47,7 +47,9 @@ pub(super) struct State {
     /// Names of the classes.
     pub(super) classes: Vec<String>,
     /// In each class.
-    pub(super) leaf: Leaf,
+    pub(super) leaves: Leaves,
+    /// Of the interface, in bytes, when it was shaped.
+    pub(super) mtu: u32,
     /// The interface.
     pub(super) uplink: Line,
     /// The IFB device that what comes in passes.
@@ -81,7 +83,8 @@ impl State {
     pub(super) fn new(
         uplink: Line,
         downlink: Option<Line>,
-        leaf: Leaf,
+        leaves: Leaves,
+        mtu: u32,
     ) -> Result<Self, StateError> {
         Ok(Self {
             version: VERSION,
@@ -91,7 +94,8 @@ impl State {
             classified: false,
             policy: None,
             classes: Vec::new(),
-            leaf,
+            leaves,
+            mtu,
             uplink,
             downlink,
         })
@@ -309,7 +313,7 @@ mod tests {
             tree: Tree::default(),
             before: Tree::default(),
         };
-        State::new(line, None, Leaf::Pfifo).expect("state")
+        State::new(line, None, Leaves::BEST, 1500).expect("state")
     }
 
     fn store(folder: &Path) -> Store {
