@@ -113,7 +113,7 @@ fn wait(host: &Host, condition: impl Fn(&Value) -> bool) -> Value {
 /// Waits until shaping is on or off; it is so within the time promised since `start`.
 fn wait_shaped(host: &Host, on: bool, start: SystemTime) {
     let told = wait(host, |it| it["auto"]["on"] == on);
-    let state = if on { "shaped" } else { "unshaped" };
+    let state = if on { "shaped" } else { "marked" };
     assert_eq!(told["state"], state, "{told:#}");
     let transitions = transitions(&told);
     let last = transitions.last().expect("a transition");
@@ -143,7 +143,7 @@ fn shaping_comes_and_goes_with_a_call_and_outlasts_its_pauses() {
     let host = &site.net.pbx;
     let auto = start(host);
     let told = shown(host);
-    assert_eq!(told["state"], "unshaped");
+    assert_eq!(told["state"], "marked");
     assert!(transitions(&told).is_empty(), "{told:#}");
     let begun = SystemTime::now();
     site.call();
