@@ -516,6 +516,7 @@ fn policies() -> impl Strategy<Value = Policy> {
             classes: vec![class; 4],
             default,
             rules,
+            file: None,
         }
     })
 }

@@ -963,7 +963,6 @@ fn request<'a>(policy: &'a Policy, uplink: &str, downlink: Option<&str>) -> Requ
         uplink: uplink.parse().expect("rate"),
         downlink: downlink.map(|rate| rate.parse().expect("rate")),
         policy,
-        policy_file: None,
         replace: true,
     }
 }

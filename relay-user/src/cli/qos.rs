@@ -235,7 +235,6 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
                 uplink: apply.uplink,
                 downlink: apply.downlink,
                 policy: &policy,
-                policy_file: apply.policy.as_deref(),
                 replace: apply.replace,
             };
             let applied = shaper::apply(&mut Rtnetlink, &request)?;
@@ -248,7 +247,7 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
         }) => {
             auto::refuse_while_running(interface)?;
             let policy = policy(file.as_ref())?;
-            shaper::mark(&mut Rtnetlink, interface, &policy, file.as_deref())?;
+            shaper::mark(&mut Rtnetlink, interface, &policy)?;
             Ok(output::qos::marked(interface, &policy))
         }
         Verb::Show(arguments) => show(arguments),

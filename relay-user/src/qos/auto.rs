@@ -293,7 +293,6 @@ impl Auto {
             uplink: settings.uplink,
             downlink: settings.downlink,
             policy: &self.policy,
-            policy_file: settings.policy.as_deref(),
             replace: settings.replace,
         }
     }

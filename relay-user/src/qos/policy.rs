@@ -1,13 +1,17 @@
 //! What packets are marked with and which share of the uplink they get: read from a TOML file, which
 //! `built_in.toml` explains to its authors, and checked whole.
 
-use std::{fmt, ops::RangeInclusive, path::Path};
+use std::{
+    fmt,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+};
 
 use relay_common::{
     classify::{self, CLASSES, NAME, RULES, tcp},
     wire::protocol,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
@@ -41,6 +45,18 @@ pub struct Policy {
     pub default: usize,
     /// At most [`RULES`], in the order in which they are asked.
     pub rules: Vec<Rule>,
+    /// Where they were read; none for the built-in ones.
+    pub file: Option<PolicyFile>,
+}
+
+/// A policy as it was read: the file may be another one by now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyFile {
+    /// Where.
+    pub path: PathBuf,
+    /// The whole file.
+    pub text: String,
 }
 
 /// A class of the queueing discipline.
@@ -313,7 +329,11 @@ impl Policy {
     /// Never: a test reads it.
     #[must_use]
     pub fn built_in() -> Self {
-        Self::parse(Path::new("built-in policy"), BUILT_IN).expect("the built-in policy is valid")
+        let policy = Self::parse(Path::new("built-in policy"), BUILT_IN);
+        Self {
+            file: None,
+            ..policy.expect("the built-in policy is valid")
+        }
     }
 
     /// Reads a policy from a file.
@@ -324,7 +344,7 @@ impl Policy {
         Self::parse(path, &document::read(path, FILE)?)
     }
 
-    /// Reads a policy from the text of a file. `path` is for messages.
+    /// Reads a policy from the text of a file.
     ///
     /// # Errors
     /// As [`Policy::read`].
@@ -525,6 +545,10 @@ impl<'a> Document<'a> {
             classes,
             default,
             rules,
+            file: Some(PolicyFile {
+                path: self.path.to_owned(),
+                text: self.text.to_owned(),
+            }),
         })
     }
 

@@ -6,11 +6,7 @@
 //! place, without loss. Packets are classified once the classes exist, and classes deleted once no
 //! packet is.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -23,7 +19,7 @@ use super::{
     rate::Rate,
     rehearsal::{self, RehearsalError},
     shape::{LONGEST, Shape},
-    state::{Line, PolicyText, State, StateError, Store},
+    state::{Line, State, StateError, Store},
     tree::{Plan, Step, StepError, Tree, run},
 };
 use crate::{
@@ -43,8 +39,6 @@ pub struct Request<'a> {
     pub downlink: Option<Rate>,
     /// Classes and rules.
     pub policy: &'a Policy,
-    /// Where they were read, if they are not the built-in ones.
-    pub policy_file: Option<&'a Path>,
     /// Whether a queueing discipline of the administrator's makes way.
     pub replace: bool,
 }
@@ -90,14 +84,6 @@ pub enum QosError {
     /// The policy does not fit the rate.
     #[error(transparent)]
     Policy(#[from] PolicyError),
-    /// The policy cannot be kept.
-    #[error("cannot read the policy {}: {source}", path.display())]
-    PolicyFile {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
     /// The state cannot be read or written.
     #[error(transparent)]
     State(#[from] StateError),
@@ -196,16 +182,10 @@ pub fn apply(kernel: &mut dyn Kernel, request: &Request<'_>) -> Result<Applied, 
 ///
 /// # Errors
 /// [`QosError`]; then everything is as it was.
-pub fn mark(
-    kernel: &mut dyn Kernel,
-    interface: &str,
-    policy: &Policy,
-    policy_file: Option<&Path>,
-) -> Result<(), QosError> {
+pub fn mark(kernel: &mut dyn Kernel, interface: &str, policy: &Policy) -> Result<(), QosError> {
     // An unknown one leaves no lock behind.
     Interfaces::read()?.named(interface)?;
     Classifier::prepare()?;
-    let text = policy_file.map(policy_text).transpose()?;
     let store = Store::new(interface);
     let _lock = store.lock()?;
     let device = Device::from(Interfaces::read()?.named(interface)?);
@@ -233,7 +213,7 @@ pub fn mark(
     let mut state = State::new(line, None, Leaves::BEST, device.mtu)?;
     state.shaped = false;
     state.classified = true;
-    state.policy = text;
+    state.policy.clone_from(&policy.file);
     state.classes = policy.names();
     store.write(&state)?;
     if let Err(error) = Classifier::attach(interface, device.index, policy) {
@@ -375,7 +355,6 @@ fn establish(
     if sorting == Sorting::Attach {
         Classifier::prepare()?;
     }
-    let policy = request.policy_file.map(policy_text).transpose()?;
     let store = Store::new(request.interface);
     let _lock = store.lock()?;
     let known = store.read()?;
@@ -440,7 +419,6 @@ fn establish(
         leaves,
         before: before.clone(),
         faithful,
-        policy,
         sorting,
         // Of an interface that is gone, the device that it redirected to is left.
         stale: known.as_ref().filter(|_| current.is_none()),
@@ -542,7 +520,6 @@ struct Work<'a> {
     leaves: Leaves,
     before: Tree,
     faithful: bool,
-    policy: Option<PolicyText>,
     sorting: Sorting,
     current: Option<&'a State>,
     stale: Option<&'a State>,
@@ -577,7 +554,7 @@ impl Work<'_> {
         state.classified =
             self.sorting == Sorting::Attach || self.current.is_some_and(|state| state.classified);
         state.faithful = self.faithful;
-        state.policy.clone_from(&self.policy);
+        state.policy.clone_from(&request.policy.file);
         state.classes = request.policy.names();
         undo.store.write(&state)?;
 
@@ -757,18 +734,6 @@ impl Undo<'_> {
             None => Ok(()),
         }
     }
-}
-
-/// A policy's file, to be kept.
-fn policy_text(path: &Path) -> Result<PolicyText, QosError> {
-    let text = fs::read_to_string(path).map_err(|source| QosError::PolicyFile {
-        path: path.to_owned(),
-        source,
-    })?;
-    Ok(PolicyText {
-        path: path.to_owned(),
-        text,
-    })
 }
 
 /// The policy that a state was made with.

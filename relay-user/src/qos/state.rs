@@ -18,7 +18,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{leaf::Leaves, rate::Rate, tree::Tree};
+use super::{leaf::Leaves, policy::PolicyFile, rate::Rate, tree::Tree};
 
 /// Where they are.
 const FOLDER: &str = "/run/relay-user/qos";
@@ -43,7 +43,7 @@ pub(super) struct State {
     /// Whether packets are classified.
     pub(super) classified: bool,
     /// The policy; the built-in one if there is none.
-    pub(super) policy: Option<PolicyText>,
+    pub(super) policy: Option<PolicyFile>,
     /// Names of the classes.
     pub(super) classes: Vec<String>,
     /// In each class.
@@ -54,16 +54,6 @@ pub(super) struct State {
     pub(super) uplink: Line,
     /// The IFB device that what comes in passes.
     pub(super) downlink: Option<Line>,
-}
-
-/// A policy as it was read.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct PolicyText {
-    /// Where.
-    pub(super) path: PathBuf,
-    /// The whole file: it may be another one by now.
-    pub(super) text: String,
 }
 
 /// A device that is shaped.
