@@ -9,12 +9,13 @@ use std::{
         fd::{AsFd, AsRawFd as _, BorrowedFd},
         unix::fs::OpenOptionsExt as _,
     },
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use nix::libc;
 
-use crate::namespace::Host;
+use crate::namespace::{Host, readable};
 
 /// The device. It goes with this.
 #[derive(Debug)]
@@ -43,6 +44,14 @@ impl Tun {
     /// `WouldBlock` when there is none.
     pub fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
         (&self.file).read(buffer)
+    }
+
+    /// Waits for a packet that the machine sends; false when none comes.
+    ///
+    /// # Errors
+    /// The kernel does not wait.
+    pub fn wait(&self, timeout: Duration) -> Result<bool> {
+        readable(self.as_fd(), timeout)
     }
 
     /// Has a packet arrive at the machine.

@@ -11,6 +11,7 @@ use std::{
 };
 
 use aya::{
+    Ebpf,
     maps::{HashMap, Map, MapData, MapInfo},
     programs::{SchedClassifier, TcAttachType, links::FdLink, links::PinnedLink, tc},
 };
@@ -681,15 +682,20 @@ fn an_interface_that_is_another_by_now_gets_a_new_instance() {
 
 #[test]
 fn relay_and_observer_come_before_other_programs_of_traffic_control() {
+    type Load = fn(&mut Ebpf) -> Result<&mut SchedClassifier, DatapathError>;
     let site = Site::new();
     let index = site.index();
     let xdp = site.net.pbx_interface.pass_program().expect("program");
     site.host().run(|| {
         let mut ebpf = datapath::load(GENERIC, LinkLayer::Ethernet, 2).expect("loaded");
-        let program = datapath::load_observer(&mut ebpf).expect("loaded");
         // For kernels without TCX.
         tc::qdisc_add_clsact("eth0").expect("clsact");
-        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+        // Each where the relay has none of this name.
+        for (side, load) in [
+            (TcAttachType::Ingress, datapath::load_observer as Load),
+            (TcAttachType::Egress, datapath::load_tc),
+        ] {
+            let program = load(&mut ebpf).expect("loaded");
             let link = program.attach("eth0", side).expect("attached");
             // It stays as long as the machine does.
             mem::forget(program.take_link(link).expect("link"));

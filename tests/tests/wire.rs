@@ -2,21 +2,26 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    io::ErrorKind,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use etherparse::{
-    IpFragOffset, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, PacketBuilder, UdpHeader,
+    IpFragOffset, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, PacketBuilder, SlicedPacket,
+    TransportSlice, UdpHeader,
 };
+use nix::sys::socket::{setsockopt, sockopt};
 use relay_tests::{
     capture::{Capture, Direction, Frame, Injector},
     link::{Interface, PassProgram},
+    namespace::Host,
     pair::{Legs, Sockets},
-    phone::Bank,
+    phone::{Bank, Phone},
     relay::Relay,
     rtp::{Rtp, Stamp},
     topology::{Direct, PBX_MAC, PBX_V4, PBX_V6, PHONES_MAC, ROUTER_MAC, Routed},
+    tun::Tun,
 };
 use serde_json::json;
 
@@ -805,6 +810,129 @@ fn unfinished_checksums_are_relayed_by_traffic_control() {
 #[test]
 fn unfinished_checksums_are_finished_by_the_driver() {
     relays_unfinished_checksums("native");
+}
+
+/// A sender may hand several packets to its device at once, and a veth takes them apart as little as a NIC that merges
+/// what it receives.
+#[test]
+fn packets_that_come_merged_are_taken_apart_and_left_to_the_pbx() {
+    const EACH: u64 = 4;
+    let net = Direct::new(2).expect("network");
+    // Without it the stack takes them apart before they leave.
+    let phones = &net.phones_interface;
+    phones.leave_checksums_to_device().expect("offload");
+    let relay = Relay::attach(&net.pbx, "eth0", ["--mode", "tc"]).expect("attached");
+    let [phones, pbx] = [&net.phones, &net.pbx].map(|host| Bank::new(host).expect("sockets"));
+    for (legs, expected) in Legs::direct().iter().zip(1..) {
+        let sender = net.phones.run(|| UdpSocket::bind(legs.remote[0]));
+        let sender = sender.expect("the sender");
+        let listener = phones.phone(legs.remote[1]).expect("the listener");
+        let socket = pbx.phone(legs.local[0]).expect("the PBX's socket");
+        relay.offload(legs.arguments()).expect("offloaded");
+        let packet_length = voice(0).len() as i32;
+        setsockopt(&sender, sockopt::UdpGsoSegment, &packet_length).expect("UDP_SEGMENT");
+        let mut numbers = 0..;
+        let mut send = |count: u64| {
+            let packets = numbers.by_ref().take(count as usize).flat_map(voice);
+            let packets: Vec<u8> = packets.collect();
+            sender.send_to(&packets, legs.local[0]).expect("sent");
+        };
+        send(1);
+        send(EACH);
+        send(1);
+        listener.wait_received(2, PATIENCE).expect("those alone");
+        socket
+            .wait_received(EACH as usize, PATIENCE)
+            .expect("the merged");
+        let heard = |phone: &Phone| -> Vec<u64> {
+            let stamps = phone.arrivals().into_iter().map(|it| it.stamp);
+            stamps.map(|it| it.expect("undamaged").number).collect()
+        };
+        assert_eq!(heard(&listener), [0, EACH + 1]);
+        assert_eq!(heard(&socket), Vec::from_iter(1..=EACH));
+        let reasons = relay.reasons().expect("status");
+        assert_eq!(
+            (reasons["aggregate"], reasons["relayed"]),
+            (expected, 2 * expected)
+        );
+    }
+}
+
+/// The next packet with UDP for this address that a machine sends to its tun device.
+fn sent_to(tun: &Tun, destination: SocketAddr) -> Vec<u8> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut buffer = [0; 2048];
+    while Instant::now() < deadline {
+        let length = match tun.receive(&mut buffer) {
+            Ok(length) => length,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                tun.wait(Duration::from_millis(100)).expect("poll");
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let packet = &buffer[..length];
+        let sliced = SlicedPacket::from_ip(packet).expect("an IP packet");
+        let to = sliced.transport.and_then(|transport| match transport {
+            TransportSlice::Udp(udp) => Some(udp.destination_port()),
+            _ => None,
+        });
+        if to == Some(destination.port()) {
+            return packet.to_vec();
+        }
+    }
+    panic!("nothing for {destination}");
+}
+
+/// What a VPN or a PPP link carries: IP packets with nothing before them.
+#[test]
+fn packets_of_a_link_without_ethernet_come_back_exactly_or_pass_untouched() {
+    let host = Host::new("pbx").expect("machine");
+    let tun = Tun::open(&host, "tun0", "192.0.2.1/24").expect("tun");
+    host.ip("address add 2001:db8::1/64 dev tun0 nodad")
+        .expect("address");
+    let relay = Relay::attach(&host, "tun0", [""; 0]).expect("attached");
+    let status = relay.json(["status"]).expect("status");
+    assert_eq!(status["mode"], "tc", "{status:#}");
+    let bank = Bank::new(&host).expect("sockets");
+    let mut expected = 0;
+    for legs in Legs::direct() {
+        let socket = bank.phone(legs.local[0]).expect("the PBX's socket");
+        let id = relay.offload(legs.arguments()).expect("offloaded");
+        let pair = relay.json(["show", &id.to_string()]).expect("show");
+        let next_hop = &pair["streams"][0]["next_hop"];
+        assert_eq!(
+            next_hop["destination_mac"],
+            serde_json::Value::Null,
+            "{pair:#}"
+        );
+        let large = if legs.local[0].is_ipv4() {
+            MTU_V4
+        } else {
+            MTU_V6
+        };
+        let packets = relayed_packets(&legs).into_iter();
+        for (name, packet) in packets.filter(|(_, it)| it.tags.is_empty() && it.padding == 0) {
+            let ip = |packet: &Packet| packet.frame()[14..].to_vec();
+            assert!(ip(&packet).len() <= large, "{name}");
+            tun.send(&ip(&packet)).expect("sent");
+            expected += 1;
+            let back = sent_to(&tun, legs.remote[1]);
+            assert_eq!(hex(&back), hex(&ip(&packet.relayed(&legs))), "{name}");
+        }
+        let stranger = Packet {
+            source: legs.remote[1],
+            ..Packet::new(&legs, voice(9))
+        };
+        tun.send(&stranger.frame()[14..]).expect("sent");
+        socket.wait_received(1, PATIENCE).expect("passed");
+    }
+    let reasons = relay.reasons().expect("status");
+    assert_eq!(
+        (reasons["relayed"], reasons["unexpected_source"]),
+        (expected, 2)
+    );
+    relay.stop().expect("a clean end");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use netlink_packet_core::NLM_F_ACK;
+use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{TcAttribute, TcHandle, TcMessage},
@@ -36,12 +36,14 @@ const INDIFFERENT: [&str; 16] = [
 /// # Errors
 /// The kernel's answer to `RTM_GETQDISC`.
 pub fn root_qdisc(index: u32) -> io::Result<Option<String>> {
-    let mut message = TcMessage::with_index(index.cast_signed());
-    message.header.parent = TcHandle::ROOT;
-    let request = RouteNetlinkMessage::GetQueueDiscipline(message);
+    // The kernel tells those of all interfaces (tc_dump_qdisc() in net/sched/sch_api.c).
+    let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
     let mut found = None;
-    exchange(request, NLM_F_ACK, |answer| {
-        if let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = answer {
+    exchange(request, NLM_F_DUMP, |answer| {
+        if let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = answer
+            && qdisc.header.index == index.cast_signed()
+            && qdisc.header.parent == TcHandle::ROOT
+        {
             found = qdisc
                 .attributes
                 .into_iter()
