@@ -6,7 +6,7 @@ use crate::{
     checksum::{self, ClassChange, PartialChecksum, Sum, UdpChange},
     reason::Reason,
     stream::{Event, OutLeg, State, Stream, StreamKey},
-    wire::{Be16, Ipv4, Udp},
+    wire::{Be16, Ipv4, Tag, Udp},
 };
 
 /// A header that can be viewed in place: any bytes are valid, none is padding.
@@ -24,6 +24,19 @@ pub trait Packet {
     #[inline(always)]
     fn has_ethernet(&self) -> bool {
         true
+    }
+
+    /// The outermost VLAN tag, where it is not in the frame but noted beside it. Those in the frame
+    /// are further in then.
+    #[inline(always)]
+    fn tag_beside(&self) -> Option<Tag> {
+        None
+    }
+
+    /// Whether it stands for several packets on the wire, merged into one.
+    #[inline(always)]
+    fn is_aggregate(&self) -> bool {
+        false
     }
 
     /// The header at `at` bytes from the start of the frame.
@@ -76,6 +89,20 @@ pub trait Packet {
     /// possible. What is not stays [`Reason::Truncated`].
     #[inline(always)]
     fn pull(&mut self, _length: usize) {}
+
+    /// Replaces all VLAN tags, one or two, of a frame whose outermost one is beside it. `tags` has the
+    /// outermost first, and as many count as the frame has.
+    ///
+    /// # Errors
+    /// [`Reason::RetagFailed`]: the tags are lost.
+    #[inline(always)]
+    fn replace_tags(&mut self, _tags: [Tag; 2], _depth: usize) -> Result<(), Reason> {
+        Err(Reason::RetagFailed)
+    }
+
+    /// Sets the priority that it has at a queueing discipline, where there is one on its way out.
+    #[inline(always)]
+    fn prioritize(&mut self, _priority: u32) {}
 
     /// Hears of a change behind the Ethernet header that no checksum in the packet makes up for.
     /// It matters where someone keeps a sum over the whole packet.

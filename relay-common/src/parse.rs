@@ -18,7 +18,7 @@ pub(crate) enum Family {
 /// the frame.
 pub(crate) struct Parsed {
     pub(crate) family: Family,
-    /// VLAN tags, 0–2.
+    /// VLAN tags, 0–2, the one beside the frame included.
     pub(crate) vlan_depth: usize,
     /// Offset of the IP header, bytes.
     pub(crate) ip: usize,
@@ -28,6 +28,7 @@ pub(crate) struct Parsed {
     pub(crate) ip_length: usize,
     /// Length of the UDP header and payload, bytes.
     pub(crate) udp_length: u16,
+    /// All zero without an Ethernet header.
     pub(crate) destination_mac: [Be16; 3],
     pub(crate) source: Address,
     pub(crate) source_port: u16,
@@ -43,10 +44,12 @@ const FRAGMENT: u16 = 0x3fff;
 
 #[inline(always)]
 pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason> {
-    let ethernet = *packet.header::<Ethernet>(0)?;
-    let (kind, vlan_depth) = skip_vlans(packet, ethernet.ethertype.get())?;
-    let ip = Ethernet::LEN + vlan_depth * Vlan::LEN;
-
+    let Link {
+        destination_mac,
+        vlan_depth,
+        kind,
+        ip,
+    } = link(packet)?;
     let (family, header_length, ip_length, hop_limit, traffic_class, source, destination) =
         match kind {
             ethertype::IPV4 => {
@@ -123,7 +126,7 @@ pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason
         udp,
         ip_length,
         udp_length,
-        destination_mac: ethernet.destination,
+        destination_mac,
         source,
         source_port: header.source.get(),
         hop_limit,
@@ -132,6 +135,48 @@ pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason
         key: StreamKey::new(destination, header.destination.get()),
     })
 }
+
+/// What is before the IP header.
+struct Link {
+    destination_mac: [Be16; 3],
+    vlan_depth: usize,
+    /// EtherType of what follows.
+    kind: u16,
+    /// Where that begins.
+    ip: usize,
+}
+
+#[inline(always)]
+fn link<P: Packet + ?Sized>(packet: &mut P) -> Result<Link, Reason> {
+    if !packet.has_ethernet() {
+        let [first, _] = *packet.header::<[u8; 2]>(0)?;
+        return Ok(Link {
+            destination_mac: [Be16::default(); 3],
+            vlan_depth: 0,
+            kind: match first >> 4 {
+                4 => ethertype::IPV4,
+                6 => ethertype::IPV6,
+                _ => return Err(Reason::NotIp),
+            },
+            ip: 0,
+        });
+    }
+    let ethernet = *packet.header::<Ethernet>(0)?;
+    let (kind, tags) = skip_vlans(packet, ethernet.ethertype.get())?;
+    let vlan_depth = tags + usize::from(packet.tag_beside().is_some());
+    if vlan_depth > MAX_TAGS {
+        return Err(Reason::VlanDepth);
+    }
+    Ok(Link {
+        destination_mac: ethernet.destination,
+        vlan_depth,
+        kind,
+        ip: Ethernet::LEN + tags * Vlan::LEN,
+    })
+}
+
+/// VLAN tags that the relay looks behind.
+const MAX_TAGS: usize = 2;
 
 /// The EtherType behind up to two tags, and how many there are.
 #[inline(always)]

@@ -101,6 +101,10 @@ reasons! {
     TalkBack = 31 "talk_back",
     /// Asterisk's keepalive into a stream that flows: dropped, as it would not have been sent
     ComfortNoise = 32 "comfort_noise",
+    /// several packets merged into one by the NIC or its driver
+    Aggregate = 33 "aggregate",
+    /// dropped: the kernel had no memory to change its VLAN tags
+    RetagFailed = 34 "retag_failed",
 }
 
 /// What the hook does with a packet.
@@ -122,7 +126,7 @@ impl Reason {
     pub const fn verdict(self) -> Verdict {
         match self {
             Self::Relayed => Verdict::Send,
-            Self::ComfortNoise => Verdict::Drop,
+            Self::ComfortNoise | Self::RetagFailed => Verdict::Drop,
             _ => Verdict::Pass,
         }
     }
@@ -169,7 +173,7 @@ mod tests {
         for reason in Reason::ALL {
             let verdict = match reason {
                 Reason::Relayed => Verdict::Send,
-                Reason::ComfortNoise => Verdict::Drop,
+                Reason::ComfortNoise | Reason::RetagFailed => Verdict::Drop,
                 _ => Verdict::Pass,
             };
             assert_eq!(reason.verdict(), verdict, "{reason:?}");

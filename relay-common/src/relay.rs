@@ -7,7 +7,7 @@ use crate::{
     packet::{Packet, Tables},
     parse::{Parsed, parse},
     proof::{note, renumbered, suspend},
-    reason::Reason,
+    reason::{Reason, Verdict},
     rewrite::{Rewrite, rewrite},
     state::{load, store},
     stream::{Address, Event, MARKS, State, Stream, StreamKey, event, mode, ticks},
@@ -28,20 +28,46 @@ const UNANSWERED_MAX: u32 = 8;
 ///
 /// A packet is either rewritten whole or not touched at all.
 #[inline(always)]
-pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Reason {
+pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Decision {
     let bytes = packet.length();
-    match decide(packet, tables) {
+    let Passed { reason, up } = match decide(packet, tables) {
         Ok(()) => {
             tables.count(Reason::Relayed, bytes);
-            Reason::Relayed
+            return Decision::by(Reason::Relayed);
         }
-        Err(Passed { reason, up }) => {
-            // Before the note, which costs the verifier most: by then the reasons are all one to it.
-            tables.count(reason, bytes);
-            if !up.state.is_null() {
-                note(packet, up.state, up.epoch, up.at, up.length, &up.rtp);
-            }
-            reason
+        Err(passed) => passed,
+    };
+    tables.count(reason, bytes);
+    let decision = Decision::by(reason);
+    if decision.verdict != Verdict::Pass {
+        return decision;
+    }
+    // The note costs the verifier most, which walks through it for all reasons at once only because
+    // nothing depends on the reason any more.
+    if !up.state.is_null() {
+        note(packet, up.state, up.epoch, up.at, up.length, &up.rtp);
+    }
+    Decision {
+        reason,
+        verdict: Verdict::Pass,
+    }
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// What it was counted as.
+    pub reason: Reason,
+    /// What the hook has to do with it: the reason's [`Reason::verdict`].
+    pub verdict: Verdict,
+}
+
+impl Decision {
+    #[inline(always)]
+    const fn by(reason: Reason) -> Self {
+        Self {
+            reason,
+            verdict: reason.verdict(),
         }
     }
 }
@@ -89,7 +115,10 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
     };
     // A switch floods, a port mirrors, an interface is promiscuous: the stack ignores such frames,
     // and relaying them would hand the phone everything twice.
-    if parsed.destination_mac != stream.next_hop.source_mac.words() && stream.next_hop.known != 0 {
+    if packet.has_ethernet()
+        && parsed.destination_mac != stream.next_hop.source_mac.words()
+        && stream.next_hop.known != 0
+    {
         return Err(Reason::OtherHost.into());
     }
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
@@ -290,6 +319,10 @@ fn plan<P: Packet + ?Sized>(
     rtp: &Rtp,
     moment: &Moment,
 ) -> Result<Rewrite, Reason> {
+    // The stack takes it apart again. Its echoes will be none of what is noted of it.
+    if packet.is_aggregate() {
+        return Err(Reason::Aggregate);
+    }
     if moment.mode == mode::WATCHING {
         return Err(Reason::Watching);
     }

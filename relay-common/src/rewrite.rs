@@ -5,8 +5,8 @@ use crate::{
     packet::{Packet, Tables},
     parse::{Family, Parsed},
     reason::Reason,
-    stream::{DSCP_KEEP, DSCP_MAP, Stream, VlanTag},
-    wire::{Be16, Ethernet, Ipv4, Ipv6, Rtp, Udp, Vlan},
+    stream::{DSCP_KEEP, DSCP_MAP, NextHop, Stream, VlanTag},
+    wire::{Be16, Ethernet, Ipv4, Ipv6, Rtp, Tag, Udp, Vlan},
 };
 
 /// What validation found out and the rewrite needs.
@@ -19,8 +19,8 @@ pub(crate) struct Rewrite {
     pub(crate) new_marker_type: u8,
 }
 
-/// Rewrites the packet. The checksum goes first: it is the only step that can still refuse, and
-/// the packet is then as it arrived.
+/// Rewrites the packet. The checksum goes first: it is the only step that can still pass the packet,
+/// which is then as it arrived.
 #[inline(always)]
 pub(crate) fn rewrite<P: Packet + ?Sized>(
     packet: &mut P,
@@ -82,16 +82,26 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
     header.destination = Be16::new(stream.new_destination_port);
     packet.header::<Rtp>(plan.rtp)?.marker_type = plan.new_marker_type;
 
-    let next_hop = &stream.next_hop;
-    if next_hop.vlan_depth >= 1 {
-        retag(packet, Ethernet::LEN, next_hop.vlans[0])?;
+    if packet.has_ethernet() {
+        let next_hop = &stream.next_hop;
+        let header = packet.header::<Ethernet>(0)?;
+        header.destination = next_hop.destination_mac.words();
+        header.source = next_hop.source_mac.words();
+        match packet.tag_beside() {
+            Some(outer) => retag_beside(packet, outer, next_hop)?,
+            None => {
+                if next_hop.vlan_depth >= 1 {
+                    retag(packet, Ethernet::LEN, next_hop.vlans[0])?;
+                }
+                if next_hop.vlan_depth >= 2 {
+                    retag(packet, Ethernet::LEN + Vlan::LEN, next_hop.vlans[1])?;
+                }
+            }
+        }
     }
-    if next_hop.vlan_depth >= 2 {
-        retag(packet, Ethernet::LEN + Vlan::LEN, next_hop.vlans[1])?;
+    if stream.priority != 0 {
+        packet.prioritize(stream.priority);
     }
-    let header = packet.header::<Ethernet>(0)?;
-    header.destination = next_hop.destination_mac.words();
-    header.source = next_hop.source_mac.words();
     Ok(())
 }
 
@@ -107,12 +117,47 @@ fn traffic_class(stream: &Stream, old: u8, tables: &impl Tables) -> u8 {
     dscp << 2 | old & ECN
 }
 
-/// Another VLAN, the same priority. `at` is the tag's control field: its TPID stands before it.
+/// Another VLAN, the same priority.
+#[inline(always)]
+const fn control(old: u16, tag: VlanTag) -> u16 {
+    const ID: u16 = 0x0fff;
+    old & !ID | tag.id & ID
+}
+
+/// The same for all tags of a frame whose outermost one, `outer`, is beside it.
+#[inline(always)]
+fn retag_beside<P: Packet + ?Sized>(
+    packet: &mut P,
+    outer: Tag,
+    next_hop: &NextHop,
+) -> Result<(), Reason> {
+    let depth = usize::from(next_hop.vlan_depth);
+    let mut old = [outer, Tag::default()];
+    if depth >= 2 {
+        let [tpid, control] = packet.header::<[Be16; 2]>(Ethernet::LEN - size_of::<Be16>())?;
+        old[1] = Tag {
+            tpid: tpid.get(),
+            control: control.get(),
+        };
+    }
+    let mut new = old;
+    for (new, tag) in new.iter_mut().zip(next_hop.vlans).take(depth) {
+        *new = Tag {
+            tpid: tag.tpid,
+            control: control(new.control, tag),
+        };
+    }
+    if new == old {
+        return Ok(());
+    }
+    packet.replace_tags(new, depth)
+}
+
+/// The same for a tag in the frame. `at` is its control field: its TPID stands before it.
 #[inline(always)]
 fn retag<P: Packet + ?Sized>(packet: &mut P, at: usize, tag: VlanTag) -> Result<(), Reason> {
-    const ID: u16 = 0x0fff;
     let [tpid, control] = packet.header::<[Be16; 2]>(at - size_of::<Be16>())?;
-    let new = control.get() & !ID | tag.id & ID;
+    let new = self::control(control.get(), tag);
     let mut change = Sum::ZERO.change(control.get(), new);
     // The first TPID stands in the Ethernet header.
     if at > Ethernet::LEN {

@@ -187,6 +187,15 @@ impl Mac {
     }
 }
 
+/// A VLAN tag as it stands in a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tag {
+    /// Tag protocol identifier.
+    pub tpid: u16,
+    /// Priority (3 bits), drop eligible (1), VLAN identifier (12).
+    pub control: u16,
+}
+
 /// EtherTypes and TPIDs (IEEE 802 numbers).
 pub mod ethertype {
     /// IPv4.

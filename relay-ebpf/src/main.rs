@@ -149,7 +149,7 @@ impl Packet for Xdp<'_> {
 /// Relay in the driver's receive path.
 #[xdp]
 fn relay_xdp(ctx: XdpContext) -> u32 {
-    match relay(&mut Xdp(&ctx), &Maps).verdict() {
+    match relay(&mut Xdp(&ctx), &Maps).verdict {
         Verdict::Send => xdp_action::XDP_TX,
         Verdict::Pass => xdp_action::XDP_PASS,
         Verdict::Drop => xdp_action::XDP_DROP,
@@ -166,7 +166,7 @@ fn relay_tc(ctx: TcContext) -> i32 {
     // Drivers leave as little as the Ethernet header in the linear part.
     let mut packet = Skb(&ctx);
     packet.pull(ctx.len().min(HEADERS_MAX) as usize);
-    match relay(&mut packet, &Maps).verdict() {
+    match relay(&mut packet, &Maps).verdict {
         // SAFETY: the context is the kernel's, valid while the program runs.
         Verdict::Send => unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 },
         // Lets the programs behind this one have their say (TCX_NEXT has the same value).
@@ -176,10 +176,14 @@ fn relay_tc(ctx: TcContext) -> i32 {
 }
 
 /// Observer of what the PBX sends, in the egress traffic control. What the relay sends by XDP does
-/// not come here.
+/// not come here; what it sends by traffic control does, and is none of the PBX's.
 #[classifier]
 fn relay_observe(ctx: TcContext) -> i32 {
-    match observe(&mut Skb(&ctx), &Maps).map(Reason::verdict) {
+    let mut packet = Skb(&ctx);
+    if packet.came_in_here() {
+        return TC_ACT_UNSPEC;
+    }
+    match observe(&mut packet, &Maps).map(Reason::verdict) {
         // Taken without an error to its sender, which would be Asterisk.
         Some(Verdict::Drop) => TC_ACT_STOLEN,
         _ => TC_ACT_UNSPEC,

@@ -5,14 +5,14 @@ use core::ptr;
 use aya_ebpf::{
     Global,
     bindings::BPF_F_RECOMPUTE_CSUM,
-    helpers::{bpf_csum_update, bpf_skb_load_bytes},
+    helpers::{bpf_csum_update, bpf_skb_load_bytes, bpf_skb_vlan_pop, bpf_skb_vlan_push},
     programs::TcContext,
 };
 use relay_common::{
     checksum::{ClassChange, PartialChecksum, Sum, UdpChange},
     packet::{Header, Packet},
     reason::Reason,
-    wire::Be16,
+    wire::{Be16, Tag},
 };
 
 /// 0 where packets have no Ethernet header, but begin with that of IP: on tun and PPP.
@@ -37,6 +37,18 @@ pub fn header_at<'a, H: Header>(data: usize, end: usize, at: usize) -> Result<&'
 /// A socket buffer, as traffic control has it.
 pub struct Skb<'a>(pub &'a TcContext);
 
+impl Skb<'_> {
+    /// Whether a packet that leaves has come in on the same interface, as what the relay redirects
+    /// has: the kernel notes where each comes in (`skb_iif`). What the host itself sends came in
+    /// nowhere.
+    #[inline(always)]
+    pub fn came_in_here(&self) -> bool {
+        let skb = self.0.skb.skb;
+        // SAFETY: the context is the kernel's, valid while the program runs.
+        unsafe { (*skb).ingress_ifindex == (*skb).ifindex }
+    }
+}
+
 impl Packet for Skb<'_> {
     #[inline(always)]
     fn length(&self) -> usize {
@@ -46,6 +58,28 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn has_ethernet(&self) -> bool {
         ETHERNET.load() != 0
+    }
+
+    /// The kernel takes the outermost tag off before the ingress (`skb_vlan_untag()`), and puts it on
+    /// behind the egress.
+    #[inline(always)]
+    fn tag_beside(&self) -> Option<Tag> {
+        let skb = self.0.skb.skb;
+        // SAFETY: as above.
+        unsafe {
+            ((*skb).vlan_present != 0).then(|| Tag {
+                // The only one of these fields in network byte order.
+                tpid: u16::from_be((*skb).vlan_proto as u16),
+                control: (*skb).vlan_tci as u16,
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn is_aggregate(&self) -> bool {
+        let skb = self.0.skb.skb;
+        // SAFETY: as above.
+        unsafe { (*skb).gso_size != 0 || (*skb).gso_segs > 1 }
     }
 
     #[inline(always)]
@@ -119,6 +153,34 @@ impl Packet for Skb<'_> {
             .l4_csum_replace(at, 0, addresses, PSEUDO_HEADER | MANGLED_0)
             .and_then(|()| self.0.l4_csum_replace(at, 0, datagram, MANGLED_0))
             .map_err(|_| Reason::UdpChecksum)
+    }
+
+    /// Fails only for want of memory to move headers in, which are this program's own already: a
+    /// program that writes to packets begins with a copy of what is shared.
+    #[inline(always)]
+    fn replace_tags(&mut self, [outer, inner]: [Tag; 2], depth: usize) -> Result<(), Reason> {
+        let skb = self.0.skb.skb;
+        // SAFETY: as above.
+        let push = |tag: Tag| unsafe { bpf_skb_vlan_push(skb, tag.tpid.to_be(), tag.control) };
+        // SAFETY: as above.
+        let pop = || unsafe { bpf_skb_vlan_pop(skb) };
+        // Taking one off brings the next to its place.
+        let done = if depth >= 2 {
+            pop() == 0 && pop() == 0 && push(inner) == 0 && push(outer) == 0
+        } else {
+            pop() == 0 && push(outer) == 0
+        };
+        if done {
+            Ok(())
+        } else {
+            Err(Reason::RetagFailed)
+        }
+    }
+
+    #[inline(always)]
+    fn prioritize(&mut self, priority: u32) {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).priority = priority }
     }
 
     /// The NIC's sum over the packet (`CHECKSUM_COMPLETE`), where there is one. For

@@ -34,6 +34,7 @@ use crate::{
     logging::{self, LogFormat},
     output::{self, Style},
     pair::{Leg, Pair, PayloadTypes, Proof},
+    priority::Priority,
     secret::SecretError,
 };
 
@@ -170,7 +171,8 @@ struct Attach {
     /// Network interface that the calls' RTP comes in on
     #[arg(value_name = "IFACE", value_parser = config::interface)]
     interface: String,
-    /// How to attach: in the driver, in the kernel's generic path, or what works [default: auto]
+    /// How to attach: XDP in the driver, XDP in the kernel's generic path, traffic control (tc), which
+    /// sends through the queueing discipline, or what fits [default: auto]
     #[arg(long)]
     mode: Option<Mode>,
     /// Asterisk's manager interface, such as 127.0.0.1:5038; without it pairs come from `add` alone
@@ -214,6 +216,10 @@ struct Attach {
     /// map:FROM=TO,..., what the phone set, translated, such as map:0=ef,cs5=ef [default: ef]
     #[arg(long, value_name = "DSCP")]
     dscp: Option<Dscp>,
+    /// Priority of relayed packets at the interface's queueing discipline: a class such as 1:10, or 0 to
+    /// 15. Needs --mode tc, which auto then chooses
+    #[arg(long, value_name = "CLASS")]
+    priority: Option<Priority>,
     /// Control socket [default: /run/relay-user/IFACE.sock]
     #[arg(long, value_name = "PATH", value_parser = config::path)]
     socket: Option<PathBuf>,
@@ -286,6 +292,10 @@ struct Add {
     // swallow the legs of `--payload-type 0 LEG LEG`.
     #[arg(hide = true, requires = "payload_types", value_delimiter = ',')]
     more_payload_types: Vec<PayloadTypes>,
+    /// Priority of its packets at the interface's queueing discipline, in mode tc: a class such as 1:10,
+    /// or 0 to 15 [default: that of the daemon]
+    #[arg(long, value_name = "CLASS")]
+    priority: Option<Priority>,
     #[command(flatten)]
     target: Target,
     #[command(flatten)]
@@ -434,12 +444,14 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
             proof,
             mut payload_types,
             more_payload_types,
+            priority,
             target,
             form,
         }) => {
             payload_types.extend(more_payload_types);
             let pair = Pair::new([first, second], payload_types, proof)
-                .map_err(|error| unfit("add", error))?;
+                .map_err(|error| unfit("add", error))?
+                .with_priority(priority);
             ask(target, form, Request::Add(pair))
         }
         Verb::List(List { target, form }) => ask(target, form, Request::List),
@@ -512,6 +524,7 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
     let flags = Settings {
         mode: arguments.mode,
         dscp: arguments.dscp,
+        priority: arguments.priority,
         max_streams: arguments.max_streams,
         proof: arguments.proof,
         keepalive: arguments.keepalive,

@@ -13,6 +13,7 @@ use crate::{
     control::socket,
     document::{self, Document, DocumentError, Entry, Position, printable},
     dscp::{Dscp, DscpError, DscpMap, EF},
+    priority::{Priority, PriorityError},
     secret::{Secret, SecretError, SecretFileError},
 };
 
@@ -47,6 +48,8 @@ pub struct AttachSettings {
     pub mode: Mode,
     /// DSCP of relayed packets.
     pub dscp: Dscp,
+    /// Priority of relayed packets at the queueing discipline; none leaves it as it is.
+    pub priority: Option<Priority>,
     /// Size of the stream table, 2 to 1,048,576; a pair takes two.
     pub max_streams: u32,
     /// Packets in a row that prove a stream; 0 asks for no proof.
@@ -81,24 +84,30 @@ pub struct AmiSettings {
 /// The attach mode asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
-    /// Native XDP where the driver has it, else generic.
+    /// TC where relayed packets need a queueing discipline, or have no Ethernet header; else native XDP
+    /// where the driver has it, else generic.
     #[default]
     Auto,
     /// In the driver's receive path; refused where the driver cannot.
     Native,
     /// In the kernel's generic receive path: slower, works with every driver.
     Generic,
+    /// In the ingress traffic control: what is relayed leaves through the queueing discipline.
+    Tc,
 }
 
 /// What is wrong with one value. The text names it and what it may be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
     /// Not an attach mode.
-    #[error("`{0}` is not an attach mode: write native, generic or auto")]
+    #[error("`{0}` is not an attach mode: write native, generic, tc or auto")]
     Mode(String),
     /// Not a DSCP value.
     #[error(transparent)]
     Dscp(#[from] DscpError),
+    /// Not a priority.
+    #[error(transparent)]
+    Priority(#[from] PriorityError),
     /// Not a usable size of the stream table.
     #[error(
         "`{0}` streams are not possible: write a number from {FEWEST_STREAMS} to {MOST_STREAMS}; a pair takes two"
@@ -148,6 +157,11 @@ pub enum ConfigError {
         /// What is wrong with it.
         source: SettingError,
     },
+    /// A priority, but no queueing discipline on the way.
+    #[error(
+        "the priority {0} is given, but XDP goes around every queueing discipline: use --mode tc, or auto"
+    )]
+    PriorityWithoutTc(Priority),
     /// An AMI user or secret, but nowhere to log in.
     #[error("{given} is given, but no AMI address: add --ami HOST:PORT, or `address` under [ami]")]
     NoAmiAddress {
@@ -179,6 +193,8 @@ pub struct Settings {
     pub mode: Option<Mode>,
     /// `--dscp`, `dscp`.
     pub dscp: Option<Dscp>,
+    /// `--priority`, `priority`.
+    pub priority: Option<Priority>,
     /// `--max-streams`, `max-streams`.
     pub max_streams: Option<u32>,
     /// `--proof`, `proof`.
@@ -209,6 +225,7 @@ struct Merged {
     interface: String,
     mode: Mode,
     dscp: Dscp,
+    priority: Option<Priority>,
     max_streams: u32,
     proof: u8,
     keepalive: Duration,
@@ -261,6 +278,7 @@ pub fn load(
         interface: merged.interface,
         mode: merged.mode,
         dscp: merged.dscp,
+        priority: merged.priority,
         max_streams: merged.max_streams,
         proof: merged.proof,
         keepalive: merged.keepalive,
@@ -302,9 +320,17 @@ fn merge(
             });
         }
     };
+    let mode = flags.mode.or(file.mode).unwrap_or_default();
+    let priority = flags.priority.or(file.priority);
+    if let (Mode::Native | Mode::Generic, Some(priority)) =
+        (mode, priority.and_then(Priority::effective))
+    {
+        return Err(ConfigError::PriorityWithoutTc(priority));
+    }
     Ok(Merged {
-        mode: flags.mode.or(file.mode).unwrap_or_default(),
+        mode,
         dscp: flags.dscp.or(file.dscp).unwrap_or(Dscp::Set(EF)),
+        priority,
         max_streams: flags
             .max_streams
             .or(file.max_streams)
@@ -345,9 +371,10 @@ fn document<'a>(path: &'a Path, text: &'a str) -> Document<'a> {
 }
 
 /// Every key there is, with its table. What a misspelt key is compared with.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 15] = [
     "mode",
     "dscp",
+    "priority",
     "max-streams",
     "proof",
     "keepalive",
@@ -370,6 +397,7 @@ impl Document<'_> {
             match entry.key {
                 "mode" => settings.mode = Some(self.parse(&entry)?),
                 "dscp" => settings.dscp = Some(self.dscp(&entry)?),
+                "priority" => settings.priority = Some(self.priority(&entry)?),
                 "max-streams" => {
                     settings.max_streams = Some(self.number(&entry, max_streams)?);
                 }
@@ -441,6 +469,14 @@ impl Document<'_> {
                 .parse(),
         };
         read.map_err(|source| self.wrong_value(entry, source.into()))
+    }
+
+    fn priority(&self, entry: &Entry<'_>) -> Result<Priority, ConfigError> {
+        let text = code_text(entry.value).ok_or_else(|| {
+            self.wrong_type(entry, "a class such as \"1:10\", or a number from 0 to 15")
+        })?;
+        text.parse()
+            .map_err(|source: PriorityError| self.wrong_value(entry, source.into()))
     }
 
     fn number<T>(
@@ -617,6 +653,7 @@ impl FromStr for Mode {
             "auto" => Ok(Self::Auto),
             "native" => Ok(Self::Native),
             "generic" => Ok(Self::Generic),
+            "tc" => Ok(Self::Tc),
             _ => Err(SettingError::Mode(printable(text))),
         }
     }
@@ -640,6 +677,7 @@ mod tests {
         Settings {
             mode: Some(Mode::Native),
             dscp: Some(Dscp::Set(10)),
+            priority: None,
             max_streams: Some(4),
             proof: Some(3),
             keepalive: Some(Duration::from_secs(1)),
@@ -657,7 +695,7 @@ mod tests {
     #[test]
     fn every_key_is_read() {
         let settings = parsed(
-            "mode = \"generic\"\ndscp = 26\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
+            "mode = \"generic\"\ndscp = 26\npriority = 5\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
              silence = 20\nexpire = 90\npersist = true\nsocket = \"/run/x.sock\"\n\
              [ami]\ngrace = 1\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n",
         );
@@ -666,6 +704,7 @@ mod tests {
             Settings {
                 mode: Some(Mode::Generic),
                 dscp: Some(Dscp::Set(26)),
+                priority: Some(Priority::new(5)),
                 max_streams: Some(1024),
                 proof: Some(12),
                 keepalive: Some(Duration::from_millis(500)),
@@ -683,6 +722,10 @@ mod tests {
         assert_eq!(
             parsed("dscp = \"keep\"").expect("text").dscp,
             Some(Dscp::Keep)
+        );
+        assert_eq!(
+            parsed("priority = \"1:f0\"").expect("text").priority,
+            Some(Priority::new(0x1_00f0))
         );
         for text in [
             "dscp = \"map:0=ef,cs5=10\"",
@@ -729,6 +772,7 @@ mod tests {
             ),
             ("# é\ndscp = 64", ":2:8: `dscp`: `64` is not a DSCP value"),
             ("dscp = -1", "`-1` is not a DSCP value"),
+            ("priority = 16", "`16` is not a priority: write a class"),
             (
                 "dscp = true",
                 ":1:8: `dscp` is true or false: write \"ef\", \"keep\"",
@@ -800,6 +844,7 @@ mod tests {
                 interface: "eth0".into(),
                 mode: Mode::Auto,
                 dscp: Dscp::Set(46),
+                priority: None,
                 max_streams: 65_536,
                 proof: 8,
                 keepalive: Duration::from_secs(3),

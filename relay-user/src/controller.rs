@@ -27,10 +27,11 @@ use crate::{
             ReasonReport, RefusalReport, StatusReport, StreamState, Verdict,
         },
     },
-    datapath::{Datapath, DatapathError},
+    datapath::{AttachMode, Datapath, DatapathError},
     events::{EventBus, Subject, TransitionKind},
     next_hop::{NextHops, Notice, Stopped},
     pair::Pair,
+    priority::Priority,
     registry::{Change, Origin, Policy, Refusal, Registry},
 };
 
@@ -123,6 +124,8 @@ impl Controller {
         Self {
             registry: Registry::new(Policy {
                 dscp: settings.dscp,
+                priority: (datapath.mode() == AttachMode::Tc)
+                    .then(|| settings.priority.unwrap_or_default()),
                 max_streams: settings.max_streams,
                 proof: settings.proof,
                 keepalive: settings.keepalive,
@@ -554,6 +557,7 @@ impl Controller {
             mode: self.datapath.mode(),
             mode_reason: self.mode_reason.clone(),
             dscp: self.settings.dscp,
+            priority: self.settings.priority.and_then(Priority::effective),
             proof: self.settings.proof,
             pins: self.datapath.pins().to_owned(),
             uptime_seconds: self.started.elapsed().as_secs(),

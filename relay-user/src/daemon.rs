@@ -26,7 +26,8 @@ use crate::{
     datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events},
     dscp::Dscp,
     events::EventBus,
-    next_hop::{self, Changes, Interface, Interfaces},
+    next_hop::{self, Changes, Interface, Interfaces, LinkLayer},
+    priority::Priority,
     privileges,
 };
 
@@ -49,12 +50,16 @@ pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
     privileges::check()?;
     let interfaces = Interfaces::read()?;
     let interface = interfaces.named(&settings.interface)?.clone();
-    check_interface(&interface)?;
+    let choice = Choice::of(&settings, &interface)?;
+    check_interface(&interface, choice.mode)?;
     for vlan in interfaces.vlans_on(interface.index) {
+        if choice.mode == Mode::Tc {
+            break;
+        }
         // The tag is then beside the packet, where XDP does not see it.
         tracing::warn!(
             vlan = vlan.name,
-            "calls on this VLAN are relayed only while the NIC leaves tags in the frame: `ethtool -K {} rxvlan off`",
+            "calls on this VLAN are relayed only while the NIC leaves tags in the frame (`ethtool -K {} rxvlan off`), or in `--mode tc`",
             interface.name
         );
     }
@@ -65,16 +70,30 @@ pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
-    let outcome = runtime.block_on(attach(settings, &interface));
+    let outcome = runtime.block_on(attach(settings, &interface, choice));
     // A name lookup that hangs must not keep the process.
     runtime.shutdown_background();
     outcome
 }
 
 /// Refuses an interface that cannot be attached to, before anything is touched.
-fn check_interface(interface: &Interface) -> anyhow::Result<()> {
+fn check_interface(interface: &Interface, mode: Mode) -> anyhow::Result<()> {
     let name = &interface.name;
-    for program in &interface.xdp {
+    match (interface.layer, mode) {
+        (LinkLayer::Other, _) => bail!(
+            "{name} is neither Ethernet nor a plain IP link such as tun or PPP: attach to the interface that the calls' RTP comes in on"
+        ),
+        (LinkLayer::Ip, Mode::Native | Mode::Generic) => {
+            bail!("{name} has no Ethernet header, which XDP needs: use `--mode tc`, or auto")
+        }
+        _ => {}
+    }
+    // Traffic control gets whatever an XDP program passes.
+    let programs = match mode {
+        Mode::Tc => &[][..],
+        _ => &interface.xdp,
+    };
+    for program in programs {
         // Detaching our own program by hand, as that error advises, would take calls from under a
         // daemon.
         datapath::check_unserved(name)?;
@@ -86,15 +105,55 @@ fn check_interface(interface: &Interface) -> anyhow::Result<()> {
             .into());
         }
     }
-    if interface.mac.is_none() {
-        bail!(
-            "{name} has no Ethernet addresses (loopback, tunnel or point-to-point): attach to the Ethernet interface that the calls' RTP comes in on"
-        );
-    }
     Ok(())
 }
 
-async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Result<()> {
+/// How to attach, as far as that can be told beforehand.
+struct Choice {
+    mode: Mode,
+    /// Why.
+    reason: String,
+    /// The queueing discipline that XDP would go around, where it is there for a purpose.
+    shaper: Option<String>,
+}
+
+impl Choice {
+    fn of(settings: &AttachSettings, interface: &Interface) -> anyhow::Result<Self> {
+        let qdisc = datapath::root_qdisc(interface.index).with_context(|| {
+            format!("cannot read the queueing discipline of {}", interface.name)
+        })?;
+        let shaper = qdisc.filter(|kind| datapath::shapes(kind));
+        let needs_tc = needs_tc(settings.priority, interface.layer, shaper.as_deref());
+        let (mode, reason) = match (settings.mode, needs_tc) {
+            (Mode::Auto, Some(reason)) => (Mode::Tc, reason),
+            (mode, _) => (mode, "asked for".to_owned()),
+        };
+        Ok(Self {
+            mode,
+            reason,
+            shaper,
+        })
+    }
+}
+
+/// Why XDP would not do, if so.
+fn needs_tc(priority: Option<Priority>, layer: LinkLayer, shaper: Option<&str>) -> Option<String> {
+    if layer == LinkLayer::Ip {
+        return Some("the link has no Ethernet header, which XDP needs".to_owned());
+    }
+    if let Some(priority) = priority.and_then(Priority::effective) {
+        return Some(format!(
+            "the priority {priority} is nothing that XDP can set"
+        ));
+    }
+    shaper.map(|kind| format!("the queueing discipline is {kind}, which XDP would go around"))
+}
+
+async fn attach(
+    settings: AttachSettings,
+    interface: &Interface,
+    choice: Choice,
+) -> anyhow::Result<()> {
     // Before anything else, so that a signal during start-up ends the daemon cleanly too.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -123,7 +182,7 @@ async fn attach(settings: AttachSettings, interface: &Interface) -> anyhow::Resu
         mut datapath,
         adopted,
         mode_reason,
-    } = attach_datapath(&settings, interface)?;
+    } = attach_datapath(settings.max_streams, interface, choice)?;
     if let Dscp::Map(map) = &settings.dscp {
         datapath.set_dscp_map(map)?;
     }
@@ -284,13 +343,28 @@ struct Attached {
 }
 
 /// Attaches in the mode asked for, or in the one that works here; says why that one.
-fn attach_datapath(settings: &AttachSettings, interface: &Interface) -> anyhow::Result<Attached> {
-    let attach =
-        |mode| Datapath::attach(&interface.name, interface.index, mode, settings.max_streams);
+fn attach_datapath(
+    max_streams: u32,
+    interface: &Interface,
+    choice: Choice,
+) -> anyhow::Result<Attached> {
+    let attach = |mode| Datapath::attach(interface, mode, max_streams);
+    let Choice {
+        mode,
+        reason,
+        shaper,
+    } = choice;
+    if let (Mode::Native | Mode::Generic, Some(kind)) = (mode, shaper) {
+        tracing::warn!(
+            interface = interface.name,
+            "relayed packets go around the queueing discipline {kind}, unless in `--mode tc`"
+        );
+    }
     // veth_xdp_flush() in drivers/net/veth.c: frames sent by XDP_TX are delivered only when the
     // peer runs an XDP program too, and lost without one.
     let veth = interface.kind.as_deref() == Some("veth");
-    let (attached, mode_reason) = match settings.mode {
+    let (attached, mode_reason) = match mode {
+        Mode::Tc => (attach(AttachMode::Tc)?, reason),
         Mode::Native => {
             let attached = attach(AttachMode::Native)?;
             if veth {
@@ -298,10 +372,10 @@ fn attach_datapath(settings: &AttachSettings, interface: &Interface) -> anyhow::
                 tracing::warn!(interface = interface.name, "native XDP on veth {reason}");
                 (attached, reason.to_owned())
             } else {
-                (attached, "asked for".to_owned())
+                (attached, reason)
             }
         }
-        Mode::Generic => (attach(AttachMode::Generic)?, "asked for".to_owned()),
+        Mode::Generic => (attach(AttachMode::Generic)?, reason),
         Mode::Auto => match datapath::attached_mode(&interface.name, interface.index)? {
             // To try another mode, calls would have to be taken back.
             Some(mode) => (

@@ -18,6 +18,7 @@ pub mod netlink;
 pub mod next_hop;
 pub mod output;
 pub mod pair;
+pub mod priority;
 pub mod privileges;
 pub mod qos;
 pub mod registry;

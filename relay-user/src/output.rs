@@ -17,6 +17,7 @@ use crate::{
         AmiReport, AmiState, Detached, Feed, Found, LegReport, MarkReport, NextHopReport,
         PairReport, PairState, StatusReport, StreamReport, StreamState, Verdict,
     },
+    datapath::AttachMode,
     dscp,
     events::{Event, Lagged, TransitionKind},
     pair::Proof,
@@ -136,6 +137,9 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
     }
     let types: Vec<_> = pair.payload_types.iter().map(ToString::to_string).collect();
     facts.add("payload types", types.join(", "));
+    if let Some(priority) = pair.priority {
+        facts.add("priority", priority);
+    }
     if pair.proof == Proof::None {
         facts.add("proof", "none: relayed on the word of whoever added it");
     }
@@ -227,12 +231,15 @@ pub fn detached(detached: &Detached) -> String {
 /// The daemon on one screen.
 pub fn status(status: &StatusReport, style: Style) -> String {
     let mut facts = Facts::default();
-    let mode = status.mode.name();
+    let mode = match status.mode {
+        AttachMode::Native | AttachMode::Generic => format!("{} XDP", status.mode.name()),
+        AttachMode::Tc => "TC".to_owned(),
+    };
     facts.add(
         "interface",
         format_args!("{} (number {})", status.interface, status.ifindex),
     );
-    facts.add("mode", format_args!("{mode} XDP: {}", status.mode_reason));
+    facts.add("mode", format_args!("{mode}: {}", status.mode_reason));
     facts.add(
         "daemon",
         format_args!(
@@ -244,6 +251,9 @@ pub fn status(status: &StatusReport, style: Style) -> String {
         ),
     );
     facts.add("DSCP", status.dscp);
+    if let Some(priority) = status.priority {
+        facts.add("priority", priority);
+    }
     facts.add("pins", status.pins.display());
     facts.add(
         "AMI",
@@ -418,7 +428,10 @@ fn leg(leg: &LegReport) -> String {
 }
 
 fn next_hop(hop: &NextHopReport) -> String {
-    let mut line = format!("{} > {}", hop.source_mac, hop.destination_mac);
+    let mut line = match (&hop.source_mac, &hop.destination_mac) {
+        (Some(source), Some(destination)) => format!("{source} > {destination}"),
+        _ => "without Ethernet".to_owned(),
+    };
     for vlan in &hop.vlan {
         let _ = write!(line, ", VLAN {vlan}");
     }

@@ -6,6 +6,8 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 use relay_common::stream::PAYLOAD_TYPES;
 use serde::{Deserialize, Serialize};
 
+use crate::priority::Priority;
+
 /// One side of a call as the PBX sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Leg {
@@ -47,6 +49,8 @@ pub struct Pair {
     pub payload_types: Vec<PayloadTypes>,
     /// What it is offloaded on.
     pub proof: Proof,
+    /// Priority of its packets at the queueing discipline; none is the daemon's.
+    pub priority: Option<Priority>,
 }
 
 /// Why a leg or a pair cannot be relayed. The text names the offender and the remedy.
@@ -272,7 +276,14 @@ impl Pair {
             legs: Box::new(legs),
             payload_types,
             proof,
+            priority: None,
         })
+    }
+
+    /// The same with a priority of its own, if any.
+    #[must_use]
+    pub fn with_priority(self, priority: Option<Priority>) -> Self {
+        Self { priority, ..self }
     }
 }
 

@@ -25,8 +25,9 @@ use crate::{
         ProofReport, StreamReport, StreamState,
     },
     dscp::Dscp,
-    next_hop::{NextHop, NextHopError, Notice, Path, Resolution},
+    next_hop::{Macs, NextHop, NextHopError, Notice, Path, Resolution},
     pair::{Leg, Pair, PayloadTypes, Proof},
+    priority::Priority,
 };
 
 /// What the controller has to do, in this order.
@@ -79,6 +80,8 @@ pub struct Turn {
 pub struct Policy {
     /// DSCP of relayed packets.
     pub dscp: Dscp,
+    /// Priority of relayed packets at the queueing discipline; none where they go around it.
+    pub priority: Option<Priority>,
     /// Size of the map.
     pub max_streams: u32,
     /// Packets in a row that prove a stream; 0 asks for no proof.
@@ -122,6 +125,11 @@ pub enum Refusal {
     /// A packet cannot leave towards a remote.
     #[error(transparent)]
     NextHop(#[from] NextHopError),
+    /// A priority where no queueing discipline is on the way.
+    #[error(
+        "the pair has the priority {0}, but XDP goes around every queueing discipline: leave it out, or attach with `--mode tc`"
+    )]
+    Priority(Priority),
     /// Tags would have to be put on or taken off.
     #[error("{}", VLANS_DIFFER)]
     Vlans,
@@ -139,6 +147,7 @@ impl Refusal {
             Self::Loop { .. } => ErrorCode::Loop,
             Self::Full { .. } => ErrorCode::MapFull,
             Self::Vlans
+            | Self::Priority(_)
             | Self::NextHop(
                 NextHopError::OtherInterface { .. }
                 | NextHopError::NoLinkLayer(_)
@@ -312,6 +321,12 @@ impl Registry {
     /// # Errors
     /// The [`Refusal`] that [`Registry::add`] would give.
     pub fn check(&self, pair: &Pair) -> Result<(), Refusal> {
+        if let (Some(priority), None) = (
+            pair.priority.and_then(Priority::effective),
+            self.policy.priority,
+        ) {
+            return Err(Refusal::Priority(priority));
+        }
         for leg in pair.legs.iter() {
             if let Some(&(id, _)) = self.locals.get(&leg.local) {
                 return Err(Refusal::Duplicate {
@@ -581,6 +596,12 @@ impl Registry {
         }
     }
 
+    /// Priority of a pair's packets; none where that is left as it is.
+    fn priority_of(&self, pair: &Pair) -> Option<Priority> {
+        let priority = pair.priority.or(self.policy.priority);
+        priority.and_then(Priority::effective)
+    }
+
     /// Brings the maps in line with what is known of a stream's next hop.
     fn settle(&mut self, id: u64, index: usize) -> Vec<Change> {
         let Some(entry) = self.entries.get(&id) else {
@@ -623,7 +644,7 @@ impl Registry {
                 Origin::Ami { .. } | Origin::Adopted => feed::AMI,
             },
             proof: self.proof_of(pair),
-            priority: 0,
+            priority: self.priority_of(pair).map_or(0, Priority::value),
         };
         let before = self
             .stream_mut(id, index)
@@ -1070,6 +1091,7 @@ impl Registry {
                 })
                 .collect(),
             proof: pair.map_or_else(Proof::default, |pair| pair.proof),
+            priority: pair.and_then(|pair| self.priority_of(pair)),
             payload_types: self.payload_types_of(&entry.body, &state),
             streams,
         })
@@ -1146,9 +1168,13 @@ fn heirloom(
             first: types.from,
             second: types.to,
         });
+    // The table does not tell a pair's own priority from the daemon's. A call has none of its own.
+    let own = (one.feed == feed::API && one.priority != policy.priority.map_or(0, Priority::value))
+        .then(|| Priority::new(one.priority));
+    let pair = Pair::new([leg(one, other), leg(other, one)], types.collect(), proof).ok()?;
     Some(Heirloom {
         id,
-        pair: Pair::new([leg(one, other), leg(other, one)], types.collect(), proof).ok()?,
+        pair: pair.with_priority(own),
         origin: match one.feed {
             feed::API => Origin::Api,
             _ => Origin::Adopted,
@@ -1341,6 +1367,9 @@ fn payload_types(pair: &Pair, index: usize) -> [PayloadType; PAYLOAD_TYPES] {
 }
 
 fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
+    let mac = |which: fn(Macs) -> [u8; 6]| Mac {
+        bytes: next_hop.macs.map(which).unwrap_or_default(),
+    };
     let mut vlans = [stream::VlanTag::default(); 2];
     for (entry, tag) in vlans.iter_mut().zip(&next_hop.vlan) {
         *entry = stream::VlanTag {
@@ -1349,12 +1378,8 @@ fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
         };
     }
     stream::NextHop {
-        destination_mac: Mac {
-            bytes: next_hop.destination_mac,
-        },
-        source_mac: Mac {
-            bytes: next_hop.source_mac,
-        },
+        destination_mac: mac(|macs| macs.destination),
+        source_mac: mac(|macs| macs.source),
         vlans,
         vlan_depth: next_hop.vlan.len() as u8,
         known: 1,
@@ -1363,10 +1388,13 @@ fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
 }
 
 fn next_hop_report(next_hop: &NextHop) -> NextHopReport {
-    let mac = |bytes: [u8; 6]| bytes.map(|byte| format!("{byte:02x}")).join(":");
+    let mac = |which: fn(Macs) -> [u8; 6]| {
+        let bytes = next_hop.macs.map(which)?;
+        Some(bytes.map(|byte| format!("{byte:02x}")).join(":"))
+    };
     NextHopReport {
-        source_mac: mac(next_hop.source_mac),
-        destination_mac: mac(next_hop.destination_mac),
+        source_mac: mac(|macs| macs.source),
+        destination_mac: mac(|macs| macs.destination),
         vlan: next_hop.vlan.iter().map(|tag| tag.id).collect(),
         mtu: u32::from(next_hop.mtu),
     }
@@ -1382,6 +1410,7 @@ mod tests {
     fn registry(max_streams: u32) -> Registry {
         Registry::new(Policy {
             dscp: Dscp::Set(46),
+            priority: None,
             max_streams,
             proof: 8,
             keepalive: Duration::from_secs(3),
@@ -1435,8 +1464,10 @@ mod tests {
 
     fn known(last_byte: u8) -> Watched {
         way(Resolution::Known(NextHop {
-            source_mac: [2, 0, 0, 0, 0, 1],
-            destination_mac: [2, 0, 0, 0, 0, last_byte],
+            macs: Some(Macs {
+                source: [2, 0, 0, 0, 0, 1],
+                destination: [2, 0, 0, 0, 0, last_byte],
+            }),
             vlan: Vec::new(),
             mtu: 1500,
         }))

@@ -16,8 +16,8 @@ use nix::{
     unistd::gettid,
 };
 use relay_user::next_hop::{
-    Changes, Interface, InterfaceError, Interfaces, NextHop, NextHopError, NextHops, Notice, Path,
-    Resolution, open,
+    Changes, Interface, InterfaceError, Interfaces, Macs, NextHop, NextHopError, NextHops, Notice,
+    Path, Resolution, open,
 };
 use tokio::sync::oneshot;
 
@@ -204,7 +204,7 @@ impl Watcher {
         let mac = bytes(mac);
         self.until(
             path,
-            |now| matches!(now, Resolution::Known(next_hop) if next_hop.destination_mac == mac),
+            |now| matches!(now, Resolution::Known(next_hop) if next_hop.macs.is_some_and(|macs| macs.destination == mac)),
         )
         .await;
     }
@@ -241,8 +241,10 @@ fn bytes(mac: &str) -> [u8; 6] {
 
 fn to_gateway() -> NextHop {
     NextHop {
-        source_mac: bytes(HOST),
-        destination_mac: bytes(GATEWAY),
+        macs: Some(Macs {
+            source: bytes(HOST),
+            destination: bytes(GATEWAY),
+        }),
         vlan: vec![],
         mtu: 1500,
     }
@@ -478,7 +480,7 @@ fn of_a_multipath_route_the_chosen_way_is_taken() {
         let mut seen = Vec::new();
         for remote in 1..=64 {
             let next_hop = watcher.known(path(&format!("203.0.113.{remote}"))).await;
-            seen.push(next_hop.destination_mac);
+            seen.extend(next_hop.macs.map(|macs| macs.destination));
         }
         seen.sort_unstable();
         seen.dedup();
@@ -563,7 +565,7 @@ fn a_changed_mtu_or_own_mac_arrives() {
         watcher
             .until(
                 path,
-                |now| matches!(now, Resolution::Known(next_hop) if next_hop.source_mac == source),
+                |now| matches!(now, Resolution::Known(next_hop) if next_hop.macs.is_some_and(|macs| macs.source == source)),
             )
             .await;
     });
@@ -800,7 +802,8 @@ fn a_hundred_thousand_paths_follow_their_gateway() {
                     let Resolution::Known(next_hop) = resolution else {
                         panic!("{resolution:?}")
                     };
-                    assert_eq!(next_hop.destination_mac, bytes(mac));
+                    let destination = next_hop.macs.map(|macs| macs.destination);
+                    assert_eq!(destination, Some(bytes(mac)));
                 }
                 first
             };

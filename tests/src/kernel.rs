@@ -19,7 +19,10 @@ use relay_common::{
     reason::{Reason, Verdict},
     stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey, ticks},
 };
-use relay_user::datapath::{self, AttachMode, names};
+use relay_user::{
+    datapath::{self, AttachMode, names},
+    next_hop::LinkLayer,
+};
 use zerocopy::FromBytes as _;
 
 use crate::{
@@ -57,9 +60,10 @@ impl Kernel {
     pub fn load(hook: Hook, slots: u32) -> Result<Self> {
         let mode = match hook {
             Hook::NativeXdp => AttachMode::Native,
-            Hook::GenericXdp | Hook::Tc => AttachMode::Generic,
+            Hook::GenericXdp => AttachMode::Generic,
+            Hook::Tc => AttachMode::Tc,
         };
-        let mut ebpf = datapath::load(mode, slots)?;
+        let mut ebpf = datapath::load(mode, LinkLayer::Ethernet, slots)?;
         datapath::load_xdp(&mut ebpf)?;
         datapath::load_tc(&mut ebpf)?;
         datapath::load_observer(&mut ebpf)?;

@@ -181,12 +181,12 @@ impl Programs for Host {
 
     fn receive(&mut self, frame: &[u8]) -> Result<Option<Vec<u8>>> {
         let mut after = frame.to_vec();
-        let reason = relay(
+        let decision = relay(
             &mut Frame::new(&mut after, PartialChecksum::Lost),
             &self.tables,
         );
-        self.reason = Some(reason);
-        Ok((reason.verdict() == Verdict::Send).then_some(after))
+        self.reason = Some(decision.reason);
+        Ok((decision.verdict == Verdict::Send).then_some(after))
     }
 
     fn leave(&mut self, frame: &[u8]) -> Result<bool> {

@@ -103,13 +103,20 @@ fn xdp_program(host: &Host, interface: &str) -> Option<u32> {
     Some(id.try_into().expect("32 bits"))
 }
 
-/// The ids of the programs that look at what leaves by an interface.
-fn observers(host: &Host, interface: &str) -> Vec<u32> {
+/// The ids of the programs on one side of an interface's traffic control.
+fn traffic_control(host: &Host, interface: &str, side: TcAttachType) -> Vec<u32> {
     host.run(|| {
-        let (_, programs) =
-            SchedClassifier::query_tcx(interface, TcAttachType::Egress).expect("TCX");
+        let (_, programs) = SchedClassifier::query_tcx(interface, side).expect("TCX");
         programs.iter().map(|program| program.id()).collect()
     })
+}
+
+/// The ids of all programs on an interface: of XDP, and on both sides of traffic control.
+fn programs(host: &Host, interface: &str) -> Vec<u32> {
+    let sides = [TcAttachType::Ingress, TcAttachType::Egress];
+    let tc = sides.map(|side| traffic_control(host, interface, side));
+    let xdp = xdp_program(host, interface);
+    xdp.into_iter().chain(tc.into_iter().flatten()).collect()
 }
 
 fn exists(host: &Host, path: impl AsRef<Path> + Send) -> bool {
@@ -119,8 +126,7 @@ fn exists(host: &Host, path: impl AsRef<Path> + Send) -> bool {
 /// Asserts that the relay has left nothing on the machine.
 fn nothing_left(host: &Host, socket: &Path) {
     assert!(!exists(host, "/sys/fs/bpf/relay"), "pins");
-    assert_eq!(xdp_program(host, "eth0"), None, "program");
-    assert_eq!(observers(host, "eth0"), [0; 0], "observer");
+    assert_eq!(programs(host, "eth0"), [0; 0], "programs");
     let lock = socket.with_extension("sock.lock");
     assert!(!exists(host, socket) && !exists(host, lock), "socket");
 }
@@ -140,9 +146,10 @@ impl Kernel {
                 .map(|pin| aya::maps::MapInfo::from_pin(pin).expect("a map").id())
                 .collect()
         });
-        let mut programs = BTreeSet::from_iter(observers(host, "eth0"));
-        programs.insert(xdp_program(host, "eth0").expect("attached"));
-        Self { programs, maps }
+        Self {
+            programs: BTreeSet::from_iter(programs(host, "eth0")),
+            maps,
+        }
     }
 
     /// The kernel frees what nobody holds any more a moment later.
@@ -195,8 +202,8 @@ fn what_cannot_be_attached_is_refused_whole() {
             "lo",
             &["--mode", "native"],
             &[
-                "lo has no Ethernet addresses",
-                "attach to the Ethernet interface",
+                "lo is neither Ethernet nor a plain IP link",
+                "attach to the interface",
             ],
         ),
         (
@@ -207,8 +214,14 @@ fn what_cannot_be_attached_is_refused_whole() {
         (
             "eth0",
             &["--mode", "fast"],
-            &["fast", "auto, native, generic"],
+            &["fast", "auto, native, generic, tc"],
         ),
+        (
+            "eth0",
+            &["--mode", "generic", "--priority", "1:10"],
+            &["the priority 1:10", "use --mode tc, or auto"],
+        ),
+        ("eth0", &["--priority", "16"], &["16", "such as 1:10"]),
         ("eth0", &["--dscp", "64"], &["64", "0 to 63"]),
         ("eth0", &["--max-streams", "1"], &["from 2 to 1048576"]),
         (
@@ -1026,8 +1039,11 @@ fn told_of_each<T: PartialEq>(
     told
 }
 
-fn ends_cleanly(end: impl FnOnce(&Relay)) {
-    let mut calls = Calls::start(&[]);
+/// Arguments of a daemon that relays in traffic control.
+const TC: [&str; 2] = ["--mode", "tc"];
+
+fn ends_cleanly(arguments: &[&str], end: impl FnOnce(&Relay)) {
+    let mut calls = Calls::start(arguments);
     end(&calls.relay);
     let status = calls.relay.wait(PATIENCE).expect("ended");
     assert!(status.success(), "{status}: {}", calls.relay.log());
@@ -1038,17 +1054,22 @@ fn ends_cleanly(end: impl FnOnce(&Relay)) {
 
 #[test]
 fn sigterm_gives_every_call_back_and_leaves_nothing() {
-    ends_cleanly(|relay| relay.signal(Signal::SIGTERM));
+    ends_cleanly(&[], |relay| relay.signal(Signal::SIGTERM));
+}
+
+#[test]
+fn sigterm_gives_every_call_back_from_traffic_control_and_leaves_nothing() {
+    ends_cleanly(&TC, |relay| relay.signal(Signal::SIGTERM));
 }
 
 #[test]
 fn sigint_gives_every_call_back_and_leaves_nothing() {
-    ends_cleanly(|relay| relay.signal(Signal::SIGINT));
+    ends_cleanly(&[], |relay| relay.signal(Signal::SIGINT));
 }
 
 #[test]
 fn detach_gives_every_call_back_and_leaves_nothing() {
-    ends_cleanly(|relay| {
+    ends_cleanly(&[], |relay| {
         let detached = relay.json(["detach", "eth0"]).expect("detached");
         let expected = serde_json::json!({"interface": "eth0", "found": "running", "pairs": 2});
         assert_eq!(detached, expected);
@@ -1057,7 +1078,16 @@ fn detach_gives_every_call_back_and_leaves_nothing() {
 
 #[test]
 fn a_killed_daemons_calls_go_on_until_its_lease_is_over_and_detach_removes_the_rest() {
-    let mut calls = Calls::start(&[]);
+    outlives_its_daemon(&[]);
+}
+
+#[test]
+fn a_killed_daemons_calls_go_on_in_traffic_control_and_detach_removes_the_rest() {
+    outlives_its_daemon(&TC);
+}
+
+fn outlives_its_daemon(arguments: &[&str]) {
+    let mut calls = Calls::start(arguments);
     calls.kill();
     let host = calls.net.pbx.clone();
     calls.relayed_on();
@@ -1067,7 +1097,7 @@ fn a_killed_daemons_calls_go_on_until_its_lease_is_over_and_detach_removes_the_r
         exists(&host, PINS) && exists(&host, &socket),
         "what it could not remove"
     );
-    assert!(xdp_program(&host, "eth0").is_some() && !calls.kernel.is_gone());
+    assert!(!programs(&host, "eth0").is_empty() && !calls.kernel.is_gone());
     let gone = calls.relay.run(["list"]).expect("run");
     assert!(!gone.status.success());
     let text = String::from_utf8_lossy(&gone.stderr);
@@ -1087,8 +1117,17 @@ fn a_killed_daemons_calls_go_on_until_its_lease_is_over_and_detach_removes_the_r
 
 #[test]
 fn an_upgrade_in_mid_call_loses_no_packet_and_leaves_none_to_the_pbx() {
+    is_upgraded(&[]);
+}
+
+#[test]
+fn an_upgrade_in_traffic_control_loses_no_packet_and_leaves_none_to_the_pbx() {
+    is_upgraded(&TC);
+}
+
+fn is_upgraded(arguments: &[&str]) {
     const UPGRADES: usize = 3;
-    let mut calls = Calls::start(&[]);
+    let mut calls = Calls::start(arguments);
     let host = calls.net.pbx.clone();
     let shown = |calls: &Calls| {
         ["1", "2"].map(|id| {
@@ -1106,7 +1145,7 @@ fn an_upgrade_in_mid_call_loses_no_packet_and_leaves_none_to_the_pbx() {
     let before = shown(&calls);
     for _ in 0..UPGRADES {
         calls.kill();
-        calls.attach_again(&[]);
+        calls.attach_again(arguments);
         let events = calls.relay.follow().expect("events");
         let told = told_of_each(&events, "adopted", |event| event["pair"].as_u64(), &[1, 2]);
         let ends = ["suspended", "taken_back", "lease_lost"];

@@ -24,11 +24,11 @@ fn decide(frame: &[u8], streams: &[Entry], hook: Hook) -> (Reason, Vec<u8>, Memo
 
 fn decide_by(frame: &[u8], tables: MemoryTables, hook: Hook) -> (Reason, Vec<u8>, MemoryTables) {
     let mut after = frame.to_vec();
-    let reason = relay(
+    let decision = relay(
         &mut Frame::new(&mut after, hook.partial_checksum()),
         &tables,
     );
-    (reason, after, tables)
+    (decision.reason, after, tables)
 }
 
 /// What must have been counted after one frame: its reason, and the stream's state where it was relayed.

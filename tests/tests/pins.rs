@@ -28,7 +28,7 @@ use relay_tests::{
 use relay_user::{
     clock::monotonic_now,
     datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events, names},
-    next_hop::Interfaces,
+    next_hop::{Interface, Interfaces, LinkLayer},
     privileges,
 };
 use serde_json::Value;
@@ -82,6 +82,12 @@ fn spec(leg: u8) -> StreamSpec {
     }
 }
 
+/// The interface of the machine that this runs in.
+fn eth0() -> Interface {
+    let interfaces = Interfaces::read().expect("interfaces");
+    interfaces.named("eth0").expect("eth0").clone()
+}
+
 /// Two phones and the PBX between them, whose datapath the test holds.
 struct Site {
     net: Direct,
@@ -124,10 +130,9 @@ impl Site {
         mode: AttachMode,
         max_streams: u32,
     ) -> Result<(Datapath, Option<Adopted>), DatapathError> {
-        let index = self.index();
         self.host().run(|| {
             datapath::ensure_bpffs()?;
-            Datapath::attach("eth0", index, mode, max_streams)
+            Datapath::attach(&eth0(), mode, max_streams)
         })
     }
 
@@ -138,8 +143,8 @@ impl Site {
         datapath
     }
 
-    fn adopt(&self) -> (Datapath, Adopted) {
-        let (datapath, adopted) = self.attach(GENERIC, MAX_STREAMS).expect("attached");
+    fn adopt(&self, mode: AttachMode) -> (Datapath, Adopted) {
+        let (datapath, adopted) = self.attach(mode, MAX_STREAMS).expect("attached");
         (datapath, adopted.expect("adopted"))
     }
 
@@ -225,29 +230,35 @@ impl Site {
     /// Asserts that nothing is attached and nothing pinned, without waiting.
     fn nothing_left(&self) {
         assert!(!self.exists("/sys/fs/bpf/relay"), "pins");
-        assert_eq!(self.xdp(), None, "XDP program");
+        assert_eq!(self.relays(), [] as [u32; 0], "relay");
         assert_eq!(self.observers(), [] as [u32; 0], "observer");
     }
 
     /// The XDP program that runs.
     fn xdp(&self) -> Option<u32> {
-        self.host().run(|| {
-            let interfaces = Interfaces::read().expect("interfaces");
-            let interface = interfaces.named("eth0").expect("eth0");
-            interface.xdp.first().map(|program| program.id)
-        })
+        self.host()
+            .run(|| eth0().xdp.first().map(|program| program.id))
     }
 
-    /// The programs at the egress, in their order: of TCX or, before Linux 6.6, of clsact.
+    /// The programs that see what comes in: of XDP, then of traffic control.
+    fn relays(&self) -> Vec<u32> {
+        let tc = self.traffic_control(TcAttachType::Ingress, "ingress");
+        self.xdp().into_iter().chain(tc).collect()
+    }
+
+    /// The programs at the egress, in their order.
     fn observers(&self) -> Vec<u32> {
-        let tcx = self
-            .host()
-            .run(|| SchedClassifier::query_tcx("eth0", TcAttachType::Egress));
+        self.traffic_control(TcAttachType::Egress, "egress")
+    }
+
+    /// The programs on one side of traffic control, in their order: of TCX or, before Linux 6.6, of clsact.
+    fn traffic_control(&self, side: TcAttachType, name: &str) -> Vec<u32> {
+        let tcx = self.host().run(|| SchedClassifier::query_tcx("eth0", side));
         if let Ok((_, programs)) = tcx {
             return programs.iter().map(|program| program.id()).collect();
         }
         let mut command = Command::new("tc");
-        command.args(["-json", "filter", "show", "dev", "eth0", "egress"]);
+        command.args(["-json", "filter", "show", "dev", "eth0", name]);
         let output = self.host().run_to_end(command).expect("tc");
         // Without clsact it says nothing at all.
         let filters: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
@@ -260,13 +271,15 @@ impl Site {
     fn whole(&self, pinned: &Pinned, what: &str) {
         let maps: BTreeSet<_> = pinned.maps.keys().map(String::as_str).collect();
         assert_eq!(maps, names::MAPS.into(), "{what}");
-        let program = pinned.programs[names::XDP_LINK];
-        assert_eq!(self.xdp(), Some(program), "{what}");
-        let observers = self.observers();
-        assert_eq!(observers.len(), 1, "{what}");
-        // A filter of clsact has no link.
-        if let Some(observer) = pinned.programs.get(names::OBSERVER_LINK) {
-            assert_eq!(observers, [*observer], "{what}");
+        for (attached, links) in [
+            (self.relays(), &[names::XDP_LINK, names::TC_LINK][..]),
+            (self.observers(), &[names::OBSERVER_LINK]),
+        ] {
+            let mut pinned = links.iter().filter_map(|link| pinned.programs.get(*link));
+            let link = pinned.next();
+            assert_eq!((attached.len(), pinned.next()), (1, None), "{what}");
+            // A filter of clsact has no link.
+            assert!(link.is_none_or(|link| attached == [*link]), "{what}");
         }
     }
 
@@ -320,10 +333,18 @@ struct Pinned {
     programs: BTreeMap<String, u32>,
 }
 
-#[test]
-fn the_next_daemon_carries_calls_on_without_losing_or_passing_a_packet() {
+impl Pinned {
+    /// The relay's link.
+    fn relay(&self) -> Option<u32> {
+        let names = [names::XDP_LINK, names::TC_LINK];
+        names.iter().find_map(|name| self.links.get(*name)).copied()
+    }
+}
+
+/// The next daemons carry calls on without losing or passing a packet.
+fn carries_calls_on(mode: AttachMode) {
     let site = Site::new();
-    let mut datapath = site.fresh(GENERIC, MAX_STREAMS);
+    let mut datapath = site.fresh(mode, MAX_STREAMS);
     let first = site.pinned();
     site.whole(&first, "fresh");
     site.offload(&mut datapath);
@@ -331,10 +352,10 @@ fn the_next_daemon_carries_calls_on_without_losing_or_passing_a_packet() {
     site.talk();
     site.goes_on(20);
     site.leave(datapath);
-    let mut programs = BTreeSet::from([first.programs[names::XDP_LINK]]);
+    let mut programs = BTreeSet::from_iter(site.relays());
     for _ in 0..20 {
         site.goes_on(20);
-        let (datapath, adopted) = site.adopt();
+        let (datapath, adopted) = site.adopt(mode);
         let mut expected = [0, 1].map(|leg| (spec(leg).key(), spec(leg).compile()));
         expected.sort_by_key(|(key, _)| key.local_port);
         let mut streams = adopted.streams;
@@ -343,20 +364,27 @@ fn the_next_daemon_carries_calls_on_without_losing_or_passing_a_packet() {
         assert_eq!((adopted.lease, datapath.lease()), (lease, lease));
         let now = site.pinned();
         assert_eq!((&now.links, &now.maps), (&first.links, &first.maps));
-        assert!(
-            programs.insert(now.programs[names::XDP_LINK]),
-            "the same program"
-        );
         site.whole(&now, "adopted");
+        assert!(programs.insert(site.relays()[0]), "the same program");
         assert!(datapath.state(0).packets > 0 && datapath.state(1).packets > 0);
         site.leave(datapath);
     }
     site.goes_on(20);
     assert_eq!(site.passed(), 0, "packets through the slow path");
-    let (datapath, _) = site.adopt();
+    let (datapath, _) = site.adopt(mode);
     // Taken back by its end: no entry of this daemon is without a daemon.
     site.drop(datapath);
     site.nothing_left();
+}
+
+#[test]
+fn the_next_daemon_carries_calls_on_without_losing_or_passing_a_packet() {
+    carries_calls_on(GENERIC);
+}
+
+#[test]
+fn the_next_daemon_carries_calls_on_in_traffic_control() {
+    carries_calls_on(AttachMode::Tc);
 }
 
 #[test]
@@ -373,6 +401,11 @@ fn another_size_or_mode_replaces_what_was_there_and_loses_nothing() {
         (GENERIC, MAX_STREAMS),
         (AttachMode::Native, MAX_STREAMS),
         (AttachMode::Native, 4),
+        (AttachMode::Tc, 4),
+        (AttachMode::Tc, MAX_STREAMS),
+        (GENERIC, MAX_STREAMS),
+        (AttachMode::Tc, MAX_STREAMS),
+        (AttachMode::Native, MAX_STREAMS),
         (GENERIC, 4),
     ];
     let mut mode = GENERIC;
@@ -383,12 +416,10 @@ fn another_size_or_mode_replaces_what_was_there_and_loses_nothing() {
         let now = site.pinned();
         let maps = |pinned: &Pinned| pinned.maps.values().copied().collect::<BTreeSet<_>>();
         assert!(maps(&now).is_disjoint(&maps(&before)), "maps of its own");
-        let xdp = [&before, &now].map(|pinned| pinned.links[names::XDP_LINK]);
-        assert_eq!(
-            xdp[0] == xdp[1],
-            next == mode,
-            "the link stays where it can"
-        );
+        // A filter of clsact has none.
+        if let [Some(before), Some(now)] = [&before, &now].map(Pinned::relay) {
+            assert_eq!(before == now, next == mode, "the link stays where it can");
+        }
         site.whole(&now, "replaced");
         site.goes_on(20);
         site.offload(&mut datapath);
@@ -400,10 +431,10 @@ fn another_size_or_mode_replaces_what_was_there_and_loses_nothing() {
     site.nothing_left();
 }
 
-#[test]
-fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
+/// Whatever a killed daemon left half done, the next one stands whole.
+fn stands_whole(mode: AttachMode) {
     let site = Site::new();
-    let datapath = site.fresh(GENERIC, MAX_STREAMS);
+    let datapath = site.fresh(mode, MAX_STREAMS);
     let pinned = site.pinned();
     site.drop(datapath);
     let pins: Vec<_> = pinned.maps.keys().chain(pinned.links.keys()).collect();
@@ -417,14 +448,14 @@ fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
     for (gone, staged) in damages {
         let what = format!("{gone:?} gone, {staged:?} not moved up");
         for detach in [false, true] {
-            let datapath = site.fresh(GENERIC, MAX_STREAMS);
+            let datapath = site.fresh(mode, MAX_STREAMS);
             site.leave(datapath);
             for pin in gone {
                 site.remove(&format!("{DIRECTORY}/{pin}"));
                 // The kernel detaches a link without a pin a moment later.
                 let deadline = Instant::now() + PATIENCE;
                 while match pin.as_str() {
-                    names::XDP_LINK => site.xdp().is_some(),
+                    names::XDP_LINK | names::TC_LINK => !site.relays().is_empty(),
                     names::OBSERVER_LINK => !site.observers().is_empty(),
                     _ => false,
                 } {
@@ -442,7 +473,7 @@ fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
                 let removed = site.remove_leftovers().expect(&what);
                 assert!(removed[0].starts_with(DIRECTORY), "{removed:?}");
             } else {
-                let datapath = site.fresh(GENERIC, MAX_STREAMS);
+                let datapath = site.fresh(mode, MAX_STREAMS);
                 let pinned = site.pinned();
                 site.whole(&pinned, &what);
                 site.drop(datapath);
@@ -453,9 +484,19 @@ fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
 }
 
 #[test]
-fn what_a_killed_daemon_had_begun_to_replace_is_carried_on() {
+fn whatever_a_killed_daemon_left_half_done_the_next_one_stands_whole() {
+    stands_whole(GENERIC);
+}
+
+#[test]
+fn whatever_a_killed_daemon_left_half_done_in_traffic_control_the_next_one_stands_whole() {
+    stands_whole(AttachMode::Tc);
+}
+
+/// What a killed daemon had begun to replace is carried on.
+fn carries_on_what_was_being_replaced(mode: AttachMode) {
     let site = Site::new();
-    let mut datapath = site.fresh(GENERIC, MAX_STREAMS);
+    let mut datapath = site.fresh(mode, MAX_STREAMS);
     site.offload(&mut datapath);
     site.talk();
     site.leave(datapath);
@@ -466,10 +507,14 @@ fn what_a_killed_daemon_had_begun_to_replace_is_carried_on() {
         let map = MapData::from_pin(format!("{DIRECTORY}/LEASE")).expect("map");
         map.pin(format!("{next}/LEASE")).expect("pinned");
         // The last step before the earlier instance is touched.
-        let link = PinnedLink::from_pin(format!("{DIRECTORY}/xdp_link")).expect("link");
-        FdLink::from(link)
-            .pin(format!("{next}/xdp_link"))
-            .expect("pinned");
+        for name in [names::XDP_LINK, names::TC_LINK] {
+            let link = before.links.get(name);
+            let link = link.map(|_| PinnedLink::from_pin(format!("{DIRECTORY}/{name}")));
+            if let Some(link) = link {
+                let link = FdLink::from(link.expect("link"));
+                link.pin(format!("{next}/{name}")).expect("pinned");
+            }
+        }
     });
     // One that cannot begin touches nothing.
     let alien = format!("{DIRECTORY}/alien");
@@ -477,14 +522,14 @@ fn what_a_killed_daemon_had_begun_to_replace_is_carried_on() {
         let map = MapData::from_pin(format!("{DIRECTORY}/STATE")).expect("map");
         map.pin(&alien).expect("pinned");
     });
-    let refused = site.attach(GENERIC, MAX_STREAMS).map(drop);
+    let refused = site.attach(mode, MAX_STREAMS).map(drop);
     assert!(
         matches!(refused, Err(DatapathError::ForeignPin { .. })),
         "{refused:?}"
     );
     site.goes_on(20);
     site.remove(&alien);
-    let (datapath, _) = site.adopt();
+    let (datapath, _) = site.adopt(mode);
     assert!(!site.exists(&next));
     let now = site.pinned();
     assert_eq!((&now.links, &now.maps), (&before.links, &before.maps));
@@ -493,6 +538,16 @@ fn what_a_killed_daemon_had_begun_to_replace_is_carried_on() {
     assert_eq!(site.passed(), 0, "packets through the slow path");
     site.drop(datapath);
     site.nothing_left();
+}
+
+#[test]
+fn what_a_killed_daemon_had_begun_to_replace_is_carried_on() {
+    carries_on_what_was_being_replaced(GENERIC);
+}
+
+#[test]
+fn what_a_killed_daemon_had_begun_to_replace_in_traffic_control_is_carried_on() {
+    carries_on_what_was_being_replaced(AttachMode::Tc);
 }
 
 #[test]
@@ -625,44 +680,52 @@ fn an_interface_that_is_another_by_now_gets_a_new_instance() {
 }
 
 #[test]
-fn the_observer_comes_before_other_programs_of_the_egress() {
+fn relay_and_observer_come_before_other_programs_of_traffic_control() {
     let site = Site::new();
     let index = site.index();
+    let xdp = site.net.pbx_interface.pass_program().expect("program");
     site.host().run(|| {
-        let mut ebpf = datapath::load(GENERIC, 2).expect("loaded");
-        let program = datapath::load_tc(&mut ebpf).expect("loaded");
+        let mut ebpf = datapath::load(GENERIC, LinkLayer::Ethernet, 2).expect("loaded");
+        let program = datapath::load_observer(&mut ebpf).expect("loaded");
         // For kernels without TCX.
         tc::qdisc_add_clsact("eth0").expect("clsact");
-        let link = program
-            .attach("eth0", TcAttachType::Egress)
-            .expect("attached");
-        // It stays as long as the machine does.
-        mem::forget(program.take_link(link).expect("link"));
+        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let link = program.attach("eth0", side).expect("attached");
+            // It stays as long as the machine does.
+            mem::forget(program.take_link(link).expect("link"));
+        }
     });
-    let theirs = site.observers();
-    let datapath = site.fresh(GENERIC, MAX_STREAMS);
-    let [ours, rest @ ..] = &site.observers()[..] else {
-        panic!("nothing attached");
+    let sides = || {
+        let ingress = site.traffic_control(TcAttachType::Ingress, "ingress");
+        [ingress, site.observers()]
     };
-    assert!(rest == theirs && !theirs.contains(ours), "{ours} {rest:?}");
+    let theirs = sides();
+    let datapath = site.fresh(AttachMode::Tc, MAX_STREAMS);
+    for (attached, theirs) in sides().iter().zip(&theirs) {
+        let [ours, rest @ ..] = &attached[..] else {
+            panic!("nothing attached");
+        };
+        assert!(rest == theirs && !theirs.contains(ours), "{ours} {rest:?}");
+    }
     assert_eq!(
         site.host()
             .run(|| datapath::attached_mode("eth0", index))
             .expect("mode"),
-        Some(GENERIC)
+        Some(AttachMode::Tc)
     );
     site.drop(datapath);
-    assert_eq!(site.observers(), theirs, "only ours goes");
+    assert_eq!(sides(), theirs, "only ours goes");
+    assert!(site.xdp().is_some(), "another XDP program is no obstacle");
+    drop(xdp);
 }
 
 #[test]
 fn the_capabilities_kept_suffice_to_carry_on_and_to_end() {
     let site = Site::new();
-    let index = site.index();
     site.host().run(|| {
         // Of this thread only.
         privileges::keep_for_attaching().expect("kept");
-        let attach = || Datapath::attach("eth0", index, GENERIC, MAX_STREAMS).expect("attached");
+        let attach = || Datapath::attach(&eth0(), GENERIC, MAX_STREAMS).expect("attached");
         attach().0.leave();
         let (datapath, adopted) = attach();
         assert!(adopted.is_some());
@@ -718,7 +781,7 @@ fn events_wait_for_the_next_daemon() {
     };
     stranger(40_000, 1);
     site.leave(datapath);
-    let (mut datapath, _) = site.adopt();
+    let (mut datapath, _) = site.adopt(GENERIC);
     with_events(&mut datapath, async |events| {
         is(events.next().await, 40_000);
         // One that comes while the reader sleeps.
@@ -729,7 +792,7 @@ fn events_wait_for_the_next_daemon() {
         is(event, 40_002);
     });
     site.leave(datapath);
-    let (mut datapath, _) = site.adopt();
+    let (mut datapath, _) = site.adopt(GENERIC);
     with_events(&mut datapath, async |events| {
         let timeout = tokio::time::timeout(Duration::from_millis(1), events.next());
         timeout.await.expect_err("each is read once");
@@ -766,7 +829,7 @@ fn an_out_leg_without_its_stream_does_not_outlive_its_daemon() {
     });
     assert_eq!(entries(), 2);
     site.leave(datapath);
-    let (datapath, adopted) = site.adopt();
+    let (datapath, adopted) = site.adopt(GENERIC);
     assert_eq!((adopted.streams.len(), entries()), (1, 1));
     site.drop(datapath);
 }

@@ -11,6 +11,7 @@ use crate::{
     datapath::AttachMode,
     dscp::Dscp,
     pair::{Leg, Pair, PairError, PayloadTypes, Proof},
+    priority::Priority,
 };
 
 /// Body of `POST /v1/pairs`.
@@ -26,6 +27,9 @@ pub struct AddRequest {
     /// What the pair is offloaded on; `wire` when absent.
     #[serde(default)]
     pub proof: Proof,
+    /// Priority of its packets at the queueing discipline; the daemon's when absent.
+    #[serde(default)]
+    pub priority: Option<Priority>,
 }
 
 /// One leg of an [`AddRequest`], as written by the client.
@@ -98,6 +102,8 @@ pub struct PairReport {
     pub legs: Vec<LegReport>,
     /// What it is offloaded on.
     pub proof: Proof,
+    /// Priority that its packets have at the queueing discipline; none where that is left as it is.
+    pub priority: Option<Priority>,
     /// What is relayed, as proven so far in either direction, or as given where no proof is asked
     /// for.
     pub payload_types: Vec<PayloadTypes>,
@@ -171,10 +177,10 @@ pub struct ProofReport {
 /// How a relayed packet leaves the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NextHopReport {
-    /// Source MAC address, such as `02:00:00:00:00:01`.
-    pub source_mac: String,
-    /// Destination MAC address.
-    pub destination_mac: String,
+    /// Source MAC address, such as `02:00:00:00:00:01`; none on a link without Ethernet headers.
+    pub source_mac: Option<String>,
+    /// Destination MAC address; none likewise.
+    pub destination_mac: Option<String>,
     /// VLAN identifiers (0–4095), the outer one first; empty when untagged.
     pub vlan: Vec<u16>,
     /// Largest IP packet that fits, in bytes.
@@ -207,6 +213,9 @@ pub struct StatusReport {
     pub mode_reason: String,
     /// DSCP of relayed packets, as `--dscp` takes it.
     pub dscp: Dscp,
+    /// Priority of relayed packets at the queueing discipline: a class such as `1:10`, or a number, as a
+    /// string; none where that is left as it is.
+    pub priority: Option<Priority>,
     /// Packets in a row that prove a stream; 0 when no proof is asked for.
     pub proof: u8,
     /// Folder of the pinned maps.
@@ -451,6 +460,7 @@ impl From<&Pair> for AddRequest {
             legs: pair.legs.each_ref().map(LegAddresses::from),
             payload_types: pair.payload_types.clone(),
             proof: pair.proof,
+            priority: pair.priority,
         }
     }
 }
@@ -467,6 +477,7 @@ impl TryFrom<AddRequest> for Pair {
             request.payload_types,
             request.proof,
         )
+        .map(|pair| pair.with_priority(request.priority))
     }
 }
 
@@ -547,7 +558,8 @@ mod tests {
             }],
             Proof::None,
         )
-        .expect("pair");
+        .expect("pair")
+        .with_priority(Some(Priority::new(0x1_0010)));
         assert_eq!(Pair::try_from(AddRequest::from(&pair)), Ok(pair));
     }
 }

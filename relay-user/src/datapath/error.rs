@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError};
 
-use super::pins::BPFFS;
+use super::{pins::BPFFS, tc::Direction};
 use crate::next_hop::NetlinkError;
 
 /// Why the datapath could not be set up or changed. The text names the thing and the remedy.
@@ -46,7 +46,7 @@ pub enum DatapathError {
     },
     /// Another XDP program has the interface.
     #[error(
-        "{interface} already has an XDP program ({program}): detach it first (`ip link set dev {interface} xdp off`, or the tool that attached it)"
+        "{interface} already has an XDP program ({program}): use `--mode tc`, or detach it first (`ip link set dev {interface} xdp off`, or the tool that attached it)"
     )]
     OtherProgram {
         /// The interface.
@@ -87,22 +87,27 @@ pub enum DatapathError {
         #[source]
         source: io::Error,
     },
-    /// The observer cannot be attached, without which nothing may be relayed.
+    /// A program in traffic control cannot be attached: the relay, or the observer without which
+    /// nothing may be relayed.
     #[error(
-        "{interface} refuses a program at its TC egress ({source}): the kernel needs CONFIG_NET_CLS_ACT and, before Linux 6.6, CONFIG_NET_CLS_BPF"
+        "{interface} refuses a program at its TC {} ({source}): the kernel needs CONFIG_NET_CLS_ACT and, before Linux 6.6, CONFIG_NET_CLS_BPF", .direction.name()
     )]
-    ObserverRefused {
+    TcRefused {
         /// The interface.
         interface: String,
+        /// Which side of it.
+        direction: Direction,
         /// The kernel's answer.
         #[source]
         source: io::Error,
     },
     /// The traffic control filters of an interface cannot be listed, or one cannot be deleted.
-    #[error("the filters at the TC egress of {interface}: {source}")]
+    #[error("the filters at the TC {} of {interface}: {source}", .direction.name())]
     Filters {
         /// The interface.
         interface: String,
+        /// Which side of it.
+        direction: Direction,
         /// The kernel's answer.
         #[source]
         source: io::Error,

@@ -23,20 +23,23 @@ use aya_obj::generated::{
 use nix::libc;
 
 use super::{
-    AttachMode, names,
+    names,
     tc::{Direction, Order},
 };
 
 /// A program at a hook of an interface, for as long as someone holds or has pinned the link.
 pub(crate) struct Link(OwnedFd);
 
-/// Where a link's program sits.
+/// Where a link's program sits, in the order in which programs are detached: nothing may be relayed
+/// unobserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Hook {
     /// XDP, in whatever mode.
     Xdp,
-    /// TCX, in either direction.
-    Tcx,
+    /// TCX, before the stack.
+    TcxIngress,
+    /// TCX, before the queueing discipline.
+    TcxEgress,
 }
 
 /// What the kernel says of a link.
@@ -53,11 +56,12 @@ pub(crate) struct LinkInfo {
 }
 
 impl Link {
-    /// Attaches a program to XDP.
-    pub(crate) fn xdp(program: BorrowedFd<'_>, index: u32, mode: AttachMode) -> io::Result<Self> {
-        let flags = match mode {
-            AttachMode::Native => XDP_FLAGS_DRV_MODE,
-            AttachMode::Generic => XDP_FLAGS_SKB_MODE,
+    /// Attaches a program to XDP, in the driver or else in the stack.
+    pub(crate) fn xdp(program: BorrowedFd<'_>, index: u32, native: bool) -> io::Result<Self> {
+        let flags = if native {
+            XDP_FLAGS_DRV_MODE
+        } else {
+            XDP_FLAGS_SKB_MODE
         };
         Self::create(program, index, bpf_attach_type::BPF_XDP, flags)
     }
@@ -69,16 +73,59 @@ impl Link {
         direction: Direction,
         order: Order,
     ) -> io::Result<Self> {
-        let hook = match direction {
-            Direction::Ingress => bpf_attach_type::BPF_TCX_INGRESS,
-            Direction::Egress => bpf_attach_type::BPF_TCX_EGRESS,
-        };
         // Before or after nothing named: before or after all.
         let flags = match order {
             Order::First => BPF_F_BEFORE,
             Order::Last => BPF_F_AFTER,
         };
-        Self::create(program, index, hook, flags)
+        Self::create(program, index, attach_type(direction), flags)
+    }
+
+    /// Numbers of the TCX links of an interface; none before Linux 6.6.
+    pub(crate) fn tcx_links(index: u32, direction: Direction) -> io::Result<Vec<u32>> {
+        /// `struct { … } query` of `union bpf_attr`.
+        #[repr(C)]
+        struct Query {
+            target: u32,
+            attach_type: u32,
+            flags: u32,
+            attach_flags: u32,
+            programs: u64,
+            count: u32,
+            padding: u32,
+            program_flags: u64,
+            links: u64,
+            link_flags: u64,
+            revision: u64,
+        }
+        // BPF_MPROG_MAX of include/linux/bpf_mprog.h, twice: those of another program have number 0.
+        let (mut programs, mut links) = ([0_u32; 64], [0_u32; 64]);
+        let mut query = Query {
+            target: index,
+            attach_type: attach_type(direction) as u32,
+            flags: 0,
+            attach_flags: 0,
+            programs: programs.as_mut_ptr().addr() as u64,
+            count: programs.len() as u32,
+            padding: 0,
+            program_flags: 0,
+            links: links.as_mut_ptr().addr() as u64,
+            link_flags: 0,
+            revision: 0,
+        };
+        match bpf(bpf_cmd::BPF_PROG_QUERY, &mut query) {
+            Ok(_) => Ok(links.into_iter().filter(|link| *link != 0).collect()),
+            // No TCX; no program at that hook; no such interface.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINVAL | libc::ENOENT | libc::ENODEV)
+                ) =>
+            {
+                Ok(Vec::new())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn create(
@@ -177,7 +224,12 @@ impl Link {
         bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut ask)?;
         let hook = match bpf_link_type::try_from(info.kind) {
             Ok(bpf_link_type::BPF_LINK_TYPE_XDP) => Some(Hook::Xdp),
-            Ok(bpf_link_type::BPF_LINK_TYPE_TCX) => Some(Hook::Tcx),
+            Ok(bpf_link_type::BPF_LINK_TYPE_TCX)
+                if info.attach_type == bpf_attach_type::BPF_TCX_INGRESS as u32 =>
+            {
+                Some(Hook::TcxIngress)
+            }
+            Ok(bpf_link_type::BPF_LINK_TYPE_TCX) => Some(Hook::TcxEgress),
             _ => None,
         };
         Ok(LinkInfo {
@@ -186,6 +238,13 @@ impl Link {
             hook,
             interface: if hook.is_some() { info.interface } else { 0 },
         })
+    }
+}
+
+const fn attach_type(direction: Direction) -> bpf_attach_type {
+    match direction {
+        Direction::Ingress => bpf_attach_type::BPF_TCX_INGRESS,
+        Direction::Egress => bpf_attach_type::BPF_TCX_EGRESS,
     }
 }
 

@@ -10,6 +10,7 @@ use aya::{
 use nix::libc;
 
 use super::{AttachMode, DatapathError, names};
+use crate::next_hop::LinkLayer;
 
 /// The compiled datapath. All entry points are in it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/relay"));
@@ -18,20 +19,23 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 ///
 /// # Errors
 /// [`DatapathError::Refused`] and the like, with the kernel's reason.
-pub fn load(mode: AttachMode, max_streams: u32) -> Result<Ebpf, DatapathError> {
-    load_onto(mode, max_streams, None)
+pub fn load(mode: AttachMode, layer: LinkLayer, max_streams: u32) -> Result<Ebpf, DatapathError> {
+    load_onto(mode, layer, max_streams, None)
 }
 
 /// As [`load`], onto the maps pinned in a directory, which must all be there and of these layouts:
 /// aya takes whatever it finds.
 pub(super) fn load_onto(
     mode: AttachMode,
+    layer: LinkLayer,
     max_streams: u32,
     pins: Option<&Path>,
 ) -> Result<Ebpf, DatapathError> {
     let generic = u8::from(mode == AttachMode::Generic);
+    let ethernet = u8::from(layer != LinkLayer::Ip);
     let mut loader = EbpfLoader::new();
     loader.override_global(names::GENERIC, &generic, true);
+    loader.override_global(names::ETHERNET, &ethernet, true);
     for name in names::SIZED {
         loader.map_max_entries(name, max_streams);
     }
@@ -106,6 +110,25 @@ pub(crate) fn load_classifier<'a>(
     Ok(program)
 }
 
+/// The relay's program of a mode, itself loaded.
+pub(super) fn load_relay(ebpf: &mut Ebpf, mode: AttachMode) -> Result<(), DatapathError> {
+    match mode {
+        AttachMode::Native | AttachMode::Generic => load_xdp(ebpf).map(drop),
+        AttachMode::Tc => load_tc(ebpf).map(drop),
+    }
+}
+
+/// The relay's program of a mode.
+pub(super) fn relay(ebpf: &mut Ebpf, mode: AttachMode) -> Result<&mut Program, DatapathError> {
+    untyped(
+        ebpf,
+        match mode {
+            AttachMode::Native | AttachMode::Generic => names::XDP,
+            AttachMode::Tc => names::TC,
+        },
+    )
+}
+
 /// A program of the object, typed.
 pub(crate) fn program<'a, T>(
     ebpf: &'a mut Ebpf,
@@ -114,10 +137,14 @@ pub(crate) fn program<'a, T>(
 where
     &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
 {
-    ebpf.program_mut(name)
-        .ok_or_else(|| DatapathError::Object(format!("no program {name}")))?
+    untyped(ebpf, name)?
         .try_into()
         .map_err(|error: ProgramError| DatapathError::Object(error.to_string()))
+}
+
+fn untyped<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, DatapathError> {
+    ebpf.program_mut(name)
+        .ok_or_else(|| DatapathError::Object(format!("no program {name}")))
 }
 
 fn load_error(error: ProgramError) -> DatapathError {

@@ -1,24 +1,21 @@
 //! The datapath as the controller sees it: load, attach, adopt, and the maps.
 
+mod attachment;
 mod error;
 mod events;
 pub(crate) mod links;
 pub(crate) mod load;
 mod maps;
 pub(crate) mod pins;
+mod qdisc;
 pub(crate) mod tc;
 
-use std::{
-    collections::HashSet,
-    io,
-    os::fd::{AsFd, BorrowedFd},
-    path::Path,
-};
+use std::{collections::HashSet, io, path::Path};
 
 use aya::{
     Ebpf,
     maps::MapError,
-    programs::{ProgramInfo, SchedClassifier},
+    programs::{Program, ProgramInfo, SchedClassifier},
 };
 use nix::libc;
 use relay_common::{
@@ -27,19 +24,24 @@ use relay_common::{
 };
 use serde::{Deserialize, Serialize};
 
+use self::{
+    attachment::RelayAttachment,
+    maps::{KEY, Maps, OUT_LEG, VALUE, removed},
+    pins::{Directory, Earlier, Pins},
+    tc::{Order, TcAttachment, TcHook},
+};
 pub use self::{
     error::DatapathError,
     events::Events,
     load::{OBJECT, load, load_observer, load_tc, load_xdp},
     pins::{attached_mode, check_unserved, ensure_bpffs, owns, remove_leftovers},
+    qdisc::{root_qdisc, shapes},
+    tc::Direction,
 };
-use self::{
-    links::Link,
-    maps::{KEY, Maps, OUT_LEG, VALUE, removed},
-    pins::{AttachedLink, Directory, Pins},
-    tc::{Direction, Order, TcAttachment, TcHook},
+use crate::{
+    dscp::DscpMap,
+    next_hop::{Interface, LinkLayer},
 };
-use crate::dscp::DscpMap;
 
 /// Names of what the object defines; nothing else in userspace spells them.
 pub mod names {
@@ -49,6 +51,12 @@ pub mod names {
     pub const XDP: &str = "relay_xdp";
     /// TC entry point.
     pub const TC: &str = "relay_tc";
+    /// Where that sits: before all others, as XDP does.
+    pub(super) const RELAY: TcHook = TcHook {
+        program: TC,
+        direction: Direction::Ingress,
+        order: Order::First,
+    };
     /// Observer of what leaves, at the TC egress.
     pub const OBSERVE: &str = "relay_observe";
     /// Where the observer sits: before all others, who may change or take what Asterisk sends.
@@ -81,6 +89,10 @@ pub mod names {
     pub const SIZED: [&str; 3] = [STREAMS, OUT_LEGS, STATE];
     /// Pin of the XDP program's link.
     pub const XDP_LINK: &str = "xdp_link";
+    /// Pin of the TC program's link.
+    pub const TC_LINK: &str = "tc_link";
+    /// All pins that a relay's link may have.
+    pub(super) const RELAY_LINKS: [&str; 2] = [XDP_LINK, TC_LINK];
     /// Pin of the observer's link.
     pub const OBSERVER_LINK: &str = "observer_link";
     /// How the names of all pinned links end.
@@ -89,14 +101,16 @@ pub mod names {
     pub const PROGRAM_PREFIX: &str = "relay_";
 }
 
-/// How XDP runs.
+/// How the relay is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AttachMode {
-    /// In the driver, before a socket buffer exists.
+    /// XDP in the driver, before a socket buffer exists.
     Native,
-    /// In the stack's receive path, on every interface.
+    /// XDP in the stack's receive path, on every interface.
     Generic,
+    /// Ingress traffic control. What is relayed leaves through the queueing discipline.
+    Tc,
 }
 
 impl AttachMode {
@@ -106,6 +120,15 @@ impl AttachMode {
         match self {
             Self::Native => "native",
             Self::Generic => "generic",
+            Self::Tc => "tc",
+        }
+    }
+
+    /// Name of the pin of the relay's link.
+    const fn link_name(self) -> &'static str {
+        match self {
+            Self::Native | Self::Generic => names::XDP_LINK,
+            Self::Tc => names::TC_LINK,
         }
     }
 }
@@ -114,7 +137,7 @@ impl AttachMode {
 pub struct Datapath {
     mode: AttachMode,
     maps: Maps,
-    xdp: Link,
+    relay: RelayAttachment,
     observer: TcAttachment,
     // Last: its lock says that a daemon runs, so it goes when the programs are detached.
     pins: Pins,
@@ -130,33 +153,31 @@ pub struct Adopted {
 }
 
 /// The programs and maps of one instance, in the kernel but not at work.
-struct Loaded(Ebpf);
+struct Loaded {
+    ebpf: Ebpf,
+    mode: AttachMode,
+}
 
 impl Loaded {
     /// On maps of its own or, to carry an instance on, on those pinned.
     fn new(
         mode: AttachMode,
+        layer: LinkLayer,
         max_streams: u32,
         pinned: Option<&Path>,
     ) -> Result<Self, DatapathError> {
-        let mut ebpf = load::load_onto(mode, max_streams, pinned)?;
+        let mut ebpf = load::load_onto(mode, layer, max_streams, pinned)?;
         load_observer(&mut ebpf)?;
-        load_xdp(&mut ebpf)?;
-        Ok(Self(ebpf))
+        load::load_relay(&mut ebpf, mode)?;
+        Ok(Self { ebpf, mode })
     }
 
-    fn xdp(&self) -> Result<BorrowedFd<'_>, DatapathError> {
-        let program = self.0.program(names::XDP);
-        let program =
-            program.ok_or_else(|| DatapathError::Object(format!("no program {}", names::XDP)))?;
-        let descriptor = program.fd();
-        descriptor
-            .map(AsFd::as_fd)
-            .map_err(|error| DatapathError::Object(error.to_string()))
+    fn relay(&mut self) -> Result<&mut Program, DatapathError> {
+        load::relay(&mut self.ebpf, self.mode)
     }
 
     fn observer(&mut self) -> Result<&mut SchedClassifier, DatapathError> {
-        load::program(&mut self.0, names::OBSERVE)
+        load::program(&mut self.ebpf, names::OBSERVE)
     }
 }
 
@@ -169,21 +190,20 @@ impl Datapath {
     /// Every [`DatapathError`] about loading, attaching and pinning. Nothing new is left behind then.
     /// An earlier instance stays, to the end of its lease, unless it was already being replaced.
     pub fn attach(
-        interface: &str,
-        index: u32,
+        interface: &Interface,
         mode: AttachMode,
         max_streams: u32,
     ) -> Result<(Self, Option<Adopted>), DatapathError> {
-        let pins = Pins::claim(interface)?;
-        let others = pins::others(interface)?;
+        let pins = Pins::claim(&interface.name)?;
+        let others = pins::others(&interface.name)?;
         let directories = [pins.path()]
             .into_iter()
             .chain(others.iter().map(Directory::path));
-        let earlier = pins::attached(directories, index)?;
+        let earlier = pins::attached(directories, &interface.name, interface.index)?;
         let layouts = maps::layouts(max_streams)?;
         let observer = match &earlier {
             Some(earlier) if earlier.mode == mode => {
-                pins.adoptable(&earlier.info, interface, &layouts)?
+                pins.adoptable(earlier, &interface.name, interface.index, &layouts)?
             }
             _ => None,
         };
@@ -192,17 +212,15 @@ impl Datapath {
                 Self::adopt(interface, earlier, observer, max_streams, pins, &others)
                     .map(|(datapath, adopted)| (datapath, Some(adopted)))
             }
-            (earlier, _) => {
-                Self::replace(interface, index, mode, max_streams, earlier, pins, &others)
-                    .map(|datapath| (datapath, None))
-            }
+            (earlier, _) => Self::replace(interface, mode, max_streams, earlier, pins, &others)
+                .map(|datapath| (datapath, None)),
         }
     }
 
     /// Carries an earlier instance on: its maps stay, its programs are replaced in their places.
     fn adopt(
-        interface: &str,
-        earlier: AttachedLink,
+        interface: &Interface,
+        earlier: Earlier,
         observer: TcAttachment,
         max_streams: u32,
         mut pins: Pins,
@@ -210,23 +228,30 @@ impl Datapath {
     ) -> Result<(Self, Adopted), DatapathError> {
         // An error must not take what is at work.
         pins.leave();
-        let mut loaded = Loaded::new(earlier.mode, max_streams, Some(pins.path()))?;
-        let maps = Maps::take(&mut loaded.0, max_streams)?;
+        let mut loaded = Loaded::new(
+            earlier.mode,
+            interface.layer,
+            max_streams,
+            Some(pins.path()),
+        )?;
+        let maps = Maps::take(&mut loaded.ebpf, max_streams)?;
         let not_replaced = |source| DatapathError::NotReplaced {
-            interface: interface.to_owned(),
+            interface: interface.name.clone(),
             source,
         };
         observer
-            .update(loaded.observer()?, interface)
+            .update(loaded.observer()?, &interface.name)
             .map_err(not_replaced)?;
-        earlier.link.update(loaded.xdp()?).map_err(not_replaced)?;
-        let id = earlier.info.id;
-        pins.unstage(Some(id))?;
-        remove_others(others, id)?;
+        earlier
+            .relay
+            .update(loaded.relay()?, &interface.name)
+            .map_err(not_replaced)?;
+        pins.unstage(earlier.link)?;
+        remove_others(others, earlier.link)?;
         let mut datapath = Self {
             mode: earlier.mode,
             maps,
-            xdp: earlier.link,
+            relay: earlier.relay,
             observer,
             pins,
         };
@@ -237,45 +262,48 @@ impl Datapath {
 
     /// Attaches a new instance, then removes what was there before.
     fn replace(
-        interface: &str,
-        index: u32,
+        interface: &Interface,
         mode: AttachMode,
         max_streams: u32,
-        earlier: Option<AttachedLink>,
+        earlier: Option<Earlier>,
         mut pins: Pins,
         others: &[Directory],
     ) -> Result<Self, DatapathError> {
-        pins.begin(earlier.as_ref().map(|earlier| earlier.info.id))?;
-        let mut loaded = Loaded::new(mode, max_streams, None)?;
-        pins.stage(&loaded.0)?;
-        let maps = Maps::take(&mut loaded.0, max_streams)?;
-        // Before XDP: nothing may be relayed unobserved.
-        let observer = TcAttachment::attach(names::OBSERVER, loaded.observer()?, interface, index)
-            .map_err(|source| DatapathError::ObserverRefused {
-                interface: interface.to_owned(),
-                source,
-            })?;
-        let settled = loaded.xdp().and_then(|program| {
-            let xdp = take_over(
-                program, interface, index, mode, earlier, &observer, &mut pins,
-            )?;
-            settle(interface, index, &xdp, &observer, &pins, others)?;
-            Ok(xdp)
+        pins.begin(earlier.as_ref().and_then(|earlier| earlier.link))?;
+        let mut loaded = Loaded::new(mode, interface.layer, max_streams, None)?;
+        pins.stage(&loaded.ebpf)?;
+        let maps = Maps::take(&mut loaded.ebpf, max_streams)?;
+        // Before the relay: nothing may be relayed unobserved.
+        let observer = TcAttachment::attach(
+            names::OBSERVER,
+            loaded.observer()?,
+            &interface.name,
+            interface.index,
+        )
+        .map_err(|source| DatapathError::TcRefused {
+            interface: interface.name.clone(),
+            direction: Direction::Egress,
+            source,
+        })?;
+        let relay = loaded
+            .relay()
+            .and_then(|program| take_over(program, interface, mode, earlier, &observer, &mut pins));
+        let settled = relay.and_then(|relay| {
+            let outcome = settle(interface, &relay, &observer, &pins, others);
+            kept(relay, outcome)
         });
         match settled {
-            Ok(xdp) => Ok(Self {
+            Ok(relay) => Ok(Self {
                 mode,
                 maps,
-                xdp,
+                relay,
                 observer,
                 pins,
             }),
             Err(error) => {
-                // XDP first, as ever.
+                // The relay first, as ever.
                 drop(pins);
-                if let Err(error) = observer.detach() {
-                    tracing::error!(interface, %error, "observer not detached");
-                }
+                told("observer", observer.detach());
                 Err(error)
             }
         }
@@ -505,80 +533,98 @@ impl Drop for Datapath {
         if self.pins.stays() {
             return;
         }
-        // XDP first: nothing may be relayed unobserved.
-        for (what, outcome) in [
-            ("relay", self.xdp.detach()),
-            ("observer", self.observer.detach()),
-        ] {
-            if let Err(error) = outcome {
-                tracing::error!(what, %error, "not detached");
-            }
-        }
+        // The relay first: nothing may be relayed unobserved.
+        told("relay", self.relay.detach());
+        told("observer", self.observer.detach());
     }
 }
 
-/// Has the new program run instead of the earlier one; returns its link, which is pinned in `next`.
+/// Logs what was not detached.
+fn told(what: &str, outcome: io::Result<()>) {
+    if let Err(error) = outcome {
+        tracing::error!(what, %error, "not detached");
+    }
+}
+
+/// Has the new program run instead of the earlier one.
 fn take_over(
-    program: BorrowedFd<'_>,
-    interface: &str,
-    index: u32,
+    program: &mut Program,
+    interface: &Interface,
     mode: AttachMode,
-    earlier: Option<AttachedLink>,
+    earlier: Option<Earlier>,
     observer: &TcAttachment,
     pins: &mut Pins,
-) -> Result<Link, DatapathError> {
+) -> Result<RelayAttachment, DatapathError> {
     if let TcAttachment::Link(link) = observer {
         pins.stage_link(names::OBSERVER_LINK, link)?;
     }
     let not_replaced = |source| DatapathError::NotReplaced {
-        interface: interface.to_owned(),
+        interface: interface.name.clone(),
         source,
     };
     match earlier {
         Some(earlier) if earlier.mode == mode => {
-            pins.replace_xdp(&earlier.link)?;
-            earlier.link.update(program).map_err(not_replaced)?;
-            Ok(earlier.link)
+            let relay = earlier.relay;
+            let outcome = pins.replace_relay(mode, relay.link()).and_then(|()| {
+                let updated = relay.update(program, &interface.name);
+                updated.map_err(not_replaced)
+            });
+            kept(relay, outcome)
         }
         earlier => {
             if let Some(earlier) = earlier {
                 // No interface has native and generic XDP at once (dev_xdp_attach() in
                 // net/core/dev.c), so the earlier one must go first; meanwhile the PBX relays.
                 pins.hold();
-                earlier.link.detach().map_err(not_replaced)?;
+                earlier.relay.detach().map_err(not_replaced)?;
             }
-            let link = Link::xdp(program, index, mode)
-                .map_err(|source| attach_error(interface, mode, source))?;
-            pins.replace_xdp(&link)?;
-            Ok(link)
+            let relay = RelayAttachment::attach(mode, program, &interface.name, interface.index)
+                .map_err(|source| attach_error(&interface.name, mode, source))?;
+            let outcome = pins.replace_relay(mode, relay.link());
+            kept(relay, outcome)
         }
     }
 }
 
+/// The relay as attached or, where what followed failed, detached.
+fn kept(
+    relay: RelayAttachment,
+    outcome: Result<(), DatapathError>,
+) -> Result<RelayAttachment, DatapathError> {
+    if outcome.is_err() {
+        told("relay", relay.detach());
+    }
+    outcome.map(|()| relay)
+}
+
 /// Has the new instance stand alone.
 fn settle(
-    interface: &str,
-    index: u32,
-    xdp: &Link,
+    interface: &Interface,
+    relay: &RelayAttachment,
     observer: &TcAttachment,
     pins: &Pins,
     others: &[Directory],
 ) -> Result<(), DatapathError> {
-    let id = xdp.info().map_err(|source| DatapathError::NotReplaced {
-        interface: interface.to_owned(),
+    let link = relay.link().map(links::Link::info).transpose();
+    let link = link.map_err(|source| DatapathError::NotReplaced {
+        interface: interface.name.clone(),
         source,
     })?;
-    pins.settle(id.id)?;
-    if let TcAttachment::Filter(filter) = observer {
-        pins::delete_filters(interface, index, Some(*filter))?;
+    let id = link.map(|link| link.id);
+    pins.settle(id)?;
+    for (hook, spared) in [
+        (names::RELAY, relay.filter()),
+        (names::OBSERVER, observer.filter()),
+    ] {
+        pins::delete_filters(hook, &interface.name, interface.index, spared)?;
     }
-    remove_others(others, id.id)
+    remove_others(others, id)
 }
 
-/// Removes what other versions left, but not the XDP link, which is this version's by now.
-fn remove_others(others: &[Directory], xdp: u32) -> Result<(), DatapathError> {
+/// Removes what other versions left, but not the relay's link, which is this version's by now.
+fn remove_others(others: &[Directory], relay: Option<u32>) -> Result<(), DatapathError> {
     for other in others {
-        other.remove(Some(xdp))?;
+        other.remove(relay)?;
         tracing::warn!(pins = %other.path().display(), "removed what another version left");
     }
     Ok(())
@@ -589,12 +635,17 @@ fn attach_error(interface: &str, mode: AttachMode, source: io::Error) -> Datapat
     let interface = interface.to_owned();
     match (source.raw_os_error(), mode) {
         // EEXIST: there is one in the other mode.
-        (Some(libc::EBUSY | libc::EEXIST), _) => {
+        (Some(libc::EBUSY | libc::EEXIST), AttachMode::Native | AttachMode::Generic) => {
             let program = "id unknown".to_owned();
             DatapathError::OtherProgram { interface, program }
         }
         (_, AttachMode::Native) => DatapathError::NativeRefused { interface, source },
         (_, AttachMode::Generic) => DatapathError::XdpRefused { interface, source },
+        (_, AttachMode::Tc) => DatapathError::TcRefused {
+            interface,
+            direction: Direction::Ingress,
+            source,
+        },
     }
 }
 

@@ -1,7 +1,8 @@
 //! What outlives the daemon: maps and links, pinned under `/sys/fs/bpf/relay/v<ABI>/<interface>/`.
 //!
-//! An instance is prepared in the folder `next` of its directory and then moved up, its XDP link
-//! last: a directory with that link is a whole instance, whenever a daemon was killed.
+//! An instance is prepared in the folder `next` of its directory and then moved up, the relay's link
+//! last: a directory with that link is a whole instance, whenever a daemon was killed. Below Linux
+//! 6.6 there is no link in TC mode; the directory is whole then with all maps and one filter each.
 
 use std::{
     fs::{self, File},
@@ -21,10 +22,11 @@ use relay_common::stream::ABI_VERSION;
 
 use super::{
     AttachMode, DatapathError,
+    attachment::RelayAttachment,
     links::{Hook, Link, LinkInfo, Pinned},
     maps::{self, Layout},
     names,
-    tc::{Filter, TcAttachment},
+    tc::{Direction, Filter, TcAttachment, TcHook},
 };
 use crate::next_hop::{Interfaces, XdpHook};
 
@@ -146,7 +148,6 @@ impl Contents {
             .links()
             .filter(|(.., info)| Some(info.id) != spared)
             .collect();
-        // XDP first: nothing may be relayed unobserved.
         links.sort_by_key(|(.., info)| info.hook);
         for (entry, link, _) in links {
             link.detach().map_err(error(&entry.path))?;
@@ -166,11 +167,14 @@ impl Contents {
             .filter(|entry| matches!(entry.pinned, Pinned::Map(_)))
             .count();
         let mut words = Vec::new();
-        if at(Hook::Xdp) {
-            words.push("XDP program".to_owned());
-        }
-        if at(Hook::Tcx) {
-            words.push("observer".to_owned());
+        for (hook, what) in [
+            (Hook::Xdp, "XDP program"),
+            (Hook::TcxIngress, "TC program"),
+            (Hook::TcxEgress, "observer"),
+        ] {
+            if at(hook) {
+                words.push(what.to_owned());
+            }
         }
         if maps > 0 {
             words.push(format!("{maps} maps"));
@@ -285,42 +289,68 @@ pub(super) fn others(interface: &str) -> Result<Vec<Directory>, DatapathError> {
     Ok(others)
 }
 
-/// An XDP link of ours that is attached.
-pub(super) struct AttachedLink {
-    pub(super) link: Link,
-    pub(super) info: LinkInfo,
+/// A relay of ours that is attached.
+pub(super) struct Earlier {
+    pub(super) relay: RelayAttachment,
     pub(super) mode: AttachMode,
+    /// Number of its link, which a filter does not have.
+    pub(super) link: Option<u32>,
+    /// Number of its XDP program.
+    xdp: Option<u32>,
 }
 
-/// The pinned XDP link that is attached to an interface.
+/// The relay that is attached to an interface: by a pinned link, or by a filter.
 pub(super) fn attached<'a>(
     directories: impl IntoIterator<Item = &'a Path>,
+    interface: &str,
     index: u32,
-) -> Result<Option<AttachedLink>, DatapathError> {
+) -> Result<Option<Earlier>, DatapathError> {
     let interfaces = Interfaces::read()?;
     let programs = interfaces
         .indexed(index)
         .map_or(&[][..], |found| &found.xdp);
+    let tcx = Link::tcx_links(index, Direction::Ingress);
+    let tcx = tcx.map_err(filters_error(names::RELAY, interface))?;
     for directory in directories {
         for entry in Contents::read(directory)?.entries {
             let Pinned::Link(link, info) = entry.pinned else {
                 continue;
             };
-            // Another network namespace may have the same index, but not the same program.
-            let program = programs.iter().find(|program| {
-                info.hook == Some(Hook::Xdp)
-                    && info.interface == index
-                    && info.program == program.id
-            });
+            // Another network namespace may have the same index, but not the same program or link.
+            if info.interface != index {
+                continue;
+            }
+            if info.hook == Some(Hook::TcxIngress) && tcx.contains(&info.id) {
+                return Ok(Some(Earlier {
+                    relay: RelayAttachment::Tc(TcAttachment::Link(link)),
+                    mode: AttachMode::Tc,
+                    link: Some(info.id),
+                    xdp: None,
+                }));
+            }
+            let program = programs
+                .iter()
+                .find(|program| info.hook == Some(Hook::Xdp) && info.program == program.id);
             let mode = match program.map(|program| program.hook) {
                 Some(XdpHook::Native) => AttachMode::Native,
                 Some(XdpHook::Generic) => AttachMode::Generic,
                 Some(XdpHook::Hardware) | None => continue,
             };
-            return Ok(Some(AttachedLink { link, info, mode }));
+            return Ok(Some(Earlier {
+                relay: RelayAttachment::Xdp(link),
+                mode,
+                link: Some(info.id),
+                xdp: Some(info.program),
+            }));
         }
     }
-    Ok(None)
+    let filter = filters(names::RELAY, interface, index)?.pop();
+    Ok(filter.map(|filter| Earlier {
+        relay: RelayAttachment::Tc(TcAttachment::Filter(filter)),
+        mode: AttachMode::Tc,
+        link: None,
+        xdp: None,
+    }))
 }
 
 /// How an instance that an earlier daemon left attached to an interface runs, if there is one.
@@ -331,21 +361,21 @@ pub fn attached_mode(interface: &str, index: u32) -> Result<Option<AttachMode>, 
     Ok(unlocked(interface, index)?.map(|attached| attached.mode))
 }
 
-/// Whether a program on an interface is the relay's, left attached there by an earlier daemon.
+/// Whether an XDP program on an interface is the relay's, left attached there by an earlier daemon.
 ///
 /// # Errors
 /// As [`attached_mode`].
 pub fn owns(interface: &str, index: u32, program: u32) -> Result<bool, DatapathError> {
-    Ok(unlocked(interface, index)?.is_some_and(|attached| attached.info.program == program))
+    Ok(unlocked(interface, index)?.is_some_and(|attached| attached.xdp == Some(program)))
 }
 
-fn unlocked(interface: &str, index: u32) -> Result<Option<AttachedLink>, DatapathError> {
+fn unlocked(interface: &str, index: u32) -> Result<Option<Earlier>, DatapathError> {
     let versions = fs::read_dir(pin_root()).into_iter().flatten().flatten();
     let directories: Vec<_> = versions
         .map(|version| version.path().join(pin_name(interface)))
         .filter(|path| path.is_dir())
         .collect();
-    match attached(directories.iter().map(PathBuf::as_path), index) {
+    match attached(directories.iter().map(PathBuf::as_path), interface, index) {
         // A daemon ends meanwhile, and removes its directory.
         Err(DatapathError::Pins { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
             Ok(None)
@@ -399,27 +429,32 @@ impl Pins {
         self.directory.path.join(NEXT)
     }
 
-    /// The observer of an instance that can be carried on: complete, with this XDP link, of these
+    /// The observer of an instance that can be carried on: complete, with this relay, of these
     /// layouts.
     pub(super) fn adoptable(
         &self,
-        xdp: &LinkInfo,
+        earlier: &Earlier,
         interface: &str,
+        index: u32,
         layouts: &[Layout],
     ) -> Result<Option<TcAttachment>, DatapathError> {
-        let index = xdp.interface;
         let open = |name| Pinned::open(&self.directory.path.join(name));
         let same = layouts.iter().all(|layout| {
             matches!(open(layout.name), Ok(Pinned::Map(info)) if *layout == maps::layout(layout.name, &info))
         });
-        let linked =
-            matches!(open(names::XDP_LINK), Ok(Pinned::Link(_, info)) if info.id == xdp.id);
-        if !(same && linked) {
+        let single = match earlier.link {
+            Some(id) => {
+                let name = earlier.mode.link_name();
+                matches!(open(name), Ok(Pinned::Link(_, info)) if info.id == id)
+            }
+            None => filters(names::RELAY, interface, index)?.len() == 1,
+        };
+        if !(same && single) {
             return Ok(None);
         }
         match open(names::OBSERVER_LINK) {
             Ok(Pinned::Link(link, info))
-                if info.hook == Some(Hook::Tcx) && info.interface == index =>
+                if info.hook == Some(Hook::TcxEgress) && info.interface == index =>
             {
                 return Ok(Some(TcAttachment::Link(link)));
             }
@@ -427,7 +462,7 @@ impl Pins {
             Err(_) => {}
         }
         // With two, a daemon was killed while it replaced one: they have different maps.
-        Ok(match filters(interface, index)?[..] {
+        Ok(match filters(names::OBSERVER, interface, index)?[..] {
             [one] => Some(TcAttachment::Filter(one)),
             _ => None,
         })
@@ -467,28 +502,42 @@ impl Pins {
         link.pin(&path).map_err(error(&path))
     }
 
-    /// Pins the XDP link of a new instance, which may be that of the earlier one. From now on, that
-    /// is no whole one any more.
-    pub(super) fn replace_xdp(&mut self, link: &Link) -> Result<(), DatapathError> {
+    /// Pins the link of a new instance's relay, if it has one, which may be that of the earlier
+    /// instance. From now on, that is no whole one any more.
+    pub(super) fn replace_relay(
+        &mut self,
+        mode: AttachMode,
+        link: Option<&Link>,
+    ) -> Result<(), DatapathError> {
         self.at_end = AtEnd::Remove;
-        self.stage_link(names::XDP_LINK, link)?;
-        let earlier = self.directory.path.join(names::XDP_LINK);
-        match fs::remove_file(&earlier) {
-            Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(()),
-            outcome => outcome.map_err(error(&earlier)),
+        if let Some(link) = link {
+            self.stage_link(mode.link_name(), link)?;
         }
+        for name in names::RELAY_LINKS {
+            let earlier = self.directory.path.join(name);
+            match fs::remove_file(&earlier) {
+                Err(gone) if gone.kind() == io::ErrorKind::NotFound => {}
+                outcome => outcome.map_err(error(&earlier))?,
+            }
+        }
+        Ok(())
     }
 
-    /// Puts the new instance in the place of the earlier one, which goes.
-    pub(super) fn settle(&self, xdp: u32) -> Result<(), DatapathError> {
+    /// Puts the new instance, with this link of its relay, in the place of the earlier one, which
+    /// goes.
+    pub(super) fn settle(&self, relay: Option<u32>) -> Result<(), DatapathError> {
         let next = self.next();
         let mut earlier = self.directory.contents()?;
         earlier
             .entries
             .retain(|entry| !entry.path.starts_with(&next));
-        earlier.take_down(Some(xdp))?;
+        earlier.take_down(relay)?;
         let mut entries = Contents::read(&next)?.entries;
-        entries.sort_by_key(|entry| entry.path.ends_with(names::XDP_LINK));
+        entries.sort_by_key(|entry| {
+            names::RELAY_LINKS
+                .iter()
+                .any(|name| entry.path.ends_with(name))
+        });
         for entry in entries {
             let name = entry.path.file_name().unwrap_or_default();
             let to = self.directory.path.join(name);
@@ -532,26 +581,30 @@ impl Drop for Pins {
     }
 }
 
-fn filters(interface: &str, index: u32) -> Result<Vec<Filter>, DatapathError> {
-    Filter::all(names::OBSERVER, index).map_err(|source| DatapathError::Filters {
+/// What goes wrong with the filters of a hook.
+fn filters_error(hook: TcHook, interface: &str) -> impl Fn(io::Error) -> DatapathError {
+    move |source| DatapathError::Filters {
         interface: interface.to_owned(),
+        direction: hook.direction,
         source,
-    })
+    }
 }
 
-/// Deletes the observers of clsact at an interface's egress, but for this one; returns how many.
+fn filters(hook: TcHook, interface: &str, index: u32) -> Result<Vec<Filter>, DatapathError> {
+    Filter::all(hook, index).map_err(filters_error(hook, interface))
+}
+
+/// Deletes the filters of a hook on an interface, but for this one; returns how many.
 pub(super) fn delete_filters(
+    hook: TcHook,
     interface: &str,
     index: u32,
     spared: Option<Filter>,
 ) -> Result<usize, DatapathError> {
-    let mut filters = filters(interface, index)?;
+    let mut filters = filters(hook, interface, index)?;
     filters.retain(|filter| Some(*filter) != spared);
     for filter in &filters {
-        filter.delete().map_err(|source| DatapathError::Filters {
-            interface: interface.to_owned(),
-            source,
-        })?;
+        filter.delete().map_err(filters_error(hook, interface))?;
     }
     Ok(filters.len())
 }
@@ -593,11 +646,13 @@ pub fn remove_leftovers(interface: &str) -> Result<Vec<String>, DatapathError> {
     }
     indices.sort_unstable();
     indices.dedup();
-    // After all XDP programs: nothing may be relayed unobserved.
+    // After all links, and the relay first: nothing may be relayed unobserved.
     for index in indices.into_iter().filter(|index| *index != 0) {
-        let filters = delete_filters(interface, index, None)?;
-        if filters > 0 {
-            removed.push(format!("filter {} at the TC egress", names::OBSERVE));
+        for hook in [names::RELAY, names::OBSERVER] {
+            if delete_filters(hook, interface, index, None)? > 0 {
+                let (program, side) = (hook.program, hook.direction.name());
+                removed.push(format!("filter {program} at the TC {side}"));
+            }
         }
     }
     foreign.map_or(Ok(removed), Err)

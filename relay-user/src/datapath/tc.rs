@@ -31,7 +31,7 @@ pub(crate) struct TcHook {
 
 /// What passes a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Direction {
+pub enum Direction {
     /// What comes in, before the stack.
     Ingress,
     /// What goes out, before the queueing discipline.
@@ -86,6 +86,14 @@ impl TcAttachment {
         match self {
             Self::Link(link) => link.detach(),
             Self::Filter(filter) => filter.delete(),
+        }
+    }
+
+    /// The filter that it is, if it is one.
+    pub(crate) const fn filter(&self) -> Option<Filter> {
+        match self {
+            Self::Filter(filter) => Some(*filter),
+            Self::Link(_) => None,
         }
     }
 }
@@ -187,6 +195,14 @@ impl Filter {
 }
 
 impl Direction {
+    /// The side of the interface that it is on.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+
     const fn attach_type(self) -> TcAttachType {
         match self {
             Self::Ingress => TcAttachType::Ingress,

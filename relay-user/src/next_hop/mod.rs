@@ -30,15 +30,22 @@ pub const MAX_VLAN_TAGS: usize = 2;
 /// What a stream needs to leave, all taken from the kernel's own tables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NextHop {
-    /// Address of the output interface, in the order of the wire.
-    pub source_mac: [u8; 6],
-    /// Address of the gateway, or of the remote itself, in the order of the wire.
-    pub destination_mac: [u8; 6],
+    /// What the Ethernet header holds; `None` on a link without one.
+    pub macs: Option<Macs>,
     /// Tags to put on, outermost first, at most [`MAX_VLAN_TAGS`].
     pub vlan: Vec<VlanTag>,
     /// Largest IP packet that may leave, in bytes: the smaller of the route's and the output
     /// interface's. Larger ones are capped to what an IP header can say.
     pub mtu: u16,
+}
+
+/// The addresses of an Ethernet header, in the order of the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Macs {
+    /// Of the output interface.
+    pub source: [u8; 6],
+    /// Of the gateway, or of the remote itself.
+    pub destination: [u8; 6],
 }
 
 /// A packet of the host's own, from `local` to `remote`.
@@ -152,9 +159,9 @@ pub enum NextHopError {
         "interface {0} is gone, is down or has no carrier: check its cable or peer, or `ip link set {0} up`"
     )]
     LinkDown(String),
-    /// The interface has no Ethernet addresses.
+    /// The interface is of a kind that the relay does not know.
     #[error(
-        "interface {0} has no Ethernet addresses (loopback, tunnel or point-to-point): the relay needs an Ethernet interface; the call stays with the PBX"
+        "interface {0} is neither Ethernet nor a plain IP link such as tun or PPP: the relay cannot send there; the call stays with the PBX"
     )]
     NoLinkLayer(String),
     /// More tags than a relayed packet can carry.

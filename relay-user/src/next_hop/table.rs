@@ -9,8 +9,8 @@ use std::{
 };
 
 use super::{
-    MAX_VLAN_TAGS, NextHop, NextHopError, Path, Resolution,
-    link::{Interface, VlanTag},
+    MAX_VLAN_TAGS, Macs, NextHop, NextHopError, Path, Resolution,
+    link::{Interface, LinkLayer, VlanTag},
     neighbour::{Entry, Freshness, Key},
     netlink::Hint,
     route::Route,
@@ -82,7 +82,8 @@ struct Neighbour {
 
 /// How a packet leaves, its neighbour apart.
 struct Egress {
-    mac: [u8; 6],
+    /// None on a link without Ethernet headers, where nobody is asked for an address.
+    mac: Option<[u8; 6]>,
     vlan: Vec<VlanTag>,
     mtu: u16,
 }
@@ -357,7 +358,7 @@ impl Table {
                 self.sweep_at = self.sweep_at.min(now + FAILURE_INTERVAL);
             }
             let key = answer.as_ref().ok().and_then(|route| {
-                self.egress(path, route).ok().map(|_| Key {
+                self.egress(path, route).ok()?.mac.map(|_| Key {
                     interface: route.interface,
                     address: route.neighbour,
                 })
@@ -580,13 +581,24 @@ impl Table {
             Ok(found) => found,
             Err(error) => return Some(Resolution::Unreachable(error)),
         };
-        Some(match self.neighbours.get(&watched.neighbour?)?.entry? {
-            Entry::Resolved { mac: Some(mac), .. } => Resolution::Known(NextHop {
-                source_mac: egress.mac,
-                destination_mac: mac,
+        let known = |macs| {
+            Resolution::Known(NextHop {
+                macs,
                 vlan: egress.vlan,
                 mtu: egress.mtu,
-            }),
+            })
+        };
+        let Some(source) = egress.mac else {
+            return Some(known(None));
+        };
+        Some(match self.neighbours.get(&watched.neighbour?)?.entry? {
+            Entry::Resolved {
+                mac: Some(destination),
+                ..
+            } => known(Some(Macs {
+                source,
+                destination,
+            })),
             Entry::Resolved { mac: None, .. } => {
                 let error = NextHopError::NoLinkLayer(self.interface_name(route.interface));
                 Resolution::Unreachable(error)
@@ -635,9 +647,14 @@ impl Table {
             });
         }
         vlan.reverse();
-        let mac = output
-            .mac
-            .ok_or_else(|| NextHopError::NoLinkLayer(output.name.clone()))?;
+        let mac = match output.layer {
+            LinkLayer::Ip => None,
+            LinkLayer::Ethernet | LinkLayer::Other => Some(
+                output
+                    .mac
+                    .ok_or_else(|| NextHopError::NoLinkLayer(output.name.clone()))?,
+            ),
+        };
         let mtu = route.mtu.unwrap_or(output.mtu).min(output.mtu);
         Ok(Egress {
             mac,
@@ -807,8 +824,10 @@ mod tests {
 
         fn known(mac: [u8; 6]) -> Resolution {
             Resolution::Known(NextHop {
-                source_mac: [2, 0, 0, 0, 0, ATTACHED as u8],
-                destination_mac: mac,
+                macs: Some(Macs {
+                    source: [2, 0, 0, 0, 0, ATTACHED as u8],
+                    destination: mac,
+                }),
                 vlan: vec![],
                 mtu: 1500,
             })
@@ -838,7 +857,8 @@ mod tests {
         };
         let single = tags(bench.watch(path(1), route(5), entry));
         assert_eq!((single.vlan, single.mtu), (vec![outer], 1496));
-        assert_eq!(single.source_mac, [2, 0, 0, 0, 0, 5]);
+        let source = single.macs.map(|macs| macs.source);
+        assert_eq!(source, Some([2, 0, 0, 0, 0, 5]));
         let double = tags(bench.watch(path(2), route(6), entry));
         assert_eq!(double.vlan, [outer, inner]);
         assert_eq!(
@@ -895,12 +915,23 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_without_ethernet_is_refused() {
-        let tunnel = Interface {
+    fn a_link_without_ethernet_needs_no_neighbour_and_one_unknown_is_refused() {
+        let without_mac = |layer| Interface {
+            layer,
             mac: None,
             ..link(ATTACHED, "tun0")
         };
-        let mut bench = Bench::new(vec![tunnel]);
+        let mut bench = Bench::new(vec![without_mac(LinkLayer::Ip)]);
+        assert_eq!(
+            bench.watch(path(1), route(ATTACHED), Entry::Unresolved),
+            Resolution::Known(NextHop {
+                macs: None,
+                vlan: vec![],
+                mtu: 1500,
+            })
+        );
+        assert_eq!(bench.table.uses_due(bench.now), [], "nobody is asked");
+        let mut bench = Bench::new(vec![without_mac(LinkLayer::Other)]);
         assert_eq!(
             bench.watch(path(1), route(ATTACHED), Entry::Unresolved),
             Resolution::Unreachable(NextHopError::NoLinkLayer("tun0".to_owned()))

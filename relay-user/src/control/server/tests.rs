@@ -142,6 +142,7 @@ fn report(id: u64, pair: &Pair) -> PairReport {
             })
             .collect(),
         proof: pair.proof,
+        priority: pair.priority,
         payload_types: pair.payload_types.clone(),
         streams: Vec::new(),
     }
@@ -157,6 +158,7 @@ fn status_report() -> StatusReport {
         mode: AttachMode::Generic,
         mode_reason: "asked for".into(),
         dscp: crate::dscp::Dscp::Set(46),
+        priority: None,
         proof: 8,
         pins: "/sys/fs/bpf/relay/v3/eth0".into(),
         uptime_seconds: 1,
