@@ -3,8 +3,9 @@
 use std::thread;
 
 use relay_tests::{
+    phone::PACKET_TIME,
     relay::Relay,
-    uplink::{ACCESS, Bottleneck, Outcome, Uplink},
+    uplink::{Bottleneck, Outcome, Uplink},
 };
 use relay_user::qos::report::LineReport;
 
@@ -58,11 +59,14 @@ fn compare(bottleneck: Bottleneck) {
     // The PBX sends the voice of both directions at its only interface.
     let (voice, _) = sent(&report, "high");
     assert!(voice >= 2 * (SETTLING + JUDGED), "{told}");
-    // Four fifths of the rate are free beside the voice, and bulk data has its class to itself.
-    let (_, bytes) = sent(&report, "bulk");
+    // Four fifths of the shaped rate are left to bulk data.
     assert!(shaped.bulk > unshaped.bulk / 2.0, "{told}");
-    let seconds = (JUDGED / 50) as f64;
-    assert!(bytes as f64 * 8.0 > shaped.bulk * seconds, "{told}");
+    let (_, bulk) = sent(&report, "bulk");
+    let time = PACKET_TIME * u32::try_from(JUDGED).expect("few packets");
+    assert!(
+        bulk as f64 * 8.0 > shaped.bulk * time.as_secs_f64(),
+        "{told}"
+    );
 }
 
 #[test]
@@ -74,13 +78,10 @@ fn a_shaped_uplink_keeps_voice_from_waiting_behind_bulk_data() {
 }
 
 #[test]
-fn xdp_passes_the_queues_by() {
+fn what_is_relayed_by_xdp_passes_the_queues_by() {
     let site = Uplink::new(Bottleneck::Htb).expect("site");
     let (outcome, report) = shaped_call(&site, "generic");
-    assert_eq!(sent(&report, "high"), (0, 0), "{outcome:#?}\n{report:#?}");
-    assert!(sent(&report, "bulk").1 > 0, "{outcome:#?}\n{report:#?}");
-    assert!(
-        outcome.bulk < ACCESS.uplink as f64,
-        "{outcome:#?}\n{report:#?}"
-    );
+    let told = format!("{outcome:#?}\n{report:#?}");
+    assert_eq!(sent(&report, "high"), (0, 0), "{told}");
+    assert!(sent(&report, "bulk").0 > 0, "{told}");
 }
