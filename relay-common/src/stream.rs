@@ -655,6 +655,16 @@ abi! {
     }
 }
 
+/// All CPUs together.
+impl core::iter::Sum for Counter {
+    fn sum<I: Iterator<Item = Self>>(counters: I) -> Self {
+        counters.fold(Self::default(), |total, one| Self {
+            packets: total.packets.wrapping_add(one.packets),
+            bytes: total.bytes.wrapping_add(one.bytes),
+        })
+    }
+}
+
 impl From<Ipv4Addr> for Address {
     fn from(address: Ipv4Addr) -> Self {
         Self::ipv4(address.octets())

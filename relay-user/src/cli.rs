@@ -536,6 +536,8 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
         ami_address: arguments.ami,
         ami_user: arguments.ami_user,
         ami_secret_file: arguments.ami_secret_file,
+        // A table of the file's alone.
+        qos_auto: None,
     };
     daemon::run(config::load(
         arguments.interface,

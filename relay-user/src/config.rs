@@ -14,6 +14,11 @@ use crate::{
     document::{self, Document, DocumentError, Entry, Position, printable},
     dscp::{Dscp, DscpError, DscpMap, EF},
     priority::{Priority, PriorityError},
+    qos::{
+        auto::AutoSettings,
+        rate::{Rate, RateError},
+        trigger::{ThresholdError, Thresholds},
+    },
     secret::{Secret, SecretError, SecretFileError},
 };
 
@@ -68,6 +73,8 @@ pub struct AttachSettings {
     pub socket: PathBuf,
     /// The Asterisk to learn pairs from; none when pairs come from the API alone.
     pub ami: Option<AmiSettings>,
+    /// How the interface is shaped while calls are up, if it is.
+    pub qos_auto: Option<AutoSettings>,
 }
 
 /// How to reach Asterisk's manager interface.
@@ -134,6 +141,15 @@ pub enum SettingError {
     /// A path of no length.
     #[error("the path is empty: write the path of a file")]
     Path,
+    /// Not a rate of a line.
+    #[error(transparent)]
+    Rate(#[from] RateError),
+    /// Not a number of voice packets per second.
+    #[error("`{0}` is no number of packets per second: write a whole number, such as 10")]
+    VoiceRate(String),
+    /// Thresholds that do not fit each other.
+    #[error(transparent)]
+    Thresholds(#[from] ThresholdError),
     /// Not a name the kernel accepts for an interface.
     #[error(
         "`{0}` cannot be the name of an interface: it has 1 to 15 characters, no space, `/` or `:`; `ip link` lists yours"
@@ -157,6 +173,11 @@ pub enum ConfigError {
         /// What is wrong with it.
         source: SettingError,
     },
+    /// `[qos.auto]` without the line's rate.
+    #[error(
+        "{0}: `qos.auto.uplink` is missing: write what the line carries, such as uplink = \"1000kbit\""
+    )]
+    NoUplink(Position),
     /// A priority, but no queueing discipline on the way.
     #[error(
         "the priority {0} is given, but XDP goes around every queueing discipline: use --mode tc, or auto"
@@ -217,6 +238,8 @@ pub struct Settings {
     pub ami_user: Option<String>,
     /// `--ami-secret-file`, `secret-file` under `[ami]`.
     pub ami_secret_file: Option<PathBuf>,
+    /// `[qos.auto]`.
+    pub qos_auto: Option<AutoSettings>,
 }
 
 /// The sources in one: all decided, the secret file not opened yet.
@@ -235,6 +258,7 @@ struct Merged {
     persist: bool,
     socket: PathBuf,
     ami: Option<(String, String, SecretSource)>,
+    qos_auto: Option<AutoSettings>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -288,6 +312,7 @@ pub fn load(
         persist: merged.persist,
         socket: merged.socket,
         ami,
+        qos_auto: merged.qos_auto,
     })
 }
 
@@ -346,6 +371,7 @@ fn merge(
             .or(file.socket)
             .unwrap_or_else(|| socket::of_interface(&interface)),
         ami,
+        qos_auto: flags.qos_auto.or(file.qos_auto),
         interface,
     })
 }
@@ -371,7 +397,7 @@ fn document<'a>(path: &'a Path, text: &'a str) -> Document<'a> {
 }
 
 /// Every key there is, with its table. What a misspelt key is compared with.
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 23] = [
     "mode",
     "dscp",
     "priority",
@@ -387,6 +413,14 @@ const KEYS: [&str; 15] = [
     "ami.user",
     "ami.secret-file",
     "ami.grace",
+    "qos",
+    "qos.auto",
+    "qos.auto.uplink",
+    "qos.auto.downlink",
+    "qos.auto.policy",
+    "qos.auto.replace",
+    "qos.auto.on-threshold",
+    "qos.auto.off-threshold",
 ];
 
 impl Document<'_> {
@@ -407,12 +441,12 @@ impl Document<'_> {
                 "expire" => settings.expire = Some(self.time(&entry, some_time)?),
                 "persist" => settings.persist = Some(self.flag(&entry)?),
                 "socket" => settings.socket = Some(self.file_path(&entry)?),
-                _ => {
-                    let DeValue::Table(ami) = entry.value else {
-                        return Err(self.wrong_type(&entry, "a table: [ami]").into());
-                    };
-                    self.ami(ami, &mut settings)?;
+                "qos" => {
+                    for entry in self.entries(self.table(&entry, "a table: [qos.auto]")?, "qos.")? {
+                        settings.qos_auto = Some(self.qos_auto(&entry)?);
+                    }
                 }
+                _ => self.ami(self.table(&entry, "a table: [ami]")?, &mut settings)?,
             }
         }
         Ok(settings)
@@ -428,6 +462,42 @@ impl Document<'_> {
             }
         }
         Ok(())
+    }
+
+    fn qos_auto(&self, auto: &Entry<'_>) -> Result<AutoSettings, ConfigError> {
+        let (mut uplink, mut downlink, mut policy, mut replace) = (None, None, None, false);
+        let (mut on, mut off) = (Thresholds::ON, Thresholds::OFF);
+        let rate = |entry: &Entry<'_>| self.checked(entry, |text| Ok(text.parse::<Rate>()?));
+        let threshold = |entry: &Entry<'_>| self.number(entry, voice_rate);
+        for entry in self.entries(self.table(auto, "a table: [qos.auto]")?, "qos.auto.")? {
+            match entry.key {
+                "qos.auto.uplink" => uplink = Some(rate(&entry)?),
+                "qos.auto.downlink" => downlink = Some(rate(&entry)?),
+                "qos.auto.policy" => policy = Some(self.file_path(&entry)?),
+                "qos.auto.replace" => replace = self.flag(&entry)?,
+                "qos.auto.on-threshold" => on = threshold(&entry)?,
+                _ => off = threshold(&entry)?,
+            }
+        }
+        Ok(AutoSettings {
+            uplink: uplink.ok_or_else(|| ConfigError::NoUplink(self.position(auto.start)))?,
+            downlink,
+            policy,
+            replace,
+            thresholds: Thresholds::new(on, off)
+                .map_err(|source| self.wrong_value(auto, source.into()))?,
+        })
+    }
+
+    fn table<'t>(
+        &self,
+        entry: &Entry<'t>,
+        wanted: &'static str,
+    ) -> Result<&'t DeTable<'t>, ConfigError> {
+        match entry.value {
+            DeValue::Table(table) => Ok(table),
+            _ => Err(self.wrong_type(entry, wanted).into()),
+        }
     }
 
     fn checked<T>(
@@ -543,6 +613,11 @@ pub fn max_streams(text: &str) -> Result<u32, SettingError> {
         .ok()
         .filter(|count| (FEWEST_STREAMS..=MOST_STREAMS).contains(count))
         .ok_or_else(|| SettingError::MaxStreams(printable(text)))
+}
+
+fn voice_rate(text: &str) -> Result<u32, SettingError> {
+    text.parse()
+        .map_err(|_| SettingError::VoiceRate(printable(text)))
 }
 
 /// Reads a number of packets that prove a stream.
@@ -689,6 +764,7 @@ mod tests {
             ami_address: Some(format!("{tag}:5038")),
             ami_user: Some(tag.into()),
             ami_secret_file: Some(format!("/{tag}.secret").into()),
+            qos_auto: None,
         }
     }
 
@@ -697,7 +773,9 @@ mod tests {
         let settings = parsed(
             "mode = \"generic\"\ndscp = 26\npriority = 5\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
              silence = 20\nexpire = 90\npersist = true\nsocket = \"/run/x.sock\"\n\
-             [ami]\ngrace = 1\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n",
+             [ami]\ngrace = 1\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n\
+             [qos.auto]\nuplink = \"1mbit\"\ndownlink = \"8mbit\"\npolicy = \"qos.toml\"\nreplace = true\n\
+             on-threshold = 100\noff-threshold = 20\n",
         );
         assert_eq!(
             settings.expect("valid file"),
@@ -716,6 +794,13 @@ mod tests {
                 ami_address: Some("pbx.example.com:5038".into()),
                 ami_user: Some("relay".into()),
                 ami_secret_file: Some("/etc/secret".into()),
+                qos_auto: Some(AutoSettings {
+                    uplink: "1mbit".parse().expect("rate"),
+                    downlink: Some("8mbit".parse().expect("rate")),
+                    policy: Some("/etc/qos.toml".into()),
+                    replace: true,
+                    thresholds: Thresholds::new(100, 20).expect("thresholds"),
+                }),
             }
         );
         assert_eq!(parsed("").expect("empty file"), Settings::default());
@@ -817,6 +902,27 @@ mod tests {
             ("mode = \"auto\"\nmode = \"auto\"", ":2:1: duplicate key"),
             ("mode = auto", ":1:8: "),
             ("[ami\n", ":1:5: "),
+            (
+                "[qos.auto]\ndownlink = \"8mbit\"",
+                ":1:1: `qos.auto.uplink` is missing: write what the line carries",
+            ),
+            (
+                "[qos.auto]\nuplink = \"fast\"",
+                ":2:10: `qos.auto.uplink`: `fast` is no rate",
+            ),
+            (
+                "[qos.auto]\nuplink = \"1mbit\"\noff-threshold = 11",
+                "above 10 voice packets per second and off below 11",
+            ),
+            (
+                "[qos]\nuplink = \"1mbit\"",
+                ":2:1: unknown key `qos.uplink`: did you mean `qos.auto.uplink`?",
+            ),
+            ("qos = 1", "write a table: [qos.auto]"),
+            (
+                "[qos.auto]\non-threshold = -1",
+                "`-1` is no number of packets per second",
+            ),
         ] {
             let error = parsed(text).expect_err(text).to_string();
             assert!(error.contains(expected), "{text}: {error}");
@@ -854,6 +960,7 @@ mod tests {
                 persist: false,
                 socket: "/run/relay-user/eth0.sock".into(),
                 ami: None,
+                qos_auto: None,
             }
         );
         let from = |flags, variable, file| {

@@ -1,12 +1,16 @@
 //! The daemon behind `relay-user attach`: everything is opened in an order that leaves nothing
 //! behind when a step fails, and closed in the reverse order.
 
-use std::time::Instant;
+use std::{
+    io,
+    thread::{self, JoinHandle},
+    time::Instant,
+};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use sd_notify::NotifyState;
 use tokio::{
-    runtime,
+    runtime::{self, Runtime},
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     time::{MissedTickBehavior, interval},
@@ -29,6 +33,7 @@ use crate::{
     next_hop::{self, Changes, Interface, Interfaces, LinkLayer},
     priority::Priority,
     privileges,
+    qos::auto::{Auto, AutoSettings},
 };
 
 /// Commands of clients that wait for the controller.
@@ -66,10 +71,7 @@ pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
     datapath::ensure_bpffs()?;
     // Capabilities belong to a thread: before the event loop starts any.
     privileges::keep_for_attaching()?;
-    let runtime = runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the event loop")?;
+    let runtime = event_loop()?;
     let outcome = runtime.block_on(attach(settings, &interface, choice));
     // A name lookup that hangs must not keep the process.
     runtime.shutdown_background();
@@ -123,7 +125,7 @@ impl Choice {
             format!("cannot read the queueing discipline of {}", interface.name)
         })?;
         let shaper = qdisc.filter(|kind| datapath::shapes(kind));
-        let needs_tc = needs_tc(settings.priority, interface.layer, shaper.as_deref());
+        let needs_tc = needs_tc(settings, interface.layer, shaper.as_deref());
         let (mode, reason) = match (settings.mode, needs_tc) {
             (Mode::Auto, Some(reason)) => (Mode::Tc, reason),
             (mode, _) => (mode, "asked for".to_owned()),
@@ -137,34 +139,28 @@ impl Choice {
 }
 
 /// Why XDP would not do, if so.
-fn needs_tc(priority: Option<Priority>, layer: LinkLayer, shaper: Option<&str>) -> Option<String> {
+fn needs_tc(settings: &AttachSettings, layer: LinkLayer, shaper: Option<&str>) -> Option<String> {
     if layer == LinkLayer::Ip {
         return Some("the link has no Ethernet header, which XDP needs".to_owned());
     }
-    if let Some(priority) = priority.and_then(Priority::effective) {
+    if let Some(priority) = settings.priority.and_then(Priority::effective) {
         return Some(format!(
             "the priority {priority} is nothing that XDP can set"
         ));
+    }
+    if settings.qos_auto.is_some() {
+        return Some("[qos.auto] shapes what leaves, and XDP would go around that".to_owned());
     }
     shaper.map(|kind| format!("the queueing discipline is {kind}, which XDP would go around"))
 }
 
 async fn attach(
-    settings: AttachSettings,
+    mut settings: AttachSettings,
     interface: &Interface,
     choice: Choice,
 ) -> anyhow::Result<()> {
     // Before anything else, so that a signal during start-up ends the daemon cleanly too.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    let signalled = async {
-        tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-            _ = hangup.recv() => "SIGHUP",
-        }
-    };
+    let signalled = signalled()?;
     tokio::pin!(signalled);
 
     let socket = ControlSocket::claim(&settings.socket)?;
@@ -186,6 +182,11 @@ async fn attach(
     if let Dscp::Map(map) = &settings.dscp {
         datapath.set_dscp_map(map)?;
     }
+    let auto = settings
+        .qos_auto
+        .take()
+        .map(|auto| Auto::establish(interface.name.clone(), auto));
+    let auto = auto.transpose()?;
     privileges::keep_for_serving()?;
     let (next_hops, resolver, changes) = next_hop::open(interface.index)?;
     tracing::info!(
@@ -246,6 +247,7 @@ async fn attach(
         wire,
         next_hops: changes,
     };
+    let shaping = auto.map(Shaping::start).transpose()?;
     let served = serve(controller, sources, signalled).await;
 
     notify(&[NotifyState::Stopping]);
@@ -257,12 +259,79 @@ async fn attach(
         }
     });
     stop.cancel();
+    if let Some(shaping) = shaping {
+        shaping.end()?;
+    }
     if let Some(feed) = feed {
         feed.await.context("the AMI feed failed")?;
     }
     server.await.context("the control server failed")??;
     resolver.await.context("the next hop resolver failed")??;
     outcome
+}
+
+/// The signal that ends this process, one of those that come from now on.
+fn signalled() -> io::Result<impl Future<Output = &'static str>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = hangup.recv() => "SIGHUP",
+        }
+    })
+}
+
+/// Shaping while calls are up, in a thread of its own: changing queueing disciplines may take its time.
+struct Shaping {
+    stop: std::sync::mpsc::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Shaping {
+    fn start(auto: Auto) -> io::Result<Self> {
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let thread = thread::Builder::new()
+            .name("qos auto".to_owned())
+            .spawn(move || auto.run(&stopped))?;
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends it, and leaves shaping as it is.
+    fn end(self) -> anyhow::Result<()> {
+        drop(self.stop);
+        let ended = self.thread.join();
+        ended.map_err(|_| anyhow!("the thread that shapes for calls has failed"))
+    }
+}
+
+/// Shapes an interface while calls are up, until SIGTERM, SIGINT or SIGHUP.
+///
+/// # Errors
+/// Whatever keeps it from starting, with its remedy; then the interface is as it was.
+pub fn shape_for_calls(interface: String, settings: AutoSettings) -> anyhow::Result<()> {
+    let auto = Auto::establish(interface, settings)?;
+    // An interface that comes back is prepared anew.
+    privileges::keep_for_attaching()?;
+    let runtime = event_loop()?;
+    runtime.block_on(async {
+        let signalled = signalled()?;
+        let shaping = Shaping::start(auto)?;
+        notify(&[NotifyState::Ready]);
+        let signal = signalled.await;
+        notify(&[NotifyState::Stopping]);
+        tracing::info!(signal, "leaving queues as they are");
+        shaping.end()
+    })
+}
+
+fn event_loop() -> anyhow::Result<Runtime> {
+    runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")
 }
 
 /// Where the controller's events come from.

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::{ErrorKind, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::{Command, Output},
     thread,
     time::{Duration, Instant},
@@ -17,11 +17,13 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::socket::{setsockopt, sockopt},
 };
+use relay_common::classify::QOS_ABI;
 use relay_tests::{
+    capture::{Capture, Direction},
     link::{End, connect},
     namespace::Host,
     relay::{Relay, binary},
-    topology::{Direct, PBX_MAC, PBX_V4, PHONES_MAC},
+    topology::{Direct, PBX_MAC, PBX_V4, PHONES_MAC, Routed},
 };
 use relay_user::{
     netlink::Refusal,
@@ -145,50 +147,58 @@ fn the_tree_is_as_the_policy_says() {
     );
     let classes = tc(host, "-d class show dev eth0");
     for (class, words) in [
+        // What 2 ms bring: with more, packets would leave in pairs.
         (
             "1:1 root",
-            "rate 950Kbit ceil 950Kbit linklayer ethernet burst 1636b/1",
+            "rate 950Kbit ceil 950Kbit burst 237b cburst 237b",
         ),
         (
             "1:10 parent 1:1 leaf 10:",
-            "prio 0 quantum 1518 rate 47496bit ceil 95Kbit",
+            "prio 0 quantum 1518 rate 47496bit ceil 95Kbit burst 11b cburst 1541b",
         ),
         (
             "1:20 parent 1:1 leaf 20:",
-            "prio 1 quantum 1518 rate 522496bit ceil 950Kbit",
+            "prio 1 quantum 1518 rate 522496bit ceil 950Kbit burst 130b cburst 1755b",
         ),
         (
             "1:30 parent 1:1 leaf 30:",
-            "prio 2 quantum 1518 rate 190Kbit ceil 950Kbit",
+            "prio 2 quantum 1518 rate 190Kbit ceil 950Kbit burst 47b cburst 1755b",
         ),
         (
             "1:40 parent 1:1 leaf 40:",
-            "prio 3 quantum 1518 rate 190Kbit ceil 950Kbit",
+            "prio 3 quantum 1518 rate 190Kbit ceil 950Kbit burst 47b cburst 1755b",
         ),
     ] {
         let mut lines = classes.lines();
         let line = lines.find(|line| line.starts_with(&format!("class htb {class}")));
         let line = line.unwrap_or_else(|| panic!("{class}: {classes}"));
-        // tc rounds a burst up or down.
-        let words = words.split(" linklayer").next().expect("words");
+        let line = line
+            .replace(" linklayer ethernet", "")
+            .replace("/1 mpu 0b", "");
         assert!(line.contains(words), "no {words} in {line}");
     }
     for leaf in [
-        "10: parent 1:10",
-        "20: parent 1:20",
-        "30: parent 1:30",
-        "40: parent 1:40",
+        "tbf 10: parent 1:10",
+        "tbf 20: parent 1:20",
+        "tbf 30: parent 1:30",
+        "tbf 40: parent 1:40",
+        "pfifo 11: parent 10:1 limit 32p",
+        "pfifo 21: parent 20:1 limit 32p",
+        "pfifo 31: parent 30:1 limit 32p",
+        "pfifo 41: parent 40:1 limit 32p",
     ] {
-        assert!(
-            qdiscs.contains(&format!("qdisc pfifo {leaf} limit 32p")),
-            "{qdiscs}"
-        );
+        assert!(qdiscs.contains(&format!("qdisc {leaf}")), "{qdiscs}");
     }
     // More bytes a second than 32 bits hold.
     done(host, "apply eth0 --uplink 100gbit");
     let classes = tc(host, "class show dev eth0");
     assert!(classes.contains("rate 95Gbit ceil 95Gbit"), "{classes}");
     assert!(classes.contains("rate 52250Mbit ceil 95Gbit"), "{classes}");
+    let qdiscs = tc(host, "qdisc show dev eth0");
+    assert!(
+        qdiscs.contains("pfifo 40: parent 1:40") && !qdiscs.contains("tbf"),
+        "{qdiscs}"
+    );
     assert_eq!(shown(host, "eth0")["state"], "shaped");
     let said = done(host, "clear eth0");
     assert!(said.contains("the kernel's default again"), "{said}");
@@ -339,6 +349,105 @@ fn the_line_is_not_filled_beyond_its_share() {
         count(&class(&report, "bulk")["bits_per_second"]) > 0,
         "{report}"
     );
+}
+
+/// Sends some by TCP.
+fn stream(from: &Host, to: &Host, address: IpAddr) {
+    const BYTES: usize = 400_000;
+    let server = to.run(|| TcpListener::bind((address, 9)));
+    let server = server.expect("listening");
+    let client = from.run(|| TcpStream::connect((address, 9)));
+    let mut client = client.expect("connected");
+    let (mut server, _) = server.accept().expect("accepted");
+    thread::scope(|scope| {
+        scope.spawn(move || client.write_all(&vec![0; BYTES]).expect("sent"));
+        server.read_exact(&mut vec![0; BYTES]).expect("received");
+    });
+}
+
+/// Packets that the classes of a device have sent, and how often they sent something: less often where
+/// a packet was sent that others below were to cut.
+fn sent_by_classes(host: &Host, device: &str) -> (u64, u64) {
+    let said = tc(host, &format!("-s class show dev {device}"));
+    let after = |word: &str, skip: usize| {
+        let words: Vec<_> = said.split_whitespace().collect();
+        let numbers = words.iter().enumerate().filter(|(_, it)| **it == word);
+        let numbers: Vec<u64> = numbers
+            .map(|(at, _)| words[at + skip].parse().expect("a number"))
+            .collect();
+        numbers
+    };
+    let (packets, lent, borrowed) = (after("Sent", 3), after("lended:", 1), after("borrowed:", 1));
+    // HTB counts here for each that it takes out of a class whether the class was in its own rate, and
+    // for the class above, what went by that one.
+    let own = said.lines().filter(|line| line.starts_with("class htb"));
+    own.enumerate()
+        .filter(|(_, line)| line.contains(" leaf "))
+        .fold((0, 0), |(all, times), (at, _)| {
+            (all + packets[at], times + lent[at] + borrowed[at])
+        })
+}
+
+#[test]
+fn what_tcp_hands_over_as_one_is_cut_on_a_slow_line() {
+    let net = Routed::new(1).expect("network");
+    let (pbx, router, phones) = (&net.pbx, &net.router, &net.phones);
+    // What TCP hands over crosses a veth uncut, as if merged by the receiver's GRO.
+    net.pbx_interface
+        .leave_checksums_to_device()
+        .expect("offloads");
+    let ifb = format!("relayifb{}", net.gateway_interface.index);
+    let download = || stream(pbx, phones, Routed::phone_v4(0));
+    for (what, host, apply, device) in [
+        ("of this host", pbx, "eth0 --uplink", "eth0"),
+        ("forwarded", router, "eth1 --uplink", "eth1"),
+        ("come in", router, "eth0 --uplink 1gbit --downlink", &ifb),
+    ] {
+        let interface = apply.split(' ').next().expect("a name");
+        done(host, &format!("apply {apply} 200mbit"));
+        download();
+        let (packets, times) = sent_by_classes(host, device);
+        assert!(times < packets / 2, "{what}: {packets} in {times}");
+        done(host, &format!("clear {interface}"));
+        done(host, &format!("apply {apply} 20mbit"));
+        let line = if device == interface {
+            "uplink"
+        } else {
+            "downlink"
+        };
+        assert_eq!(shown(host, interface)[line]["splits"], true);
+        download();
+        let (packets, times) = sent_by_classes(host, device);
+        assert!(packets > 250, "{what}: {packets}");
+        assert_eq!(packets, times, "{what}");
+        done(host, &format!("clear {interface}"));
+    }
+}
+
+#[test]
+fn no_packet_on_the_line_is_longer_than_a_frame() {
+    let net = Direct::new(1).expect("network");
+    done(&net.pbx, "apply eth0 --uplink 20mbit");
+    let capture = Capture::start(&net.pbx_interface).expect("capture");
+    stream(&net.pbx, &net.phones, Direct::phone_v4(0));
+    let sent = capture.stop().expect("frames").only(Direction::Out);
+    let longest = sent.frames.iter().map(|frame| frame.bytes.len()).max();
+    assert_eq!(longest, Some(1514));
+    // Nor is one lost that is as long as the interface lets it be.
+    net.pbx.ip("link set eth0 mtu 9000").expect("MTU");
+    let report = shown(&net.pbx, "eth0");
+    assert_eq!(
+        report["drift"],
+        serde_json::json!([
+            "the MTU is 9000 and was 1500: what is longer may be lost until it is shaped again"
+        ])
+    );
+    done(&net.pbx, "apply eth0 --uplink 20mbit");
+    assert_eq!(shown(&net.pbx, "eth0")["state"], "shaped");
+    net.phones.ip("link set eth0 mtu 9000").expect("MTU");
+    stream(&net.pbx, &net.phones, Direct::phone_v4(0));
+    let report = shown(&net.pbx, "eth0");
+    assert_eq!(class(&report, "bulk")["drops"], 0, "{report}");
 }
 
 #[test]
@@ -493,20 +602,26 @@ fn a_classifier_that_cannot_be_attached_leaves_all_as_it_was() {
     let host = &net.pbx;
     for before in ["show", "apply eth0 --uplink 1mbit --downlink 8mbit"] {
         done(host, before);
-        // Whoever may not mount it cannot pin.
+        let before = everything(host);
+        // In the place of what is being prepared, which would be removed if it were ours.
+        let foreign = format!("/sys/fs/bpf/relay-qos/v{QOS_ABI}/eth0/next/foreign");
+        host.run(|| fs::create_dir_all(&foreign)).expect("made");
+        for after in [
+            "apply eth0 --uplink 2mbit",
+            "apply eth0 --uplink 2mbit --downlink 9mbit",
+        ] {
+            refused(host, after, 1, &[&foreign]);
+            assert_eq!(everything(host), before, "{after}");
+        }
+        host.run(|| fs::remove_dir(&foreign)).expect("removed");
+        // Whoever may not mount it cannot pin. With it go the pins that hold the classifier.
         host.run(|| umount2("/sys/fs/bpf", MntFlags::MNT_DETACH))
             .expect("unmounted");
-        let before = (
-            dump(host, "eth0"),
-            host.run(|| fs::read_to_string(STATE).ok()),
-        );
+        until("detached", || programs(host) == [0, 0]);
+        let before = everything(host);
         let output = limited(host, ENOUGH, "apply eth0 --uplink 2mbit");
         assert!(texts(&output).1.contains("mount -t bpf"), "{output:?}");
-        let after = (
-            dump(host, "eth0"),
-            host.run(|| fs::read_to_string(STATE).ok()),
-        );
-        assert_eq!(after, before);
+        assert_eq!(everything(host), before);
         host.run(|| {
             mount(
                 Some("bpf"),
@@ -634,7 +749,7 @@ fn changes_by_hand_are_seen() {
     tc(
         host,
         "class change dev eth0 parent 1:1 classid 1:20 htb rate 1mbit
-qdisc replace dev eth0 parent 1:30 handle 30: pfifo limit 5
+qdisc replace dev eth0 parent 30:1 handle 31: pfifo limit 5
 qdisc delete dev eth0 parent 1:40
 qdisc add dev eth0 parent 1:40 handle 40: bfifo limit 3000
 filter add dev eth0 parent 1: protocol ip u32 match u32 0 0 flowid 1:10",
@@ -646,8 +761,9 @@ filter add dev eth0 parent 1: protocol ip u32 match u32 0 0 flowid 1:10",
         told,
         [
             "class 1:20 was changed",
-            "pfifo of 1:30 was changed",
-            "pfifo of 1:40 was replaced by bfifo",
+            "pfifo of 30:1 was changed",
+            "tbf of 1:40 was replaced by bfifo",
+            "pfifo of 40:1 is gone",
             "filters were added: 1"
         ]
     );
@@ -932,6 +1048,7 @@ fn the_report_is_of_one_shape() {
         object.keys().cloned().collect()
     };
     let interface = [
+        "auto",
         "before",
         "downlink",
         "drift",
@@ -949,7 +1066,9 @@ fn the_report_is_of_one_shape() {
         let line = &report[line];
         assert_eq!(
             keys(line),
-            ["classes", "device", "leaf", "rate", "rules", "shaped"]
+            [
+                "classes", "device", "leaf", "rate", "rules", "shaped", "splits"
+            ]
         );
         assert_eq!(
             keys(&line["classes"][1]),

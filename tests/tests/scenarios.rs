@@ -481,11 +481,11 @@ impl Faults {
     }
 }
 
-/// The relay beside the Asterisk under test, with these arguments more.
-fn attach(stage: &Stage, ami: SocketAddr, more: &[&str]) -> Relay {
+/// The relay beside the Asterisk under test, in this mode and with these arguments more.
+fn attach(stage: &Stage, ami: SocketAddr, mode: &str, more: &[&str]) -> Relay {
     let ami = ami_arguments(ami, USER, stage.lab.secret_file());
-    let more = ["--mode", "native"].iter().chain(more);
-    let args = ami.into_iter().chain(more.map(|arg| (*arg).to_owned()));
+    let more = ["--mode", mode].into_iter().chain(more.iter().copied());
+    let args = ami.into_iter().chain(more.map(str::to_owned));
     let net = &stage.lab.net;
     Relay::attach(&net.pbx, &net.pbx_interface.name, args).expect("relay-user attach")
 }
@@ -517,19 +517,21 @@ fn whatever_happens_to_a_call_sounds_as_without_the_relay() {
         })
         .collect();
     let _pass = stage.lab.net.phones_interface.pass_program().expect("XDP");
-    let relay = attach(&stage, stage.lab.ami(), &[]);
-    stage.relayed_by(relay);
-    say(&format!(
-        "{:28} {:>10} {:>10}",
-        "largest gap", "without", "with"
-    ));
-    thread::scope(|scope| {
-        let patient = scope.spawn(|| nobody_is_hung_up(&stage));
-        compare(&stage, &without, scenarios);
-        patient.join().expect("the long calls went well");
-    });
-    let relay = stage.without_relay().expect("attached");
-    relay.stop().expect("a clean end");
+    for (mode, while_compared) in [("native", nobody_is_hung_up as fn(&Stage)), ("tc", |_| ())] {
+        let relay = attach(&stage, stage.lab.ami(), mode, &[]);
+        stage.relayed_by(relay);
+        say(&format!(
+            "{:28} {:>10} {mode:>10}",
+            "largest gap", "without"
+        ));
+        thread::scope(|scope| {
+            let meanwhile = scope.spawn(|| while_compared(&stage));
+            compare(&stage, &without, scenarios.clone());
+            meanwhile.join().expect("the long calls went well");
+        });
+        let relay = stage.without_relay().expect("attached");
+        relay.stop().expect("a clean end");
+    }
 }
 
 /// Runs scenarios until each has sounded once as without the relay.
@@ -786,14 +788,14 @@ fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
         let without = Some(without);
 
         let start = now();
-        let mut relay = attach(&stage, proxy.address(), &["--persist"]);
+        let mut relay = attach(&stage, proxy.address(), "native", &["--persist"]);
         crowd.wait_carried(Carrier::Kernel, PATIENCE);
         crowd.judge("attach", start, without);
 
         // An upgrade: whoever comes next adopts what it finds.
         let start = now();
         relay.signal(Signal::SIGKILL);
-        relay = attach(&stage, proxy.address(), &["--persist"]);
+        relay = attach(&stage, proxy.address(), "native", &["--persist"]);
         crowd.talk(150);
         let window = crowd.judge("upgrade", start, without);
         assert_eq!(window.slow, 0, "{}", relay.log());
@@ -801,7 +803,7 @@ fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
         let start = now();
         relay.signal(Signal::SIGKILL);
         crowd.wait_carried(Carrier::Asterisk, LEASE);
-        relay = attach(&stage, proxy.address(), &["--persist"]);
+        relay = attach(&stage, proxy.address(), "native", &["--persist"]);
         crowd.wait_carried(Carrier::Kernel, PATIENCE);
         crowd.judge("SIGKILL", start, without);
 

@@ -6,18 +6,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::{Args, Subcommand};
+use clap::{ArgAction, Args, Subcommand};
 
 use super::{Form, printed};
 use crate::{
-    config,
+    config, daemon,
+    logging::{self, LogFormat},
     output::{self, Style},
     qos::{
+        auto::{self, AutoSettings},
         kernel::Rtnetlink,
         policy::{BUILT_IN, Policy},
         rate::Rate,
         report,
         shaper::{self, Request},
+        trigger::Thresholds,
     },
 };
 
@@ -36,6 +39,8 @@ use crate::{
 EXAMPLES
   An uplink of 2 Mbit/s:
     relay-user qos apply eth0 --uplink 2mbit
+  The same while calls are up, and only then:
+    relay-user qos auto eth0 --uplink 2mbit
   See how it fares:
     relay-user qos show eth0
   A policy of your own:
@@ -54,6 +59,7 @@ pub(super) struct Qos {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Apply(Apply),
+    Auto(Auto),
     Show(Show),
     Clear(Clear),
     Policy(PolicyArguments),
@@ -97,6 +103,42 @@ struct Apply {
     /// Replace a queueing discipline that relay-user has not made
     #[arg(long)]
     replace: bool,
+}
+
+/// Shape an interface while calls are up
+///
+/// Runs in the foreground until SIGTERM or Ctrl-C. RTP audio that leaves the interface is counted, and so
+/// are the packets that a relay there sends past the queues in XDP mode. Above --on-threshold packets per
+/// second, for 3 seconds in a row, the interface is shaped as by `apply`; below --off-threshold for as
+/// long, it is given back what it had. A party that is silent for less does not count as gone.
+///
+/// When it ends, shaping stays as it is, and the next start goes on from there: a restart in mid-call
+/// changes nothing. `relay-user qos show` tells what it did and when; `relay-user qos clear` puts
+/// everything back.
+///
+/// `relay-user attach` does the same with a table [qos.auto] in its configuration file.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+  Calls on a DSL line, which is all the backup's at other times:
+    relay-user qos auto ppp0 --uplink 1mbit
+  Only for more than one call:
+    relay-user qos auto eth0 --uplink 2mbit --on-threshold 150 --off-threshold 20")]
+struct Auto {
+    #[command(flatten)]
+    line: Apply,
+    /// Voice packets per second above which shaping goes on; a call has about 50 in each direction
+    #[arg(long, value_name = "PPS", default_value_t = Thresholds::ON)]
+    on_threshold: u32,
+    /// Voice packets per second below which shaping goes off
+    #[arg(long, value_name = "PPS", default_value_t = Thresholds::OFF)]
+    off_threshold: u32,
+    /// Log more: why things are done (-v), or everything (-vv)
+    #[arg(short, long, action = ArgAction::Count)]
+    verbose: u8,
+    /// Form of the log on standard error
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
 }
 
 /// Show how shaped interfaces fare
@@ -163,6 +205,7 @@ struct PolicyArguments {
 pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
     match &arguments.verb {
         Verb::Apply(apply) => {
+            auto::refuse_while_running(&apply.interface)?;
             let policy = policy(apply.policy.as_ref())?;
             let request = Request {
                 interface: &apply.interface,
@@ -175,8 +218,11 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
             let applied = shaper::apply(&mut Rtnetlink, &request)?;
             Ok(output::qos::applied(&request, &applied))
         }
+        Verb::Auto(arguments) => auto(arguments).map(|()| String::new()),
         Verb::Show(arguments) => show(arguments),
         Verb::Clear(Clear { interface }) => {
+            auto::refuse_while_running(interface)?;
+            auto::forget(interface)?;
             let cleared = shaper::clear(&mut Rtnetlink, interface)?;
             Ok(output::qos::cleared(interface, &cleared))
         }
@@ -196,6 +242,21 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
             ))
         }
     }
+}
+
+fn auto(arguments: &Auto) -> anyhow::Result<()> {
+    logging::start(arguments.log_format, arguments.verbose);
+    let line = &arguments.line;
+    daemon::shape_for_calls(
+        line.interface.clone(),
+        AutoSettings {
+            uplink: line.uplink,
+            downlink: line.downlink,
+            policy: line.policy.clone(),
+            replace: line.replace,
+            thresholds: Thresholds::new(arguments.on_threshold, arguments.off_threshold)?,
+        },
+    )
 }
 
 fn policy(file: Option<&PathBuf>) -> anyhow::Result<Policy> {

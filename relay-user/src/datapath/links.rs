@@ -57,7 +57,7 @@ pub(crate) struct LinkInfo {
 
 impl Link {
     /// Attaches a program to XDP, in the driver or else in the stack.
-    pub(crate) fn xdp(program: BorrowedFd<'_>, index: u32, native: bool) -> io::Result<Self> {
+    pub(super) fn xdp(program: BorrowedFd<'_>, index: u32, native: bool) -> io::Result<Self> {
         let flags = if native {
             XDP_FLAGS_DRV_MODE
         } else {
@@ -82,7 +82,7 @@ impl Link {
     }
 
     /// Numbers of the TCX links of an interface; none before Linux 6.6.
-    pub(crate) fn tcx_links(index: u32, direction: Direction) -> io::Result<Vec<u32>> {
+    pub(super) fn tcx_links(index: u32, direction: Direction) -> io::Result<Vec<u32>> {
         /// `struct { … } query` of `union bpf_attr`.
         #[repr(C)]
         struct Query {

@@ -2,6 +2,7 @@
 
 use std::{
     os::fd::AsFd as _,
+    path::Path,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
@@ -22,6 +23,9 @@ pub(super) const KEY: usize = size_of::<StreamKey>();
 pub(super) const VALUE: usize = size_of::<Stream>();
 pub(super) const OUT_LEG: usize = size_of::<OutLeg>();
 const COUNTER: usize = size_of::<Counter>();
+
+/// Packets and bytes, of each CPU.
+pub(crate) type Counters = PerCpuArray<MapData, [u8; COUNTER]>;
 const DSCP_MAP: usize = size_of::<DscpMap>();
 
 /// The maps of a loaded object.
@@ -31,7 +35,7 @@ pub(super) struct Maps {
     pub(super) out_legs: HashMap<MapData, [u8; KEY], [u8; OUT_LEG]>,
     pub(super) state: StateMap,
     pub(super) lease: LeaseMap,
-    pub(super) counters: PerCpuArray<MapData, [u8; COUNTER]>,
+    pub(super) counters: Counters,
     pub(super) dscp_map: Array<MapData, [u8; DSCP_MAP]>,
     /// Until its reader takes it.
     pub(super) events: Option<RingBuf<MapData>>,
@@ -120,6 +124,29 @@ where
         map: name,
         source: Box::new(source),
     })
+}
+
+/// A map of counters that is pinned.
+pub(crate) fn open_counters(pin: &Path) -> Result<Counters, DatapathError> {
+    MapData::from_pin(pin)
+        .and_then(|map| Counters::try_from(Map::PerCpuArray(map)))
+        .map_err(counters_error)
+}
+
+/// An element, all CPUs together.
+pub(crate) fn total(counters: &Counters, element: u32) -> Result<Counter, DatapathError> {
+    let values = counters.get(&element, 0).map_err(counters_error)?;
+    Ok(values
+        .iter()
+        .map(|bytes| -> Counter { zerocopy::transmute!(*bytes) })
+        .sum())
+}
+
+fn counters_error(source: MapError) -> DatapathError {
+    DatapathError::Map {
+        map: names::COUNTERS,
+        source: Box::new(source),
+    }
 }
 
 /// What a removal came to: a key that is not there is no error.

@@ -5,7 +5,7 @@ mod error;
 mod events;
 pub(crate) mod links;
 pub(crate) mod load;
-mod maps;
+pub(crate) mod maps;
 pub(crate) mod pins;
 mod qdisc;
 pub(crate) mod tc;
@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use self::{
     attachment::RelayAttachment,
-    maps::{KEY, Maps, OUT_LEG, VALUE, removed},
+    maps::{KEY, Maps, OUT_LEG, VALUE, removed, total},
     pins::{Directory, Earlier, Pins},
     tc::{Order, TcAttachment, TcHook},
 };
@@ -34,7 +34,9 @@ pub use self::{
     error::DatapathError,
     events::Events,
     load::{OBJECT, load, load_observer, load_tc, load_xdp},
-    pins::{attached_mode, check_unserved, ensure_bpffs, owns, remove_leftovers},
+    pins::{
+        attached_mode, check_unserved, ensure_bpffs, owns, relayed_past_queues, remove_leftovers,
+    },
     qdisc::{root_qdisc, shapes},
     tc::Direction,
 };
@@ -506,24 +508,7 @@ impl Datapath {
     pub fn counters(&self) -> Result<Vec<(Reason, Counter)>, DatapathError> {
         Reason::ALL
             .iter()
-            .map(|&reason| {
-                let values = self
-                    .maps
-                    .counters
-                    .get(&(reason as u32), 0)
-                    .map_err(|source| DatapathError::Map {
-                        map: names::COUNTERS,
-                        source: Box::new(source),
-                    })?;
-                let total = values.iter().fold(Counter::default(), |total, bytes| {
-                    let one: Counter = zerocopy::transmute!(*bytes);
-                    Counter {
-                        packets: total.packets.wrapping_add(one.packets),
-                        bytes: total.bytes.wrapping_add(one.bytes),
-                    }
-                });
-                Ok((reason, total))
-            })
+            .map(|&reason| Ok((reason, total(&self.maps.counters, reason as u32)?)))
             .collect()
     }
 }

@@ -18,13 +18,13 @@ use nix::{
     mount::MsFlags,
     sys::statfs::{FsType, statfs},
 };
-use relay_common::stream::ABI_VERSION;
+use relay_common::{reason::Reason, stream::ABI_VERSION};
 
 use super::{
     AttachMode, DatapathError,
     attachment::RelayAttachment,
     links::{Hook, Link, LinkInfo, Pinned},
-    maps::{self, Layout},
+    maps::{self, Layout, open_counters, total},
     names,
     tc::{Direction, Filter, TcAttachment, TcHook},
 };
@@ -359,6 +359,23 @@ pub(super) fn attached<'a>(
 /// [`DatapathError::Interfaces`], [`DatapathError::Pins`].
 pub fn attached_mode(interface: &str, index: u32) -> Result<Option<AttachMode>, DatapathError> {
     Ok(unlocked(interface, index)?.map(|attached| attached.mode))
+}
+
+/// Packets that an instance in XDP has relayed since it was attached, past everything that leaves by the
+/// queueing disciplines; none where there is no such instance of this version.
+///
+/// # Errors
+/// As [`attached_mode`]; [`DatapathError::Map`].
+pub fn relayed_past_queues(interface: &str, index: u32) -> Result<u64, DatapathError> {
+    match attached_mode(interface, index)? {
+        Some(AttachMode::Native | AttachMode::Generic) => {}
+        Some(AttachMode::Tc) | None => return Ok(0),
+    }
+    let pin = own_directory(interface).join(names::COUNTERS);
+    if !pin.exists() {
+        return Ok(0);
+    }
+    Ok(total(&open_counters(&pin)?, Reason::Relayed as u32)?.packets)
 }
 
 /// Whether an XDP program on an interface is the relay's, left attached there by an earlier daemon.

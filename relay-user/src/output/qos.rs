@@ -6,6 +6,7 @@ use comfy_table::Cell;
 
 use super::{Facts, Style, clean, drawn, number, text};
 use crate::qos::{
+    auto::AutoReport,
     object::handle,
     policy::{ClassRate, Policy},
     rate,
@@ -107,6 +108,9 @@ fn interface(report: &InterfaceReport, style: Style) -> String {
         ),
     };
     facts.add("state", state);
+    if let Some(report) = &report.auto {
+        auto(&mut facts, report);
+    }
     if report.uplink.is_some() {
         let built_in = || "built in".to_owned();
         let policy = report.policy.as_ref();
@@ -123,6 +127,39 @@ fn interface(report: &InterfaceReport, style: Style) -> String {
         }
     }
     screen
+}
+
+/// Transitions that are shown to a person.
+const SHOWN: usize = 4;
+
+fn auto(facts: &mut Facts, report: &AutoReport) {
+    let state = if report.on { "on" } else { "off" };
+    let state = if report.running {
+        format!(
+            "{state}, {:.0} voice packets/s (on above {}, off below {}, for 3 s)",
+            report.voice_per_second, report.on_threshold, report.off_threshold
+        )
+    } else {
+        format!(
+            "not running; its last process, {}, left shaping {state}",
+            report.process
+        )
+    };
+    facts.add("auto", state);
+    if let Some(failure) = &report.failure {
+        facts.add("", format_args!("failed: {}", clean(failure)));
+    }
+    for switched in report.transitions.iter().rev().take(SHOWN) {
+        let state = if switched.on { "on" } else { "off" };
+        facts.add(
+            "",
+            format_args!(
+                "{} {state}, {:.0} voice packets/s",
+                clean(&switched.time),
+                switched.voice_per_second
+            ),
+        );
+    }
 }
 
 fn line(name: &str, report: &LineReport, style: Style) -> String {

@@ -8,7 +8,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, Map, MapData, MapError},
     programs::SchedClassifier,
     util::KernelVersion,
 };
@@ -23,7 +23,9 @@ use crate::{
     datapath::{
         DatapathError, ensure_bpffs,
         links::{Link, Pinned},
-        load, names,
+        load,
+        maps::{open_counters, total},
+        names,
         pins::{BPFFS, error, pin_name, remove_folder},
         tc::{Direction, Filter, Order, TcAttachment, TcHook},
     },
@@ -44,7 +46,7 @@ pub const POLICY: &str = "POLICY";
 /// What rules and classes are called.
 pub const NAMES: &str = "NAMES";
 /// Packets and bytes by rule and class.
-pub const COUNTERS: &str = "COUNTERS";
+pub use crate::datapath::names::COUNTERS;
 /// Flows that are known for video.
 pub const FLOWS: &str = "FLOWS";
 /// Load-time constant: index of the IFB device.
@@ -68,7 +70,6 @@ const DOWNLINK_HOOK: TcHook = TcHook {
 const NEXT: &str = "next";
 
 const TABLE: usize = size_of::<RuleTable>();
-const COUNTER: usize = size_of::<Counter>();
 
 /// Why the classifier cannot be attached, read or detached.
 #[derive(Debug, thiserror::Error)]
@@ -139,6 +140,14 @@ pub struct NamedCounter {
 pub struct Classifier;
 
 impl Classifier {
+    /// Sees to it that there is a place for pins, before anything is changed that a classifier is for.
+    ///
+    /// # Errors
+    /// [`DatapathError::Bpffs`].
+    pub fn prepare() -> Result<(), ClassifierError> {
+        Ok(ensure_bpffs()?)
+    }
+
     /// Attaches the classifier to an interface, or replaces the one that is there: a packet meets the
     /// old rules or the new ones. Counters begin anew.
     ///
@@ -223,24 +232,14 @@ impl Classifier {
         let names: Array<_, [u8; size_of::<Names>()]> =
             Array::try_from(Map::Array(open(NAMES)?)).map_err(map_error(NAMES))?;
         let names: Names = zerocopy::transmute!(names.get(&0, 0).map_err(map_error(NAMES))?);
-        let counters: PerCpuArray<_, [u8; COUNTER]> =
-            PerCpuArray::try_from(Map::PerCpuArray(open(COUNTERS)?))
-                .map_err(map_error(COUNTERS))?;
+        let counters = open_counters(&directory.join(COUNTERS))?;
         let counter = |name: String, element: u32| {
-            let values = counters.get(&element, 0).map_err(map_error(COUNTERS))?;
-            let zero = NamedCounter {
+            let Counter { packets, bytes } = total(&counters, element)?;
+            Ok(NamedCounter {
                 name,
-                packets: 0,
-                bytes: 0,
-            };
-            Ok(values.iter().fold(zero, |total, bytes| {
-                let one: Counter = zerocopy::transmute!(*bytes);
-                NamedCounter {
-                    packets: total.packets.wrapping_add(one.packets),
-                    bytes: total.bytes.wrapping_add(one.bytes),
-                    ..total
-                }
-            }))
+                packets,
+                bytes,
+            })
         };
         let all = |names: &[[u8; NAME]], element: fn(u32) -> u32| {
             (0..)
@@ -254,6 +253,20 @@ impl Classifier {
             classes: all(&names.classes, class_counter)?,
             voice: counter("voice".to_owned(), VOICE)?,
         }))
+    }
+
+    /// Packets of RTP audio that were seen; none where no classifier is pinned.
+    ///
+    /// # Errors
+    /// [`ClassifierError::Datapath`].
+    pub fn voice(interface: &str) -> Result<Option<u64>, ClassifierError> {
+        let directory = own_directory(interface);
+        if !directory.join(COUNTERS).exists() {
+            return Ok(None);
+        }
+        Ok(Some(
+            total(&open_counters(&directory.join(COUNTERS))?, VOICE)?.packets,
+        ))
     }
 }
 

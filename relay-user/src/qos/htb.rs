@@ -3,7 +3,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::object::Attribute;
+use super::{object::Attribute, ratespec::RateSpec};
 
 /// Name of the queueing discipline.
 pub(super) const KIND: &str = "htb";
@@ -15,23 +15,11 @@ const TCA_HTB_CEIL64: u16 = 7;
 
 /// Major number of `HTB_VER` in net/sched/sch_htb.c.
 const VERSION: u32 = 3;
-/// `TC_LINKLAYER_ETHERNET`: the kernel computes times itself, and wants no table of them
-/// (htb_change_class() in net/sched/sch_htb.c).
-const LINK_LAYER_ETHERNET: u8 = 1;
 /// `PSCHED_SHIFT` of include/net/pkt_sched.h: bursts are told in ticks of 64 ns.
 const NANOSECONDS_PER_TICK: u64 = 64;
 
-/// `struct tc_ratespec`.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct RateSpec {
-    cell_log: u8,
-    linklayer: u8,
-    overhead: u16,
-    cell_align: i16,
-    mpu: u16,
-    rate: u32,
-}
+/// What a soft interrupt that follows a high-resolution timer may be late, in ticks: 2 ms.
+const LATENESS: u32 = (2_000_000 / NANOSECONDS_PER_TICK) as u32;
 
 /// `struct tc_htb_opt`.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -79,10 +67,13 @@ pub(super) struct Class {
 impl Class {
     /// A class for packets of at most `frame` bytes.
     ///
-    /// Its bursts are one packet, without which it could not send at all, and a millisecond of its
-    /// rate. HTB waits by a high-resolution timer (qdisc_watchdog_init() in net/sched/sch_api.c), and
-    /// a millisecond covers what its soft interrupt may be late. More would only wait again in the
-    /// modem, where voice has to queue behind it.
+    /// Its burst is what it earns while the timer is late that HTB waits by
+    /// (qdisc_watchdog_init() in net/sched/sch_api.c). It is less than a packet on a slow line: HTB sends
+    /// one whenever its tokens are not below zero (htb_class_mode() in net/sched/sch_htb.c), so a
+    /// burst of one packet would be two packets back to back, and voice would wait for both.
+    ///
+    /// At its ceiling it may send one packet's worth at once besides, by what others leave: a class
+    /// whose ceiling is low sends some small packets (TCP's ACKs) at the line's pace, and not at its own.
     ///
     /// Its quantum is one packet: classes of one priority take turns by packets, as none should wait
     /// for two of another's (a full-size packet takes 12 ms at 1 Mbit/s). A fast class has 10 ms of
@@ -94,11 +85,19 @@ impl Class {
         Self {
             rate,
             ceil,
-            burst: ticks(u64::from(frame) + rate / 1_000, rate),
-            cburst: ticks(u64::from(frame) + ceil / 1_000, ceil),
+            burst: LATENESS,
+            cburst: ticks(frame, ceil).saturating_add(LATENESS),
             quantum: quantum.max(frame),
             prio: prio.into(),
             inner: false,
+        }
+    }
+
+    /// The class that all others borrow from: its own rate is its ceiling.
+    pub(super) fn whole(bits: u64, frame: u32) -> Self {
+        Self {
+            cburst: LATENESS,
+            ..Self::new(bits, bits, 0, frame)
         }
     }
 
@@ -117,18 +116,9 @@ impl Class {
 
     /// As the content of `TCA_OPTIONS`.
     pub(super) fn encode(&self) -> Vec<u8> {
-        // The 32 bits beside the 64 are full where these count (psched_ratecfg_precompute()).
-        let spec = |rate: u64| RateSpec {
-            cell_log: 0,
-            linklayer: LINK_LAYER_ETHERNET,
-            overhead: 0,
-            cell_align: 0,
-            mpu: 0,
-            rate: rate.try_into().unwrap_or(u32::MAX),
-        };
         let options = Options {
-            rate: spec(self.rate),
-            ceil: spec(self.ceil),
+            rate: RateSpec::new(self.rate),
+            ceil: RateSpec::new(self.ceil),
             buffer: self.burst,
             cbuffer: self.cburst,
             quantum: self.quantum,
@@ -171,7 +161,7 @@ impl Class {
 }
 
 /// How long it takes to send so many bytes.
-fn ticks(bytes: u64, bytes_per_second: u64) -> u32 {
+fn ticks(bytes: u32, bytes_per_second: u64) -> u32 {
     let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(bytes_per_second);
     (nanoseconds / u128::from(NANOSECONDS_PER_TICK))
         .try_into()
@@ -241,10 +231,12 @@ mod tests {
     fn slow_classes_send_single_packets() {
         let class = Class::new(190_000, 950_000, 3, 1518);
         assert_eq!(class.quantum, 1518);
-        // 1518 bytes and a millisecond at 118,750 bytes a second: 13.8 ms.
-        assert_eq!(
-            u64::from(class.cburst) * NANOSECONDS_PER_TICK / 100_000,
-            137
-        );
+        let bytes =
+            |burst: u32, rate: u64| u64::from(burst) * NANOSECONDS_PER_TICK * rate / 1_000_000_000;
+        assert_eq!(bytes(class.burst, class.rate), 47);
+        assert_eq!(bytes(class.cburst, class.ceil), 1518 + 237);
+        let whole = Class::whole(950_000, 1518);
+        assert_eq!(bytes(whole.burst, whole.rate), 237);
+        assert_eq!(bytes(whole.cburst, whole.ceil), 237);
     }
 }

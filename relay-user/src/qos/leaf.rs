@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::object::Attribute;
+use super::{object::Attribute, tbf};
 
 /// Which one, the best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -17,10 +17,41 @@ pub enum Leaf {
     Pfifo,
 }
 
-impl Leaf {
-    /// All of them.
-    pub(super) const ALL: [Self; 3] = [Self::FqCodel, Self::Sfq, Self::Pfifo];
+/// What is inside a class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Leaves {
+    /// What shares out.
+    pub(super) fair: Leaf,
+    /// Whether, on a slow line, packets are cut first that are sent as one.
+    pub(super) split: bool,
+}
 
+impl Leaves {
+    /// What is wished for.
+    pub(super) const BEST: Self = Self {
+        fair: Leaf::FqCodel,
+        split: true,
+    };
+
+    /// The best without a kind that the kernel does not have; none if it is not one of these.
+    pub(super) fn without(self, kind: &str) -> Option<Self> {
+        if kind == tbf::KIND && self.split {
+            return Some(Self {
+                split: false,
+                ..self
+            });
+        }
+        let fair = match self.fair {
+            Leaf::FqCodel => Leaf::Sfq,
+            Leaf::Sfq => Leaf::Pfifo,
+            Leaf::Pfifo => return None,
+        };
+        (kind == self.fair.kind()).then_some(Self { fair, ..self })
+    }
+}
+
+impl Leaf {
     /// The kernel's name of it.
     #[must_use]
     pub const fn kind(self) -> &'static str {
@@ -90,6 +121,23 @@ impl Leaf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_kernel_lacks_is_done_without() {
+        let without = |kinds: &[&str]| {
+            let left = |leaves: Leaves, kind: &&str| leaves.without(kind);
+            kinds.iter().try_fold(Leaves::BEST, left)
+        };
+        let leaves = |fair, split| Some(Leaves { fair, split });
+        assert_eq!(without(&["fq_codel"]), leaves(Leaf::Sfq, true));
+        assert_eq!(
+            without(&["tbf", "fq_codel", "sfq"]),
+            leaves(Leaf::Pfifo, false)
+        );
+        assert_eq!(without(&["htb"]), None);
+        assert_eq!(without(&["tbf", "tbf"]), None);
+        assert_eq!(without(&["fq_codel", "sfq", "pfifo"]), None);
+    }
 
     #[test]
     fn queues_are_as_long_as_the_line_is_fast() {

@@ -2,6 +2,11 @@
 
 use std::thread;
 
+use netlink_packet_core::NLM_F_ACK;
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{LinkAttribute, LinkMessage},
+};
 use nix::{
     errno::Errno,
     sched::{CloneFlags, unshare},
@@ -9,10 +14,11 @@ use nix::{
 
 use super::{
     kernel::Rtnetlink,
-    leaf::Leaf,
+    leaf::Leaves,
+    shape::Shape,
     tree::{StepError, Tree, run},
 };
-use crate::netlink::Refusal;
+use crate::netlink::{Refusal, exchange};
 
 /// Why there was none.
 #[derive(Debug, thiserror::Error)]
@@ -31,30 +37,33 @@ pub(super) enum RehearsalError {
 /// Every network namespace has its loopback interface under this number.
 const LOOPBACK: u32 = 1;
 
-/// Builds a tree with the best leaves that the kernel has, and tells which these are.
+/// Builds the trees of lines for an interface with this MTU, with the best leaves that the kernel has,
+/// and tells which these are.
 ///
 /// # Errors
 /// [`RehearsalError`].
-pub(super) fn best_leaf(trees: Vec<(Leaf, Tree)>) -> Result<Leaf, RehearsalError> {
-    elsewhere(move || {
-        let last = trees.len().saturating_sub(1);
-        for (place, (leaf, tree)) in trees.into_iter().enumerate() {
-            match build(&tree) {
-                Ok(_) => return Ok(leaf),
-                Err(RehearsalError::Step(error)) if error.lacks(leaf) && place < last => {}
+pub(super) fn best_leaves(lines: &[&Shape<'_>], mtu: u32) -> Result<Leaves, RehearsalError> {
+    elsewhere(mtu, || {
+        let mut leaves = Leaves::BEST;
+        loop {
+            let mut trees = lines.iter().map(|line| line.tree(leaves));
+            match trees.try_for_each(|tree| build(&tree).map(drop)) {
+                Ok(()) => return Ok(leaves),
+                Err(RehearsalError::Step(error)) => leaves = error.lesser(leaves)?,
                 Err(error) => return Err(error),
             }
         }
-        Ok(Leaf::Pfifo)
     })
 }
 
-/// Whether a tree, built from what was read of it, reads the same again.
+/// Whether a tree, built from what was read of it on an interface with this MTU, reads the same again.
 ///
 /// # Errors
 /// [`RehearsalError::NotPermitted`].
-pub(super) fn restorable(tree: Tree) -> Result<bool, RehearsalError> {
-    elsewhere(move || Ok(build(&tree).is_ok_and(|built| built == tree)))
+pub(super) fn restorable(tree: Tree, mtu: u32) -> Result<bool, RehearsalError> {
+    elsewhere(mtu, move || {
+        Ok(build(&tree).is_ok_and(|built| built == tree))
+    })
 }
 
 /// Builds a tree on an interface that has the kernel's default, and reads it back.
@@ -68,13 +77,19 @@ fn build(tree: &Tree) -> Result<Tree, RehearsalError> {
     Ok(built)
 }
 
-/// Runs in a network namespace of its own, which is gone afterwards.
+/// Runs in a network namespace of its own, which is gone afterwards. Its loopback interface has this
+/// MTU, or the kernel's log would tell of bursts that are shorter than its packets.
 fn elsewhere<T: Send>(
+    mtu: u32,
     work: impl FnOnce() -> Result<T, RehearsalError> + Send,
 ) -> Result<T, RehearsalError> {
     thread::scope(|scope| {
         let inside = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).map_err(RehearsalError::NotPermitted)?;
+            let mut loopback = LinkMessage::default();
+            loopback.header.index = LOOPBACK;
+            loopback.attributes = vec![LinkAttribute::Mtu(mtu)];
+            exchange(RouteNetlinkMessage::SetLink(loopback), NLM_F_ACK, |_| {})?;
             work()
         });
         inside

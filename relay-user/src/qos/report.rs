@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    auto::{self, AutoReport},
     classifier::Classifier,
     htb,
     kernel::{self, Kernel, question},
@@ -24,14 +25,14 @@ use crate::next_hop::Interfaces;
 const TCA_STATS2: u16 = 7;
 
 /// All interfaces that were asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QosReport {
     /// One each.
     pub interfaces: Vec<InterfaceReport>,
 }
 
 /// One interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InterfaceReport {
     /// Its name.
     pub interface: String,
@@ -45,6 +46,8 @@ pub struct InterfaceReport {
     pub before: String,
     /// Where the policy was read; `null` for the built-in one.
     pub policy: Option<PathBuf>,
+    /// What `qos auto` does or did there; `null` where it never ran since the last boot or `qos clear`.
+    pub auto: Option<AutoReport>,
     /// What leaves.
     pub uplink: Option<LineReport>,
     /// What comes in, where that is shaped too.
@@ -76,6 +79,8 @@ pub struct LineReport {
     pub shaped: u64,
     /// The queueing discipline in each class.
     pub leaf: Leaf,
+    /// Whether packets that TCP hands over as one (GSO) are cut there.
+    pub splits: bool,
     /// Those that are there.
     pub classes: Vec<ClassReport>,
     /// The rules of the policy, in order; `null` where packets are not classified.
@@ -180,6 +185,7 @@ fn one(
         drift: Vec::new(),
         before: String::new(),
         policy: None,
+        auto: auto::read(name),
         uplink: None,
         downlink: None,
     };
@@ -204,6 +210,13 @@ fn one(
         report.before = present.describe();
     } else {
         report.drift = line.tree.drift(&present);
+        let mtu = found.map_or(state.mtu, |found| found.mtu);
+        if mtu > state.mtu {
+            report.drift.push(format!(
+                "the MTU is {mtu} and was {}: what is longer may be lost until it is shaped again",
+                state.mtu
+            ));
+        }
         report.uplink = Some(line_report(kernel, &state, line)?);
         if let Some(line) = &state.downlink {
             match interfaces.indexed(line.index) {
@@ -237,22 +250,26 @@ fn line_report(
     state: &State,
     line: &Line,
 ) -> Result<LineReport, QosError> {
-    let classes = kernel
-        .dump(question(kernel::GET_CLASS, line.index, 0))
-        .map_err(|refusal| QosError::Read {
+    let mut dump = |kind| {
+        let objects = kernel.dump(question(kind, line.index, 0));
+        objects.map_err(|refusal| QosError::Read {
             device: line.device.clone(),
             refusal,
-        })?;
+        })
+    };
+    let classes = dump(kernel::GET_CLASS)?;
+    let qdiscs = dump(kernel::GET_QDISC)?;
     let mut classes: Vec<_> = classes
         .iter()
-        .filter_map(|class| class_report(class, &state.classes))
+        .filter_map(|class| class_report(class, &qdiscs, &state.classes))
         .collect();
     classes.sort_by_key(|(handle, _)| *handle);
     Ok(LineReport {
         device: line.device.clone(),
         rate: line.rate.bits_per_second(),
         shaped: line.rate.shaped(),
-        leaf: state.leaf,
+        leaf: state.leaves.fair,
+        splits: line.tree.splits(),
         classes: classes.into_iter().map(|(_, report)| report).collect(),
         rules: Classifier::read(&line.device)?.map(|counted| {
             let rules = counted.rules.into_iter();
@@ -266,9 +283,21 @@ fn line_report(
     })
 }
 
-fn class_report(object: &Object, names: &[String]) -> Option<(u32, ClassReport)> {
+fn class_report(
+    object: &Object,
+    qdiscs: &[Object],
+    names: &[String],
+) -> Option<(u32, ClassReport)> {
     let class = htb::Class::decode(object.options())?;
-    let statistics = Statistics::read(object.attribute(TCA_STATS2));
+    let statistics = Statistics::of(object);
+    let inside = |parent| qdiscs.iter().find(|it| it.parent == parent);
+    // The class itself only counts packets that its leaf did not take, and not those that it took and
+    // then gave up.
+    let leaf = inside(object.handle);
+    let drops = leaf.map_or(statistics.drops, |leaf| Statistics::of(leaf).drops);
+    // Some kernels count wrongly what waits in the outer one (Linux before 6.13, sch_tbf.c).
+    let queue = leaf.map(|leaf| inside(leaf.handle | 1).unwrap_or(leaf));
+    let queue = Statistics::of(queue.unwrap_or(object));
     let mut names = names.iter().enumerate();
     let name = names.find(|(index, _)| Policy::class_id(*index) == object.handle);
     let report = ClassReport {
@@ -280,10 +309,10 @@ fn class_report(object: &Object, names: &[String]) -> Option<(u32, ClassReport)>
         packets: statistics.packets,
         bytes: statistics.bytes,
         bits_per_second: statistics.bytes_per_second.map(|bytes| bytes * 8),
-        drops: statistics.drops.into(),
+        drops: drops.into(),
         overlimits: statistics.overlimits.into(),
-        backlog_packets: statistics.backlog_packets.into(),
-        backlog_bytes: statistics.backlog_bytes.into(),
+        backlog_packets: queue.backlog_packets.into(),
+        backlog_bytes: queue.backlog_bytes.into(),
     };
     Some((object.handle, report))
 }
@@ -301,14 +330,14 @@ struct Statistics {
 }
 
 impl Statistics {
-    /// Reads the content of `TCA_STATS2`.
-    fn read(attribute: &[u8]) -> Self {
+    /// Reads those of a class or a queueing discipline.
+    fn of(object: &Object) -> Self {
         const BASIC: u16 = 1;
         const RATE_EST: u16 = 2;
         const QUEUE: u16 = 3;
         const RATE_EST64: u16 = 5;
         const PKT64: u16 = 8;
-        let all = Attribute::all(attribute);
+        let all = Attribute::all(object.attribute(TCA_STATS2));
         let number = |kind, at: usize| {
             let found = all.iter().find(|attribute| attribute.kind() == kind)?;
             let bytes = found.value().get(at..at + 4)?;

@@ -9,6 +9,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use nix::errno::Errno;
@@ -17,13 +18,13 @@ use super::{
     classifier::{Classifier, ClassifierError},
     htb,
     kernel::Kernel,
-    leaf::Leaf,
+    leaf::{Leaf, Leaves},
     policy::{Policy, PolicyError},
     rate::Rate,
     rehearsal::{self, RehearsalError},
-    shape::Shape,
+    shape::{LONGEST, Shape},
     state::{Line, PolicyText, State, StateError, Store},
-    tree::{Plan, StepError, Tree, run},
+    tree::{Plan, Step, StepError, Tree, run},
 };
 use crate::{
     datapath::{AttachMode, attached_mode},
@@ -310,6 +311,9 @@ fn establish(
 ) -> Result<Applied, QosError> {
     // An unknown one leaves no lock behind.
     Interfaces::read()?.named(request.interface)?;
+    if sorting == Sorting::Attach {
+        Classifier::prepare()?;
+    }
     let policy = match request.policy_file {
         Some(path) => Some(PolicyText {
             path: path.to_owned(),
@@ -336,32 +340,27 @@ fn establish(
             (state.uplink.before.clone(), state.faithful)
         }
         _ => {
-            let note = make_way(request, &present)?;
+            let note = make_way(request, &present, device.mtu)?;
             let faithful = note.is_none();
             notes.extend(note);
             (present.clone(), faithful)
         }
     };
 
-    let shape = |rate| Shape {
-        rate,
-        policy: request.policy,
-        mtu: device.mtu,
-    };
-    let mut trees = Vec::new();
-    for leaf in Leaf::ALL {
-        trees.push((leaf, shape(request.uplink).tree(leaf)?));
-        // Its rates are checked too; built, it is the same.
-        if let Some(rate) = request.downlink {
-            shape(rate).tree(leaf)?;
-        }
-    }
-    let leaves = match rehearsal::best_leaf(trees) {
-        Ok(leaf) => vec![leaf],
+    // What comes in on it is no longer than what leaves, whatever the MTU of an IFB device.
+    let shape = |rate| Shape::new(rate, request.policy, device.mtu);
+    let uplink = shape(request.uplink)?;
+    let downlink = request.downlink.map(shape).transpose()?;
+    let lines: Vec<_> = [Some(&uplink), downlink.as_ref()]
+        .into_iter()
+        .flatten()
+        .collect();
+    let leaves = match rehearsal::best_leaves(&lines, device.mtu) {
+        Ok(leaves) => leaves,
         // What is there needs no trial, in which what waits in it would be lost.
         Err(RehearsalError::NotPermitted(_)) => match current.filter(|state| state.shaped) {
-            Some(state) => vec![state.leaf],
-            None => Leaf::ALL.to_vec(),
+            Some(state) => state.leaves,
+            None => Leaves::BEST,
         },
         Err(RehearsalError::Step(error)) => return Err(device.failed(error)),
         Err(RehearsalError::Kernel(refusal)) => {
@@ -384,6 +383,8 @@ fn establish(
         request,
         device: &device,
         interfaces: &interfaces,
+        uplink: &uplink,
+        downlink: downlink.as_ref(),
         leaves,
         before: before.clone(),
         faithful,
@@ -394,10 +395,12 @@ fn establish(
         current,
     };
     match work.run(kernel, &mut undo) {
-        Ok(leaf) => {
+        Ok(leaves) => {
+            notes.extend(lines.iter().find_map(|line| unsplit(line, leaves)));
+            notes.extend(serialisation(&uplink, &device));
             notes.extend(bypass(request.interface, device.index));
             Ok(Applied {
-                leaf,
+                leaf: leaves.fair,
                 before: before.describe(),
                 notes,
             })
@@ -407,14 +410,14 @@ fn establish(
 }
 
 /// Whether a tree that is not ours may be replaced; what is to be said if it may not come back whole.
-fn make_way(request: &Request<'_>, present: &Tree) -> Result<Option<String>, QosError> {
+fn make_way(request: &Request<'_>, present: &Tree, mtu: u32) -> Result<Option<String>, QosError> {
     const FAITHFUL: &str = "puts it back";
     const UNFAITHFUL: &str = "cannot put it back wholly";
     const UNKNOWN: &str = "tries to put it back";
     if present.root().is_none() {
         return Ok(None);
     }
-    let restored = match rehearsal::restorable(present.clone()) {
+    let restored = match rehearsal::restorable(present.clone(), mtu) {
         Ok(true) => FAITHFUL,
         Ok(false) => UNFAITHFUL,
         Err(_) => UNKNOWN,
@@ -435,6 +438,36 @@ fn make_way(request: &Request<'_>, present: &Tree) -> Result<Option<String>, Qos
     }))
 }
 
+/// What it means that the kernel cannot cut what is sent as one.
+fn unsplit(line: &Shape<'_>, leaves: Leaves) -> Option<String> {
+    (line.is_slow() && !leaves.split).then(|| {
+        format!(
+            "this kernel has no TBF, which cuts what TCP hands over as one packet of up to 64 kB (GSO), and each of these holds a line of {} for up to {} ms: load the module sch_tbf (`modprobe sch_tbf`), then apply this again",
+            line.rate,
+            line.time(LONGEST).as_millis()
+        )
+    })
+}
+
+/// What the longest packet means for voice that comes just after it: no queueing discipline can take it
+/// back.
+fn serialisation(line: &Shape<'_>, device: &Device) -> Option<String> {
+    /// Packets of which 12 ms, at 1 Mbit/s, become 8.
+    const SMALLER: u32 = 1_000;
+    /// What is worth a word: 1500 bytes at less than 2 Mbit/s.
+    const LONG: Duration = Duration::from_millis(6);
+    let time = line.time(device.mtu);
+    (time > LONG && device.mtu > SMALLER).then(|| {
+        format!(
+            "a packet of {} bytes takes {:.0} ms at {}, and voice that comes just after it waits so long, which no queue can mend: for less jitter, send smaller ones (`ip link set dev {} mtu {SMALLER}`, then apply this again)",
+            device.mtu,
+            time.as_secs_f64() * 1e3,
+            line.rate,
+            device.name
+        )
+    })
+}
+
 /// What a relay on the interface means for the queues.
 fn bypass(interface: &str, index: u32) -> Option<String> {
     let mode = attached_mode(interface, index).ok()??;
@@ -451,8 +484,10 @@ struct Work<'a> {
     request: &'a Request<'a>,
     device: &'a Device,
     interfaces: &'a Interfaces,
-    /// To be tried, the best first.
-    leaves: Vec<Leaf>,
+    uplink: &'a Shape<'a>,
+    downlink: Option<&'a Shape<'a>>,
+    /// To be tried first.
+    leaves: Leaves,
     before: Tree,
     faithful: bool,
     policy: Option<PolicyText>,
@@ -462,7 +497,7 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn run(&self, kernel: &mut dyn Kernel, undo: &mut Undo<'_>) -> Result<Leaf, QosError> {
+    fn run(&self, kernel: &mut dyn Kernel, undo: &mut Undo<'_>) -> Result<Leaves, QosError> {
         let Self {
             request, device, ..
         } = self;
@@ -470,27 +505,23 @@ impl Work<'_> {
             unsort(stale)?;
             remove_ifb(kernel, self.interfaces, stale)?;
         }
-        let ifb = match request.downlink {
-            Some(rate) => Some((self.ifb(kernel, undo)?, rate)),
+        let ifb = match self.downlink {
+            Some(shape) => Some((self.ifb(kernel, undo)?, shape)),
             None => None,
         };
         // Before anything else: whatever happens from here on, `clear` knows what was there.
-        let line = |device: &Device, rate, before| -> Result<Line, QosError> {
-            let shape = self.shape(rate, device.mtu);
-            Ok(Line {
-                device: device.name.clone(),
-                index: device.index,
-                rate,
-                tree: shape.tree(self.leaves[0])?,
-                before,
-            })
+        let line = |device: &Device, shape: &Shape<'_>, before| Line {
+            device: device.name.clone(),
+            index: device.index,
+            rate: shape.rate,
+            tree: shape.tree(self.leaves),
+            before,
         };
-        let uplink = line(device, request.uplink, self.before.clone())?;
-        let downlink = match &ifb {
-            Some((ifb, rate)) => Some(line(ifb, *rate, Tree::default())?),
-            None => None,
-        };
-        let mut state = State::new(uplink, downlink, self.leaves[0])?;
+        let uplink = line(device, self.uplink, self.before.clone());
+        let downlink = ifb
+            .as_ref()
+            .map(|(ifb, shape)| line(ifb, shape, Tree::default()));
+        let mut state = State::new(uplink, downlink, self.leaves, device.mtu)?;
         state.classified =
             self.sorting == Sorting::Attach || self.current.is_some_and(|state| state.classified);
         state.faithful = self.faithful;
@@ -499,14 +530,16 @@ impl Work<'_> {
         state.classes = classes.map(|class| class.name.clone()).collect();
         undo.store.write(&state)?;
 
-        let (leaf, tree, last) = self.build(kernel, device, request.uplink)?;
+        let mut leaves = self.leaves;
+        let (tree, last) = build(kernel, device, self.uplink, &mut leaves)?;
         let mut rest = vec![((*device).clone(), last)];
-        (state.leaf, state.uplink.tree) = (leaf, tree);
-        if let (Some((ifb, rate)), Some(line)) = (&ifb, &mut state.downlink) {
-            let (_, tree, last) = self.build(kernel, ifb, *rate)?;
+        state.uplink.tree = tree;
+        if let (Some((ifb, shape)), Some(line)) = (&ifb, &mut state.downlink) {
+            let (tree, last) = build(kernel, ifb, shape, &mut leaves)?;
             line.tree = tree;
             rest.push((ifb.clone(), last));
         }
+        state.leaves = leaves;
         undo.store.write(&state)?;
         if self.sorting == Sorting::Attach {
             undo.sorting = Some(state.clone());
@@ -527,36 +560,7 @@ impl Work<'_> {
         {
             remove_ifb(kernel, self.interfaces, state)?;
         }
-        Ok(leaf)
-    }
-
-    fn shape(&self, rate: Rate, mtu: u32) -> Shape<'_> {
-        Shape {
-            rate,
-            policy: self.request.policy,
-            mtu,
-        }
-    }
-
-    /// Builds a device's tree with the first leaf that the kernel has. Returns what remains to be done
-    /// when no packet goes to the old classes any longer.
-    fn build(
-        &self,
-        kernel: &mut dyn Kernel,
-        device: &Device,
-        rate: Rate,
-    ) -> Result<(Leaf, Tree, Vec<super::tree::Step>), QosError> {
-        let mut leaves = self.leaves.iter().copied().peekable();
-        loop {
-            let leaf = leaves.next().unwrap_or(Leaf::Pfifo);
-            let wanted = self.shape(rate, device.mtu).tree(leaf)?;
-            let plan = device.read(kernel)?.plan(device.index, &wanted);
-            match run(kernel, &plan.first) {
-                Ok(()) => return Ok((leaf, wanted, plan.last)),
-                Err(error) if error.lacks(leaf) && leaves.peek().is_some() => {}
-                Err(error) => return Err(device.failed(error)),
-            }
-        }
+        Ok(leaves)
     }
 
     /// The IFB device, made if it is not there.
@@ -586,6 +590,28 @@ impl Work<'_> {
         let ifb = Device::from(Interfaces::read()?.named(&name)?);
         undo.ifb = Some(ifb.clone());
         Ok(ifb)
+    }
+}
+
+/// Builds a device's tree with the best leaves that the kernel has, which are known afterwards. Returns
+/// it, and what remains to be done when no packet goes to the old classes any longer.
+fn build(
+    kernel: &mut dyn Kernel,
+    device: &Device,
+    shape: &Shape<'_>,
+    leaves: &mut Leaves,
+) -> Result<(Tree, Vec<Step>), QosError> {
+    loop {
+        let wanted = shape.tree(*leaves);
+        let plan = device.read(kernel)?.plan(device.index, &wanted);
+        match run(kernel, &plan.first) {
+            Ok(()) => return Ok((wanted, plan.last)),
+            Err(error) => {
+                *leaves = error
+                    .lesser(*leaves)
+                    .map_err(|error| device.failed(error))?;
+            }
+        }
     }
 }
 
@@ -646,33 +672,39 @@ impl Undo<'_> {
         }
     }
 
+    /// All that can be put back, whatever else cannot. Returns the first of what failed.
     fn put_back(self, kernel: &mut dyn Kernel) -> Result<(), QosError> {
-        if let Some(sorted) = &self.sorting {
-            let known = self.state.as_ref();
-            // Whatever it redirects to that was not redirected to before.
-            if known.is_none_or(|state| !state.classified || state.downlink != sorted.downlink) {
-                unsort(sorted)?;
-            }
-            if let Some(state) = known.filter(|state| state.classified) {
-                sort(state, &policy_in_force(state)?)?;
-            }
-        }
+        let mut outcome = match &self.sorting {
+            Some(sorted) => self.sort_as_before(sorted),
+            None => Ok(()),
+        };
         for (device, tree) in &self.trees {
-            device.make(kernel, tree)?;
+            outcome = outcome.and(device.make(kernel, tree));
         }
         if let Some(ifb) = &self.ifb {
-            kernel
-                .delete_link(ifb.index)
-                .map_err(|refusal| QosError::Ifb {
-                    name: ifb.name.clone(),
-                    refusal,
-                })?;
+            let deleted = kernel.delete_link(ifb.index);
+            outcome = outcome.and(deleted.map_err(|refusal| QosError::Ifb {
+                name: ifb.name.clone(),
+                refusal,
+            }));
         }
-        match &self.state {
-            Some(state) => self.store.write(state)?,
-            None => self.store.remove()?,
+        let kept = match &self.state {
+            Some(state) => self.store.write(state),
+            None => self.store.remove(),
+        };
+        outcome.and(kept.map_err(QosError::from))
+    }
+
+    fn sort_as_before(&self, sorted: &State) -> Result<(), QosError> {
+        let known = self.state.as_ref();
+        // Whatever it redirects to that was not redirected to before.
+        if known.is_none_or(|state| !state.classified || state.downlink != sorted.downlink) {
+            unsort(sorted)?;
         }
-        Ok(())
+        match known.filter(|state| state.classified) {
+            Some(state) => sort(state, &policy_in_force(state)?),
+            None => Ok(()),
+        }
     }
 }
 

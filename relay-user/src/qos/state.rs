@@ -12,12 +12,13 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
     unistd::geteuid,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{leaf::Leaf, rate::Rate, tree::Tree};
+use super::{leaf::Leaves, rate::Rate, tree::Tree};
 
 /// Where they are.
 const FOLDER: &str = "/run/relay/qos";
@@ -46,7 +47,9 @@ pub(super) struct State {
     /// Names of the classes.
     pub(super) classes: Vec<String>,
     /// In each class.
-    pub(super) leaf: Leaf,
+    pub(super) leaves: Leaves,
+    /// Of the interface, in bytes, when it was shaped.
+    pub(super) mtu: u32,
     /// The interface.
     pub(super) uplink: Line,
     /// The IFB device that what comes in passes.
@@ -80,7 +83,8 @@ impl State {
     pub(super) fn new(
         uplink: Line,
         downlink: Option<Line>,
-        leaf: Leaf,
+        leaves: Leaves,
+        mtu: u32,
     ) -> Result<Self, StateError> {
         Ok(Self {
             version: VERSION,
@@ -90,7 +94,8 @@ impl State {
             classified: false,
             policy: None,
             classes: Vec::new(),
-            leaf,
+            leaves,
+            mtu,
             uplink,
             downlink,
         })
@@ -175,30 +180,41 @@ impl Store {
         names
     }
 
-    fn path(&self, suffix: &str) -> PathBuf {
+    /// A file of the interface, by what follows its name.
+    pub(super) fn path(&self, suffix: &str) -> PathBuf {
         self.folder.join(format!("{}{suffix}", self.interface))
     }
 
     /// Waits until nobody else holds the lock.
     pub(super) fn lock(&self) -> Result<Lock, StateError> {
+        const LOCK: &str = ".lock";
+        Flock::lock(self.open(LOCK)?, FlockArg::LockExclusive)
+            .map(Lock)
+            .map_err(|(_, errno)| self.failed("lock", LOCK, errno))
+    }
+
+    /// Opens a file that is there for its lock only.
+    pub(super) fn open(&self, suffix: &str) -> Result<File, StateError> {
         let mut builder = fs::DirBuilder::new();
         builder
             .recursive(true)
             .mode(0o755)
             .create(&self.folder)
             .map_err(failed("create", &self.folder))?;
-        let path = self.path(".lock");
+        let path = self.path(suffix);
         let mut options = File::options();
-        let file = options
+        options
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .map_err(failed("open", &path))?;
-        Flock::lock(file, FlockArg::LockExclusive)
-            .map(Lock)
-            .map_err(|(_, errno)| failed("lock", &path)(errno.into()))
+            .map_err(failed("open", &path))
+    }
+
+    /// What went wrong with a file.
+    pub(super) fn failed(&self, action: &'static str, suffix: &str, errno: Errno) -> StateError {
+        failed(action, &self.path(suffix))(errno.into())
     }
 
     /// The state, if there is one.
@@ -232,15 +248,25 @@ impl Store {
 
     /// Puts a state in the place of the present one.
     pub(super) fn write(&self, state: &State) -> Result<(), StateError> {
-        let text = serde_json::to_vec(state).map_err(io::Error::other);
-        let path = self.path(".json");
-        text.and_then(|text| self.put(&path, &text))
+        self.write_as(".json", state)
+    }
+
+    /// Puts what is to be told in the place of what was told before.
+    pub(super) fn write_as(&self, suffix: &str, told: &impl Serialize) -> Result<(), StateError> {
+        let text = serde_json::to_vec(told).map_err(io::Error::other);
+        let path = self.path(suffix);
+        text.and_then(|text| put(&path, &text))
             .map_err(failed("write", &path))
     }
 
     /// Removes the state. The lock's file stays, for whoever waits for it.
     pub(super) fn remove(&self) -> Result<(), StateError> {
-        let path = self.path(".json");
+        self.remove_as(".json")
+    }
+
+    /// Removes a file, if it is there.
+    pub(super) fn remove_as(&self, suffix: &str) -> Result<(), StateError> {
+        let path = self.path(suffix);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(failed("remove", &path)(error))
@@ -248,21 +274,22 @@ impl Store {
             _ => Ok(()),
         }
     }
+}
 
-    /// Writes a file beside the one that it then replaces: a reader sees the old or the new.
-    fn put(&self, path: &Path, content: &[u8]) -> io::Result<()> {
-        let next = self.path(".next");
-        let mut options = File::options();
-        let mut file = options
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&next)?;
-        file.set_permissions(Permissions::from_mode(0o600))?;
-        file.write_all(content)?;
-        fs::rename(&next, path)
-    }
+/// Writes a file beside the one that it then replaces: a reader sees the old or the new.
+fn put(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut next = path.as_os_str().to_owned();
+    next.push(".next");
+    let mut options = File::options();
+    let mut file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&next)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    file.write_all(content)?;
+    fs::rename(&next, path)
 }
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
@@ -286,7 +313,7 @@ mod tests {
             tree: Tree::default(),
             before: Tree::default(),
         };
-        State::new(line, None, Leaf::Pfifo).expect("state")
+        State::new(line, None, Leaves::BEST, 1500).expect("state")
     }
 
     fn store(folder: &Path) -> Store {
@@ -334,7 +361,7 @@ mod tests {
             (other.to_string(), "it is of eth1"),
         ] {
             let path = folder.path().join("eth0.json");
-            store.put(&path, content.as_bytes()).expect("written");
+            put(&path, content.as_bytes()).expect("written");
             let error = store.read().expect_err(says).to_string();
             assert!(error.contains(says) && error.contains("rm "), "{error}");
         }

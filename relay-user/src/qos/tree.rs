@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::{
     htb,
     kernel::{self, Kernel, question},
-    leaf::Leaf,
+    leaf::Leaves,
     object::{Attribute, Message, Object, ROOT, handle},
+    tbf::{self, Splitter},
 };
 use crate::netlink::Refusal;
 
@@ -27,6 +28,9 @@ pub struct Tree {
     /// Filters of the queueing disciplines and classes.
     pub filters: Vec<Object>,
 }
+
+/// `TC_H_MAJ_MASK` of include/uapi/linux/pkt_sched.h: the queueing discipline of a handle.
+const MAJOR: u32 = 0xffff_0000;
 
 /// One request.
 #[derive(Clone, Debug)]
@@ -83,9 +87,15 @@ impl Step {
 }
 
 impl StepError {
-    /// Whether the kernel does not have this leaf (qdisc_create() in net/sched/sch_api.c).
-    pub(super) fn lacks(&self, leaf: Leaf) -> bool {
-        self.kind == leaf.kind() && self.refusal.errno == Errno::ENOENT
+    /// The leaves without the kind that the kernel does not have (qdisc_create() in
+    /// net/sched/sch_api.c).
+    ///
+    /// # Errors
+    /// The error itself, if it is another one or the kind is none of theirs.
+    pub(super) fn lesser(self, leaves: Leaves) -> Result<Leaves, Self> {
+        let lacks = self.refusal.errno == Errno::ENOENT;
+        let lesser = lacks.then(|| leaves.without(&self.kind)).flatten();
+        lesser.ok_or(self)
     }
 }
 
@@ -145,6 +155,12 @@ impl Tree {
     /// The queueing discipline at the interface itself, unless that is the kernel's default.
     pub(super) fn root(&self) -> Option<&Object> {
         self.qdiscs.first()
+    }
+
+    /// Whether packets that are sent as one are cut in it, as we do it.
+    pub(super) fn splits(&self) -> bool {
+        let mut options = self.qdiscs.iter().map(Object::options);
+        options.any(|options| Splitter::decode(options).is_some())
     }
 
     /// In a few words, such as `tbf 8001:`.
@@ -223,6 +239,7 @@ impl Tree {
             };
         }
         let mut plan = Plan::default();
+        let mut changed = Vec::new();
         for (kind, object) in wanted.in_order() {
             match kind {
                 kernel::NEW_CLASS => {
@@ -238,9 +255,13 @@ impl Tree {
                         // The kernel would change it, and not replace it by one of another kind.
                         plan.first.push(remove(kernel::DELETE_QDISC, other));
                     }
-                    if named.is_none_or(|named| !same(named, object)) {
+                    // What is inside one goes with it, or is changed with it (fifo_set_limit() in
+                    // net/sched/sch_fifo.c, for sch_tbf).
+                    let inside = changed.contains(&(object.parent & MAJOR));
+                    if inside || named.is_none_or(|named| !same(named, object)) {
                         let flags = NLM_F_CREATE | NLM_F_REPLACE;
                         plan.first.push(step(kind, object, flags));
+                        changed.push(object.handle);
                     }
                 }
                 _ => {
@@ -344,7 +365,9 @@ impl Tree {
                     drift.push(format!("{kind} of {at} was replaced by {}", found.kind()));
                 }
                 // The other kinds tell more than they were told, and rounded.
-                Some(found) if matches!(kind, htb::KIND | "pfifo") && !same(found, wanted) => {
+                Some(found)
+                    if matches!(kind, htb::KIND | tbf::KIND | "pfifo") && !same(found, wanted) =>
+                {
                     drift.push(format!("{kind} of {at} was changed"));
                 }
                 Some(_) => {}
@@ -382,6 +405,10 @@ fn lasting(object: Object) -> Object {
     let object = object.lasting();
     let options = match object.kind() {
         htb::KIND => htb::as_created(object.options()),
+        tbf::KIND => match Splitter::decode(object.options()) {
+            Some(splitter) => splitter.encode(),
+            None => return object,
+        },
         kind => match offload_flags(kind) {
             Some(flags) => as_created(object.options(), flags),
             None => return object,
@@ -448,7 +475,7 @@ fn parents_first<'a>(classes: impl Iterator<Item = &'a Object>) -> Vec<&'a Objec
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qos::shape::HANDLE;
+    use crate::qos::{leaf::Leaf, shape::HANDLE};
 
     const INDEX: u32 = 7;
 
