@@ -40,20 +40,19 @@ const SCENES: [Scene; 3] = [
     Scene {
         title: "HTB with a plain queue of 64 packets",
         bottleneck: Bottleneck::Htb,
-        mtu: 1500,
+        mtu: None,
         setups: &SETUPS,
     },
     Scene {
         title: "A line that sends one packet after the other, behind a queue of 64",
         bottleneck: Bottleneck::Line,
-        mtu: 1500,
+        mtu: None,
         setups: &SETUPS,
     },
-    // Only what passes the queues can gain by it.
     Scene {
-        title: "The same line, the relay's interface with an MTU of 1000 bytes",
+        title: "The same line, and the default route has an MTU of 1000 bytes",
         bottleneck: Bottleneck::Line,
-        mtu: 1000,
+        mtu: Some(1000),
         setups: &TC,
     },
 ];
@@ -89,8 +88,8 @@ const SETUPS: [Setup; 4] = [
 struct Scene {
     title: &'static str,
     bottleneck: Bottleneck,
-    /// Of the relay's interface, bytes.
-    mtu: u16,
+    /// Of the route over the uplink, bytes.
+    mtu: Option<u16>,
     setups: &'static [Setup],
 }
 
@@ -107,7 +106,6 @@ struct Setup {
 #[derive(Serialize)]
 struct Section {
     bottleneck: &'static str,
-    mtu: u16,
     rows: Vec<Row>,
     /// For the shaped interface in TC mode.
     targets: Vec<Target>,
@@ -165,7 +163,6 @@ impl Scene {
         }
         Ok(Section {
             bottleneck: self.title,
-            mtu: self.mtu,
             rows,
             targets,
         })
@@ -173,12 +170,13 @@ impl Scene {
 
     fn outcome(&self, setup: &Setup, length: Duration) -> Result<Outcome> {
         let site = Uplink::new(self.bottleneck)?;
-        let pbx = &site.office.pbx;
-        pbx.ip(&format!("link set eth0 mtu {}", self.mtu))?;
+        if let Some(mtu) = self.mtu {
+            site.limit_packets(mtu)?;
+        }
         if setup.shaped {
             site.shape()?;
         }
-        let relay = Relay::attach(pbx, "eth0", ["--mode", setup.mode])?;
+        let relay = Relay::attach(&site.office.pbx, "eth0", ["--mode", setup.mode])?;
         site.call(&relay)?;
         let outcome = site.measure(&relay, FLOWS, packets(SETTLING), packets(length))?;
         relay.stop()?;

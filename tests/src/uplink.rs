@@ -116,6 +116,16 @@ impl Uplink {
         })
     }
 
+    /// Has the PBX send IPv4 packets of so many bytes at most. An interface would lose its IPv6 addresses by an MTU
+    /// below 1280 (`addrconf_notify()` in net/ipv6/addrconf.c), a route does not.
+    ///
+    /// # Errors
+    /// The kernel refuses the MTU.
+    pub fn limit_packets(&self, mtu: u16) -> Result<()> {
+        let change = format!("route change default via 192.0.2.254 mtu {mtu}");
+        self.office.pbx.ip(&change)
+    }
+
     /// Shapes the PBX's interface for the uplink with `relay-user qos apply`.
     ///
     /// # Errors
