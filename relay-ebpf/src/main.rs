@@ -4,7 +4,7 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_MMAPABLE, TC_ACT_STOLEN, TC_ACT_UNSPEC, xdp_action},
+    bindings::{BPF_F_MMAPABLE, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
     helpers::{bpf_ktime_get_coarse_ns, bpf_redirect},
     macros::{btf_map, classifier, xdp},
@@ -171,7 +171,7 @@ fn relay_tc(ctx: TcContext) -> i32 {
         Verdict::Send => unsafe { bpf_redirect((*ctx.skb.skb).ifindex, 0) as i32 },
         // Lets the programs behind this one have their say (TCX_NEXT has the same value).
         Verdict::Pass => TC_ACT_UNSPEC,
-        Verdict::Drop => TC_ACT_STOLEN,
+        Verdict::Drop => TC_ACT_SHOT,
     }
 }
 
@@ -184,8 +184,10 @@ fn relay_observe(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     match observe(&mut packet, &Maps).map(Reason::verdict) {
-        // Taken without an error to its sender, which would be Asterisk.
-        Some(Verdict::Drop) => TC_ACT_STOLEN,
+        // Not TC_ACT_STOLEN: to TCX that is no verdict (tcx_action_code() in net/core/dev.c). Asterisk,
+        // which does not ask for errors (IP_RECVERR), hears of neither (udp_send_skb() in
+        // net/ipv4/udp.c).
+        Some(Verdict::Drop) => TC_ACT_SHOT,
         _ => TC_ACT_UNSPEC,
     }
 }

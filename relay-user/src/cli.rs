@@ -76,8 +76,8 @@ EXAMPLES
     relay-user qos apply eth0 --uplink 2mbit
 
 FILES
-  /run/relay-user/IFACE.sock  control socket of the daemon on IFACE, for root only
-  /run/relay/qos/IFACE.json   what `qos clear` puts back
+  /run/relay-user/IFACE.sock       control socket of the daemon on IFACE, for root only
+  /run/relay-user/qos/IFACE.json   what `qos clear` puts back
 
 ENVIRONMENT
   RELAY_AMI_SECRET  the AMI secret, where no --ami-secret-file is given

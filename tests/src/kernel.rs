@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
     maps::{Array, HashMap, Map, PerCpuArray, PerCpuValues, RingBuf},
-    programs::{Program, ProgramInfo},
+    programs::{Program, ProgramInfo, SchedClassifier, TcAttachType, tc},
     util::nr_cpus,
 };
 use nix::time::{ClockId, clock_gettime};
@@ -31,12 +31,12 @@ use crate::{
     tables::{Entry, NOW, TRANSLATED, later},
 };
 
-/// `XDP_PASS` and `XDP_TX` (`enum xdp_action`), `TC_ACT_UNSPEC`, `TC_ACT_STOLEN` and `TC_ACT_REDIRECT`
+/// `XDP_PASS` and `XDP_TX` (`enum xdp_action`), `TC_ACT_UNSPEC`, `TC_ACT_SHOT` and `TC_ACT_REDIRECT`
 /// (linux/pkt_cls.h).
 const XDP_PASS: u32 = 2;
 const XDP_TX: u32 = 3;
 const TC_ACT_UNSPEC: u32 = u32::MAX;
-const TC_ACT_STOLEN: u32 = 4;
+const TC_ACT_SHOT: u32 = 2;
 const TC_ACT_REDIRECT: u32 = 7;
 
 const KEY: usize = size_of::<StreamKey>();
@@ -203,6 +203,22 @@ impl Kernel {
         Ok(())
     }
 
+    /// Attaches the program of TC to the ingress of an interface, for as long as this lives. Runs inside the machine.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn attach_tc(&mut self, interface: &str) -> Result<()> {
+        // For kernels without TCX; it may be there.
+        let _ = tc::qdisc_add_clsact(interface);
+        let program: &mut SchedClassifier = self
+            .ebpf
+            .program_mut(names::TC)
+            .with_context(|| format!("no program {}", names::TC))?
+            .try_into()?;
+        program.attach(interface, TcAttachType::Ingress)?;
+        Ok(())
+    }
+
     /// What the kernel tells of a hook's program.
     ///
     /// # Errors
@@ -297,7 +313,7 @@ pub fn show_observer(program: BorrowedFd<'_>, frame: &[u8]) -> Result<Option<Ver
     ensure!(after == *frame, "the observer changes a packet");
     match verdict {
         TC_ACT_UNSPEC => Ok(Some(Verdict::Pass)),
-        TC_ACT_STOLEN => Ok(Some(Verdict::Drop)),
+        TC_ACT_SHOT => Ok(Some(Verdict::Drop)),
         other => bail!("the observer returned {other}"),
     }
 }

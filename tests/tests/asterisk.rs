@@ -32,7 +32,7 @@ fn alone() -> MutexGuard<'static, ()> {
     LAB.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A relay beside the Asterisk under test, in native mode.
+/// A relay beside the Asterisk under test.
 struct Attached {
     relay: Relay,
     pbx: Host,
@@ -44,11 +44,15 @@ fn feed(lab: &Lab, user: &str) -> Vec<String> {
     ami_arguments(lab.ami(), user, lab.secret_file()).to_vec()
 }
 
+/// Modes of the relay. What is told of one holds in the other: some tests try the one, some the other, the first both.
+const NATIVE: &str = "native";
+const TC: &str = "tc";
+
 impl Attached {
-    fn to(lab: &Lab) -> Self {
+    fn to(lab: &Lab, mode: &str) -> Self {
         let pass = lab.net.phones_interface.pass_program();
         let pass = pass.expect("a program at the phones' end");
-        let mut args = vec!["--mode".to_owned(), "native".to_owned()];
+        let mut args = vec!["--mode".to_owned(), mode.to_owned()];
         args.extend(feed(lab, USER));
         let relay = Relay::attach(&lab.net.pbx, &lab.net.pbx_interface.name, args);
         Self {
@@ -167,9 +171,18 @@ fn assert_checksums(recording: &Recording) {
 
 #[test]
 fn twenty_calls_go_through_the_kernel_and_nobody_hears_it() {
+    twenty_calls(NATIVE);
+}
+
+#[test]
+fn twenty_calls_go_through_traffic_control_and_nobody_hears_it() {
+    twenty_calls(TC);
+}
+
+fn twenty_calls(mode: &str) {
     let _alone = alone();
     let lab = Lab::up().expect("Asterisk");
-    let attached = Attached::to(&lab);
+    let attached = Attached::to(&lab, mode);
     let capture = Capture::start(&lab.net.phones_interface).expect("capture");
     lab.call(20, 20, "2000", CALLER).expect("calls");
     let pairs = lab.wait_calls(20, PATIENCE).expect("calls up");
@@ -319,7 +332,7 @@ fn what_asterisk_must_see_stays_with_asterisk_and_sounds_as_before() {
     let _alone = alone();
     let lab = Lab::up().expect("Asterisk");
     let without = Scenarios::run(&lab, |_, _| ());
-    let attached = Attached::to(&lab);
+    let attached = Attached::to(&lab, NATIVE);
     let earlier = Cell::new(0);
     let look = |never: &HashMap<_, [Leg; 2]>, direct: &[Leg; 2]| {
         let relayed = attached.relayed();
@@ -434,9 +447,9 @@ struct Offloaded {
 }
 
 impl Offloaded {
-    fn up() -> Self {
+    fn up(mode: &str) -> Self {
         let lab = Lab::up().expect("Asterisk");
-        let attached = Attached::to(&lab);
+        let attached = Attached::to(&lab, mode);
         let manager = lab.manager().expect("manager");
         let capture = Capture::start(&lab.net.phones_interface).expect("capture");
         lab.call(1, 120, "2100", CALLER).expect("call");
@@ -523,7 +536,7 @@ impl Offloaded {
 #[test]
 fn a_recording_takes_the_call_back_and_its_end_offloads_it_again() {
     let _alone = alone();
-    let mut call = Offloaded::up();
+    let mut call = Offloaded::up(TC);
     for turn in 0..3 {
         let path = format!("/lab/spool/monitor/{turn}.wav");
         call.attached.wait_relayed(RATE);
@@ -571,7 +584,7 @@ fn phone(lab: &Lab, leg: &Leg) -> String {
 #[test]
 fn mute_and_hold_take_the_call_back_and_their_ends_offload_it_again() {
     let _alone = alone();
-    let mut call = Offloaded::up();
+    let mut call = Offloaded::up(NATIVE);
     call.do_to(0, "MuteAudio", &[("Direction", "in"), ("State", "on")]);
     call.assert_taken_back("simple_bridge");
     call.do_to(0, "MuteAudio", &[("Direction", "in"), ("State", "off")]);
@@ -609,7 +622,7 @@ fn mute_and_hold_take_the_call_back_and_their_ends_offload_it_again() {
 #[test]
 fn digits_pass_complete_and_in_order_while_the_voice_is_offloaded() {
     let _alone = alone();
-    let call = Offloaded::up();
+    let call = Offloaded::up(TC);
     let mut phones = call.lab.phones_manager().expect("phones");
     let from = call.pair.iter().find(|leg| leg.channel.contains(CALLER));
     let from = from.expect("the caller's leg");
@@ -709,7 +722,7 @@ fn a_user_who_may_not_ask_or_see_is_refused_with_the_remedy() {
 fn a_crash_of_asterisk_takes_everything_back_and_its_return_offloads_again() {
     let _alone = alone();
     let mut lab = Lab::up().expect("Asterisk");
-    let attached = Attached::to(&lab);
+    let attached = Attached::to(&lab, TC);
     lab.call(5, 300, "2000", CALLER).expect("calls");
     attached.wait_offloaded(5);
     attached.wait_relayed(5 * RATE);

@@ -113,7 +113,7 @@ fn wait(host: &Host, condition: impl Fn(&Value) -> bool) -> Value {
 /// Waits until shaping is on or off; it is so within the time promised since `start`.
 fn wait_shaped(host: &Host, on: bool, start: SystemTime) {
     let told = wait(host, |it| it["auto"]["on"] == on);
-    let state = if on { "shaped" } else { "unshaped" };
+    let state = if on { "shaped" } else { "marked" };
     assert_eq!(told["state"], state, "{told:#}");
     let transitions = transitions(&told);
     let last = transitions.last().expect("a transition");
@@ -143,7 +143,7 @@ fn shaping_comes_and_goes_with_a_call_and_outlasts_its_pauses() {
     let host = &site.net.pbx;
     let auto = start(host);
     let told = shown(host);
-    assert_eq!(told["state"], "unshaped");
+    assert_eq!(told["state"], "marked");
     assert!(transitions(&told).is_empty(), "{told:#}");
     let begun = SystemTime::now();
     site.call();
@@ -223,15 +223,27 @@ fn an_interface_that_comes_back_is_minded_again() {
     end(auto, host);
 }
 
-/// The daemon does the same, and counts what its relay sends past the queues.
+/// What XDP sends past the queues is counted too.
 #[test]
-fn the_daemon_shapes_for_the_calls_that_it_relays() {
+fn the_daemon_shapes_for_the_calls_that_it_relays_past_the_queues() {
+    the_daemon_shapes("generic", "generic");
+}
+
+/// Left to itself, it takes the mode in which they pass the queues.
+#[test]
+fn the_daemon_shapes_for_the_calls_that_it_relays_through_the_queues() {
+    the_daemon_shapes("auto", "tc");
+}
+
+/// For calls that it relays, in the mode asked for, which comes to another one.
+fn the_daemon_shapes(mode: &str, attached: &str) {
     let net = Direct::new(2).expect("network");
     let host = &net.pbx;
-    let text = "mode = \"generic\"\npersist = true\n[qos.auto]\nuplink = \"1mbit\"\n";
-    let file = host.private_file("eth0.toml", text).expect("written");
+    let text = format!("mode = \"{mode}\"\npersist = true\n[qos.auto]\nuplink = \"1mbit\"\n");
+    let file = host.private_file("eth0.toml", &text).expect("written");
     let config = [String::from("--config"), file.display().to_string()];
     let relay = Relay::attach(host, "eth0", &config).expect("relay");
+    assert_eq!(relay.json(["status"]).expect("status")["mode"], attached);
     let bank = Bank::new(&net.phones).expect("phones");
     let remote = |phone: u8| SocketAddr::new(Direct::phone_v4(phone), 30_000);
     let local = |leg: u16| SocketAddr::new(PBX_V4, 10_000 + 2 * leg);

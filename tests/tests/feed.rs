@@ -14,10 +14,14 @@ use aya::maps::{HashMap, Map, MapData};
 use nix::sys::signal::Signal;
 use relay_common::stream::{Stream, StreamKey};
 use relay_tests::{
+    capture::Injector,
+    draft::Draft,
+    fixture,
     pbx::{self, Counters, Pbx},
     phone::{Arrival, Bank, Phone, Talk},
     relay::{Relay, ami_arguments},
-    topology::{Direct, PBX_V4, PBX_V6},
+    rtp::Rtp,
+    topology::{Direct, PBX_MAC, PBX_V4, PBX_V6, PHONES_MAC},
 };
 use serde_json::Value;
 
@@ -30,6 +34,9 @@ const EF_TOS: u8 = 46 << 2 | 0b10;
 const LONG: u64 = 100;
 /// Packets that outlast two turns of the relay's poll (2 s each).
 const TWO_POLLS: u64 = 220;
+/// Arguments of a relay in traffic control. What is told of one mode holds in the other: some tests try the one, some
+/// the other, the first both.
+const TC: [&str; 2] = ["--mode", "tc"];
 
 /// The PBX's machine with a PBX in it, and the phones' machine.
 struct Office {
@@ -265,6 +272,15 @@ fn assert_tos(relay: &Relay, phone: &Phone, expected: u8) {
 
 #[test]
 fn calls_before_and_after_attach_are_relayed_and_the_pbx_sees_none_of_it() {
+    calls_are_relayed(&[]);
+}
+
+#[test]
+fn calls_before_and_after_attach_are_relayed_by_traffic_control() {
+    calls_are_relayed(&TC);
+}
+
+fn calls_are_relayed(arguments: &[&str]) {
     let office = Office::open();
     let mut calls = office.calls(0..5);
     talk_on(&calls, 10);
@@ -273,7 +289,7 @@ fn calls_before_and_after_attach_are_relayed_and_the_pbx_sees_none_of_it() {
         marks.iter().all(|arrival| arrival.tos == 0),
         "the PBX's own mark"
     );
-    let relay = office.attach(&[]);
+    let relay = office.attach(arguments);
     office.assert_relayed(&relay, &calls);
     calls.extend(office.calls(5..10));
     office.assert_relayed(&relay, &calls);
@@ -283,6 +299,42 @@ fn calls_before_and_after_attach_are_relayed_and_the_pbx_sees_none_of_it() {
     }
     assert_perfect(&calls);
     relay.stop().expect("a clean end");
+}
+
+#[test]
+fn comfort_noise_of_the_pbx_into_a_stream_that_flows_does_not_leave() {
+    /// Payload type of comfort noise (RFC 3551), and its level.
+    const NOISE: (u8, u8) = (13, 127);
+    let office = Office::open();
+    let relay = office.attach(&TC);
+    let calls = office.calls(0..1);
+    office.assert_relayed(&relay, &calls);
+    let [Call { line, callee, .. }] = &calls[..] else {
+        panic!("one call");
+    };
+    let (payload_type, level) = NOISE;
+    let noise = Rtp {
+        marker: true,
+        payload_type,
+        sequence: 7,
+        timestamp: 7,
+        ssrc: 7,
+    };
+    let frame = Draft {
+        destination_mac: PHONES_MAC,
+        source_mac: PBX_MAC,
+        source: line.local[1],
+        destination: callee.local(),
+        payload: noise.packet(&[level]),
+        ..fixture::sent(fixture::Family::V4)
+    };
+    let injector = Injector::open(&office.net.pbx_interface).expect("injector");
+    // Who sends past the stack hears of it.
+    let sent = injector.send(&frame.bytes());
+    sent.expect_err("dropped before it leaves");
+    talk_on(&calls, 5);
+    assert_eq!(reason(&status(&relay), "comfort_noise"), 1);
+    assert_perfect(&calls);
 }
 
 #[test]
@@ -303,7 +355,7 @@ fn ipv6_calls_are_relayed() {
     let pbx = Pbx::start(&net.pbx, PBX_V6).expect("PBX");
     let bank = Bank::new(&net.phones).expect("phones");
     let office = Office { net, pbx, bank };
-    let relay = office.attach(&[]);
+    let relay = office.attach(&TC);
     let phones = [Direct::phone_v6(0), Direct::phone_v6(1)];
     let calls = [
         office.call_between(phones, 0),
@@ -346,7 +398,7 @@ fn a_held_call_is_taken_back_at_once_and_offloaded_when_resumed() {
 #[test]
 fn a_bridge_that_leaves_native_rtp_is_taken_back_at_once() {
     let office = Office::open();
-    let relay = office.attach(&[]);
+    let relay = office.attach(&TC);
     let calls = office.calls(0..2);
     office.assert_relayed(&relay, &calls);
 
@@ -409,7 +461,7 @@ fn hang_up_empties_the_map_and_the_ports_serve_the_next_call() {
 #[test]
 fn ports_change_hands_before_the_relay_has_heard() {
     let office = Office::open();
-    let relay = office.attach(&[]);
+    let relay = office.attach(&TC);
     let mut calls = office.calls(0..4);
     for generation in 1..6_u16 {
         talk_on(&calls, 10);
@@ -449,7 +501,7 @@ fn fifty_quick_calls_leave_nothing_behind() {
 #[test]
 fn without_ami_everything_is_taken_back_and_a_resync_offloads_it_again() {
     let office = Office::open();
-    let relay = office.attach(&[]);
+    let relay = office.attach(&TC);
     let mut calls = office.calls(0..3);
     office.assert_relayed(&relay, &calls);
 
@@ -609,7 +661,7 @@ fn an_upgrade_in_mid_call_leaves_no_packet_to_the_pbx() {
 #[test]
 fn a_flushed_call_stays_with_the_pbx_until_its_bridge_changes() {
     let office = Office::open();
-    let relay = office.attach(&[]);
+    let relay = office.attach(&TC);
     let calls = office.calls(0..3);
     office.assert_relayed(&relay, &calls);
     let flushed = relay.json(["flush"]).expect("flush");
@@ -653,7 +705,7 @@ fn a_stream_that_the_pbx_transcodes_is_never_proven_whatever_signalling_says() {
     office.pbx.transcode(calls[0].line).expect("transcode");
     talk_on(&calls, 5);
     calls[0].callee.forget();
-    let relay = office.attach(&[]);
+    let relay = office.attach(&TC);
     let states = || -> Vec<[String; 2]> {
         let list = relay.json(["list"]).expect("list");
         let pair = |call: &Call| {

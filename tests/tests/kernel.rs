@@ -19,13 +19,18 @@ use relay_common::{
     wire::{Be16, Udp},
 };
 use relay_tests::{
-    fixture::{self, Family, Hook, SLOTS, offloaded, received, stream},
+    capture::{self, Capture, Direction, Injector},
+    draft::{QINQ, VLAN},
+    fixture::{self, Family, Fixture, Hook, SLOTS, offloaded, received, stream},
     generator::Generator,
     kernel::{Kernel, show, show_observer},
     namespace::Host,
     program::CHECKSUM_COMPLETE,
     tables::{Entry, MemoryTables, timeless},
+    topology::Direct,
 };
+
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Loads the datapath for a hook.
 fn kernel(hook: Hook) -> Kernel {
@@ -348,6 +353,60 @@ fn tc_keeps_a_sum_over_the_whole_packet() {
         };
         assert_eq!((verdict, &after[..]), (Verdict::Send, expected), "{what}");
     }
+}
+
+/// The kernel takes the outermost tag off a frame before traffic control sees it, but not off those of
+/// `BPF_PROG_TEST_RUN`.
+#[test]
+fn tags_are_replaced_beside_the_frame() {
+    let net = Direct::new(1).expect("network");
+    let mut kernel = kernel(Hook::Tc);
+    net.pbx
+        .run(|| kernel.attach_tc("eth0"))
+        .expect("attached to traffic control");
+    let injector = Injector::open(&net.phones_interface).expect("injector");
+    let capture = Capture::start(&net.phones_interface).expect("capture");
+    let tagged = |fixture: &Fixture| {
+        let tag = fixture.frame.get(12..14);
+        [VLAN, QINQ]
+            .iter()
+            .any(|tpid| tag == Some(&tpid.to_be_bytes()))
+    };
+    let mut shown = [0, 0];
+    for fixture in fixture::all().iter().filter(|fixture| tagged(fixture)) {
+        let Some((reason, expected)) = fixture.expected(Hook::Tc) else {
+            continue;
+        };
+        // Whoever announces a tag and has none does not get as far (skb_vlan_untag() in net/core/skbuff.c).
+        if reason == Reason::Truncated {
+            continue;
+        }
+        let what = &fixture.description;
+        kernel.set(&fixture.streams).expect("tables");
+        kernel.set_lease(fixture.lease).expect("a lease");
+        injector.send(&fixture.frame).expect("injected");
+        let deadline = Instant::now() + PATIENCE;
+        while kernel.counters().expect("counters")[reason as usize].packets == 0 {
+            assert!(Instant::now() < deadline, "{what}: no {}", reason.name());
+        }
+        let came_back = |frames: &[capture::Frame]| {
+            let mut back = frames.iter().filter(|it| it.direction == Direction::In);
+            back.any(|frame| frame.bytes == expected)
+        };
+        if reason == Reason::Relayed {
+            let waited = capture.wait(PATIENCE, came_back);
+            waited.unwrap_or_else(|error| panic!("{what}: {error:#}: {expected:02x?}"));
+        }
+        shown[usize::from(reason == Reason::Relayed)] += 1;
+    }
+    let [passed, relayed] = shown;
+    assert!(passed >= 5 && relayed >= 10, "{shown:?}");
+    let recording = capture.stop().expect("no drops").only(Direction::In);
+    assert_eq!(
+        recording.datagrams().count(),
+        relayed,
+        "nothing else came back"
+    );
 }
 
 /// Debian's bpftool shows the maps with the names of their fields.

@@ -275,10 +275,21 @@ enum Fate {
     Replaced,
 }
 
+impl Fate {
+    /// The relay's mode: half of these in each, as what one sends astray the other would.
+    const fn arguments(self) -> [&'static str; 2] {
+        let mode = match self {
+            Self::GoesOn | Self::Replaced => "generic",
+            Self::GoesOnLate | Self::Killed => "tc",
+        };
+        ["--mode", mode]
+    }
+}
+
 /// Calls of every manner change hands while the controller stands still, and afterwards what must happen happens.
 fn change_hands(fate: Fate) {
     let office = Office::open();
-    let mut relay = office.attach(&[]);
+    let mut relay = office.attach(&fate.arguments());
     let mut trios: Vec<_> = Manner::ALL
         .into_iter()
         .flat_map(|manner| (0..EACH).map(move |_| manner))
@@ -325,7 +336,7 @@ fn change_hands(fate: Fate) {
         }
         Fate::Replaced => {
             drop(relay);
-            relay = office.attach(&[]);
+            relay = office.attach(&fate.arguments());
         }
     }
     await_offloaded(&relay, calls);

@@ -6,6 +6,7 @@ use std::{
     fs,
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     process::{Command, Output},
     thread,
     time::{Duration, Instant},
@@ -15,7 +16,7 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
-    sys::socket::{setsockopt, sockopt},
+    sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt},
 };
 use relay_common::classify::QOS_ABI;
 use relay_tests::{
@@ -37,7 +38,7 @@ use relay_user::{
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const STATE: &str = "/run/relay/qos/eth0.json";
+const STATE: &str = "/run/relay-user/qos/eth0.json";
 
 /// Waits for what no event announces.
 fn until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -476,6 +477,68 @@ fn packets_that_name_a_class_are_in_it() {
             count(&class(&shown(&net.pbx, "eth0"), name)["packets"]) >= before + 10
         });
     }
+}
+
+#[test]
+fn marking_leaves_queues_alone() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let phone = Direct::phone_v4(0);
+    let before = dump(host, "eth0");
+    let sip = net
+        .phones
+        .run(|| UdpSocket::bind((phone, 5060)))
+        .expect("socket");
+    setsockopt(&sip, sockopt::IpRecvTos, &true).expect("IP_RECVTOS");
+    sip.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let sender = host.run(|| UdpSocket::bind((PBX_V4, 0))).expect("socket");
+    let received_tos = || {
+        sender.send_to(b"OPTIONS", (phone, 5060)).expect("sent");
+        let mut buffer = [0; 64];
+        let mut slices = [std::io::IoSliceMut::new(&mut buffer)];
+        let mut control = nix::cmsg_space!(u8);
+        let message = recvmsg::<()>(
+            sip.as_raw_fd(),
+            &mut slices,
+            Some(&mut control),
+            MsgFlags::empty(),
+        )
+        .expect("received");
+        let mut told = message.cmsgs().expect("control messages");
+        told.find_map(|it| match it {
+            ControlMessageOwned::Ipv4Tos(tos) => Some(tos),
+            _ => None,
+        })
+    };
+    let matched = |rule: &str| {
+        let report = shown(host, "eth0");
+        assert_eq!(report["state"], "marked");
+        let rules = report["rules"].as_array().expect("rules").clone();
+        let found = rules.iter().find(|it| it["name"] == rule);
+        found.map(|it| count(&it["packets"]))
+    };
+    done(host, "mark eth0");
+    assert_eq!(received_tos(), Some(24 << 2));
+    assert_eq!(matched("mark-sip"), Some(1));
+    assert_eq!(dump(host, "eth0"), before);
+
+    // Another policy: of TCP alone.
+    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/policies");
+    done(host, &format!("mark eth0 --policy {examples}/ports.toml"));
+    assert_eq!(received_tos(), Some(0));
+    assert_eq!(matched("mark-sip"), None);
+
+    done(host, "apply eth0 --uplink 1mbit");
+    assert_eq!(shown(host, "eth0")["rules"], Value::Null);
+    refused(host, "mark eth0", 1, &["is shaped", "qos clear eth0"]);
+    assert_eq!(received_tos(), Some(24 << 2));
+    done(host, "clear eth0");
+    assert_eq!(dump(host, "eth0"), before);
+    done(host, "mark eth0");
+    let said = done(host, "clear eth0");
+    assert!(said.contains("not marked any longer"), "{said}");
+    assert_eq!(received_tos(), Some(0));
+    assert_eq!(shown(host, "eth0")["state"], "unshaped");
 }
 
 #[test]
@@ -1055,6 +1118,7 @@ fn the_report_is_of_one_shape() {
         "ifindex",
         "interface",
         "policy",
+        "rules",
         "state",
         "uplink",
     ];

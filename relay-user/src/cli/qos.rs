@@ -60,6 +60,7 @@ pub(super) struct Qos {
 enum Verb {
     Apply(Apply),
     Auto(Auto),
+    Mark(Mark),
     Show(Show),
     Clear(Clear),
     Policy(PolicyArguments),
@@ -74,16 +75,15 @@ enum Verb {
 /// Done again, it changes rates and policy in their place; no packet is lost, unless the default class is
 /// another one. Either all of it is done or nothing. What was there before is put back by `clear`.
 ///
-/// HTB sends a packet as a whole. Where another interface of this host merges packets (GRO), one of 64 kB
-/// holds a line of 1 Mbit/s for half a second: `ethtool -K IFACE gro off` on the interfaces that it
-/// comes from.
+/// On a line below some 100 Mbit/s, what TCP hands over as one packet of up to 64 kB (GSO) is cut, so that
+/// a call waits for one packet of the line at most.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 EXAMPLES
   An uplink of 2 Mbit/s:
     relay-user qos apply eth0 --uplink 2mbit
   DSL with 1 Mbit/s up and 8 Mbit/s down:
-    relay-user qos apply ppp0 --uplink 1mbit --downlink 8mbit
+    relay-user qos apply eth0 --uplink 1mbit --downlink 8mbit
   In the place of a queueing discipline of your own:
     relay-user qos apply eth0 --uplink 2mbit --replace")]
 struct Apply {
@@ -139,6 +139,29 @@ struct Auto {
     /// Form of the log on standard error
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     log_format: LogFormat,
+}
+
+/// Mark what leaves an interface, and shape nothing
+///
+/// Applies the marks of a policy (`set-dscp`) for the network behind the interface. Queueing disciplines
+/// stay as they are; the classes that rules choose are a classful one's with the same numbers, if there is
+/// one. Done again, it changes the policy in its place.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+  Voice EF, video AF41, SIP CS3:
+    relay-user qos mark eth0
+  By TCP ports, as a script with iptables did:
+    relay-user qos mark eth0 --policy docs/policies/ports.toml
+  What each rule has matched:
+    relay-user qos show eth0")]
+struct Mark {
+    /// Network interface that packets leave by
+    #[arg(value_name = "IFACE", value_parser = config::interface)]
+    interface: String,
+    /// Policy (TOML) instead of the built-in one
+    #[arg(long, value_name = "FILE", value_parser = config::path)]
+    policy: Option<PathBuf>,
 }
 
 /// Show how shaped interfaces fare
@@ -219,6 +242,15 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
             Ok(output::qos::applied(&request, &applied))
         }
         Verb::Auto(arguments) => auto(arguments).map(|()| String::new()),
+        Verb::Mark(Mark {
+            interface,
+            policy: file,
+        }) => {
+            auto::refuse_while_running(interface)?;
+            let policy = policy(file.as_ref())?;
+            shaper::mark(&mut Rtnetlink, interface, &policy, file.as_deref())?;
+            Ok(output::qos::marked(interface, &policy))
+        }
         Verb::Show(arguments) => show(arguments),
         Verb::Clear(Clear { interface }) => {
             auto::refuse_while_running(interface)?;

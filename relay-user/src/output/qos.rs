@@ -10,7 +10,7 @@ use crate::qos::{
     object::handle,
     policy::{ClassRate, Policy},
     rate,
-    report::{InterfaceReport, LineReport, QosReport, ShapingState},
+    report::{InterfaceReport, LineReport, QosReport, RuleReport, ShapingState},
     shaper::{Applied, Cleared, Request},
 };
 
@@ -43,6 +43,7 @@ pub fn cleared(interface: &str, cleared: &Cleared) -> String {
             notes(&mut lines, all);
             lines
         }
+        Cleared::Unmarked => format!("{interface}: packets are not marked any longer\n"),
         Cleared::Gone => format!("{interface} was removed since it was shaped: nothing is left\n"),
     }
 }
@@ -101,6 +102,7 @@ fn interface(report: &InterfaceReport, style: Style) -> String {
     let state = match report.state {
         ShapingState::Shaped => "shaped".to_owned(),
         ShapingState::Drifted => format!("drifted: {}", report.drift.join(", ")),
+        ShapingState::Marked => format!("marked, not shaped; it has {}", report.before),
         ShapingState::Unshaped => format!("not shaped; it has {}", report.before),
         ShapingState::Gone => format!(
             "not shaped: the interface was removed since; `relay-user qos clear {}` removes what is left",
@@ -111,16 +113,21 @@ fn interface(report: &InterfaceReport, style: Style) -> String {
     if let Some(report) = &report.auto {
         auto(&mut facts, report);
     }
-    if report.uplink.is_some() {
+    if report.uplink.is_some() || report.rules.is_some() {
         let built_in = || "built in".to_owned();
         let policy = report.policy.as_ref();
         facts.add(
             "policy",
             policy.map_or_else(built_in, |path| path.display().to_string()),
         );
+    }
+    if report.uplink.is_some() {
         facts.add("before", &report.before);
     }
     let mut screen = facts.drawn();
+    if let Some(drawn) = rules(report.rules.as_deref(), style) {
+        let _ = write!(screen, "\n{drawn}");
+    }
     for (name, report) in [("uplink", &report.uplink), ("downlink", &report.downlink)] {
         if let Some(report) = report {
             let _ = write!(screen, "\n{}", line(name, report, style));
@@ -197,14 +204,28 @@ fn line(name: &str, report: &LineReport, style: Style) -> String {
         report.leaf.kind(),
         drawn(&table)
     );
-    if let Some(rules) = report.rules.as_deref().filter(|rules| !rules.is_empty()) {
-        let mut table = style.table(&["RULE", "PACKETS", "BYTES"]);
-        for rule in rules {
-            table.add_row([text(&rule.name), number(rule.packets), number(rule.bytes)]);
-        }
-        let _ = write!(lines, "\n{}", drawn(&table));
+    if let Some(drawn) = rules(report.rules.as_deref(), style) {
+        let _ = write!(lines, "\n{drawn}");
     }
     lines
+}
+
+/// What each rule has matched, if there is one.
+fn rules(rules: Option<&[RuleReport]>, style: Style) -> Option<String> {
+    let rules = rules.filter(|rules| !rules.is_empty())?;
+    let mut table = style.table(&["RULE", "PACKETS", "BYTES"]);
+    for rule in rules {
+        table.add_row([text(&rule.name), number(rule.packets), number(rule.bytes)]);
+    }
+    Some(drawn(&table))
+}
+
+/// What `mark` did.
+pub fn marked(interface: &str, policy: &Policy) -> String {
+    format!(
+        "{interface}: {} rules mark what leaves; `relay-user qos clear {interface}` ends it\n",
+        policy.rules.len()
+    )
 }
 
 fn bits(bits_per_second: u64) -> Cell {

@@ -299,6 +299,14 @@ const KEYS: [&str; 20] = [
 ];
 
 impl Policy {
+    /// Of its classes, in their order.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.classes
+            .iter()
+            .map(|class| class.name.clone())
+            .collect()
+    }
+
     /// The policy for those who have none of their own.
     ///
     /// # Panics

@@ -15,6 +15,7 @@ use super::{
     leaf::Leaf,
     object::{Attribute, Object, handle},
     policy::Policy,
+    rate::Rate,
     shaper::QosError,
     state::{Line, State, Store},
     tree::Tree,
@@ -48,6 +49,9 @@ pub struct InterfaceReport {
     pub policy: Option<PathBuf>,
     /// What `qos auto` does or did there; `null` where it never ran since the last boot or `qos clear`.
     pub auto: Option<AutoReport>,
+    /// The rules, in order, of an interface that is only marked; those of a shaped one are with its
+    /// lines.
+    pub rules: Option<Vec<RuleReport>>,
     /// What leaves.
     pub uplink: Option<LineReport>,
     /// What comes in, where that is shaped too.
@@ -62,6 +66,8 @@ pub enum ShapingState {
     Shaped,
     /// Changed by hand since.
     Drifted,
+    /// Packets are classified and marked, but not shaped: by `qos mark`, or by `qos auto` without a call.
+    Marked,
     /// Something else is there, or nothing.
     Unshaped,
     /// The interface that was shaped is gone; `clear` removes what is left.
@@ -186,6 +192,7 @@ fn one(
         before: String::new(),
         policy: None,
         auto: auto::read(name),
+        rules: None,
         uplink: None,
         downlink: None,
     };
@@ -208,6 +215,10 @@ fn one(
     let present = tree(kernel, name, line.index)?;
     if !state.shaped || !line.tree.is_at(&present) {
         report.before = present.describe();
+        if state.classified && !state.shaped {
+            report.state = ShapingState::Marked;
+            report.rules = rules(name)?;
+        }
     } else {
         report.drift = line.tree.drift(&present);
         let mtu = found.map_or(state.mtu, |found| found.mtu);
@@ -266,21 +277,27 @@ fn line_report(
     classes.sort_by_key(|(handle, _)| *handle);
     Ok(LineReport {
         device: line.device.clone(),
-        rate: line.rate.bits_per_second(),
-        shaped: line.rate.shaped(),
+        rate: line.rate.map_or(0, Rate::bits_per_second),
+        shaped: line.rate.map_or(0, Rate::shaped),
         leaf: state.leaves.fair,
         splits: line.tree.splits(),
         classes: classes.into_iter().map(|(_, report)| report).collect(),
-        rules: Classifier::read(&line.device)?.map(|counted| {
-            let rules = counted.rules.into_iter();
-            let rules = rules.map(|rule| RuleReport {
-                name: rule.name,
-                packets: rule.packets,
-                bytes: rule.bytes,
-            });
-            rules.collect()
-        }),
+        rules: rules(&line.device)?,
     })
+}
+
+/// What the classifier of a device has counted.
+fn rules(device: &str) -> Result<Option<Vec<RuleReport>>, QosError> {
+    let counted = Classifier::read(device)?;
+    Ok(counted.map(|counted| {
+        let rules = counted.rules.into_iter();
+        let rules = rules.map(|rule| RuleReport {
+            name: rule.name,
+            packets: rule.packets,
+            bytes: rule.bytes,
+        });
+        rules.collect()
+    }))
 }
 
 fn class_report(

@@ -72,6 +72,8 @@ pub enum Cleared {
         /// What the user should know, a sentence each.
         notes: Vec<String>,
     },
+    /// Packets are not marked any longer, which was all.
+    Unmarked,
     /// The interface was removed, and our trees with it; the rest is removed now.
     Gone,
 }
@@ -114,6 +116,11 @@ pub enum QosError {
     /// Not root.
     #[error("changing queueing disciplines needs CAP_NET_ADMIN: run as root")]
     Permission,
+    /// It has more than marks.
+    #[error(
+        "{0} is shaped, or was by `relay-user qos auto`: `relay-user qos apply` changes the policy of that, `relay-user qos clear {0}` ends it"
+    )]
+    Shaped(String),
     /// Removed meanwhile.
     #[error("{0} is gone: shape it again when it is back")]
     InterfaceGone(String),
@@ -183,6 +190,60 @@ pub enum QosError {
 /// [`QosError`]; then everything is as it was.
 pub fn apply(kernel: &mut dyn Kernel, request: &Request<'_>) -> Result<Applied, QosError> {
     establish(kernel, request, Sorting::Attach)
+}
+
+/// Classifies and marks what leaves an interface, and leaves its queueing disciplines alone.
+///
+/// # Errors
+/// [`QosError`]; then everything is as it was.
+pub fn mark(
+    kernel: &mut dyn Kernel,
+    interface: &str,
+    policy: &Policy,
+    policy_file: Option<&Path>,
+) -> Result<(), QosError> {
+    // An unknown one leaves no lock behind.
+    Interfaces::read()?.named(interface)?;
+    Classifier::prepare()?;
+    let text = policy_file.map(policy_text).transpose()?;
+    let store = Store::new(interface);
+    let _lock = store.lock()?;
+    let device = Device::from(Interfaces::read()?.named(interface)?);
+    let known = match store.read()? {
+        Some(state) if state.is_current() && state.uplink.index == device.index => Some(state),
+        Some(stale) => {
+            remove(kernel, &store, &stale, Sorting::Attach)?;
+            None
+        }
+        None => None,
+    };
+    if known
+        .as_ref()
+        .is_some_and(|state| state.uplink.rate.is_some())
+    {
+        return Err(QosError::Shaped(interface.to_owned()));
+    }
+    let line = Line {
+        device: device.name.clone(),
+        index: device.index,
+        rate: None,
+        tree: Tree::default(),
+        before: device.read(kernel)?,
+    };
+    let mut state = State::new(line, None, Leaves::BEST, device.mtu)?;
+    state.shaped = false;
+    state.classified = true;
+    state.policy = text;
+    state.classes = policy.names();
+    store.write(&state)?;
+    if let Err(error) = Classifier::attach(interface, device.index, policy) {
+        match &known {
+            Some(state) => store.write(state)?,
+            None => store.remove()?,
+        }
+        return Err(error.into());
+    }
+    Ok(())
 }
 
 /// Shapes an interface whose classifier is attached already, or will be by somebody else.
@@ -314,16 +375,7 @@ fn establish(
     if sorting == Sorting::Attach {
         Classifier::prepare()?;
     }
-    let policy = match request.policy_file {
-        Some(path) => Some(PolicyText {
-            path: path.to_owned(),
-            text: fs::read_to_string(path).map_err(|source| QosError::PolicyFile {
-                path: path.to_owned(),
-                source,
-            })?,
-        }),
-        None => None,
-    };
+    let policy = request.policy_file.map(policy_text).transpose()?;
     let store = Store::new(request.interface);
     let _lock = store.lock()?;
     let known = store.read()?;
@@ -513,7 +565,7 @@ impl Work<'_> {
         let line = |device: &Device, shape: &Shape<'_>, before| Line {
             device: device.name.clone(),
             index: device.index,
-            rate: shape.rate,
+            rate: Some(shape.rate),
             tree: shape.tree(self.leaves),
             before,
         };
@@ -526,8 +578,7 @@ impl Work<'_> {
             self.sorting == Sorting::Attach || self.current.is_some_and(|state| state.classified);
         state.faithful = self.faithful;
         state.policy.clone_from(&self.policy);
-        let classes = request.policy.classes.iter();
-        state.classes = classes.map(|class| class.name.clone()).collect();
+        state.classes = request.policy.names();
         undo.store.write(&state)?;
 
         let mut leaves = self.leaves;
@@ -708,6 +759,18 @@ impl Undo<'_> {
     }
 }
 
+/// A policy's file, to be kept.
+fn policy_text(path: &Path) -> Result<PolicyText, QosError> {
+    let text = fs::read_to_string(path).map_err(|source| QosError::PolicyFile {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(PolicyText {
+        path: path.to_owned(),
+        text,
+    })
+}
+
 /// The policy that a state was made with.
 fn policy_in_force(state: &State) -> Result<Policy, PolicyError> {
     match &state.policy {
@@ -784,6 +847,7 @@ fn remove(
         Ok(())
     };
     match work(kernel, &mut notes) {
+        Ok(()) if !state.shaped => Ok(Cleared::Unmarked),
         Ok(()) => Ok(Cleared::Restored {
             before: line.before.describe(),
             notes,

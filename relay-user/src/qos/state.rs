@@ -1,4 +1,4 @@
-//! What must be known to undo: one file for each shaped interface, `/run/relay/qos/IFACE.json`.
+//! What must be known to undo: one file for each shaped interface, `/run/relay-user/qos/IFACE.json`.
 //!
 //! Everything else is read from the kernel.
 
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::{leaf::Leaves, rate::Rate, tree::Tree};
 
 /// Where they are.
-const FOLDER: &str = "/run/relay/qos";
+const FOLDER: &str = "/run/relay-user/qos";
 
 /// The kernel's name of this boot (random(4)).
 const BOOT: &str = "/proc/sys/kernel/random/boot_id";
@@ -72,7 +72,8 @@ pub(super) struct PolicyText {
 pub(super) struct Line {
     pub(super) device: String,
     pub(super) index: u32,
-    pub(super) rate: Rate,
+    /// None where packets are only marked.
+    pub(super) rate: Option<Rate>,
     /// What we made.
     pub(super) tree: Tree,
     /// What was there.
@@ -309,7 +310,7 @@ mod tests {
         let line = Line {
             device: "eth0".to_owned(),
             index: 7,
-            rate: "1mbit".parse().expect("rate"),
+            rate: Some("1mbit".parse().expect("rate")),
             tree: Tree::default(),
             before: Tree::default(),
         };
