@@ -31,7 +31,7 @@ const OVERHEAD: usize = 14;
 /// Longest packet.
 const PACKET: usize = 2048;
 /// Packets that wait in the modem before the fast direction, which none of the tests fills.
-const DOWNLINK_QUEUE: usize = 1000;
+pub(crate) const DOWNLINK_QUEUE: usize = 1000;
 
 /// What a line is like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,10 +1,13 @@
 //! A call that shares a slow uplink with greedy TCP flows.
 
+use std::thread;
+
 use relay_tests::{
-    line::Access,
+    phone::PACKET_TIME,
     relay::Relay,
-    uplink::{Outcome, Uplink},
+    uplink::{Bottleneck, Outcome, Uplink},
 };
+use relay_user::qos::report::LineReport;
 
 /// Flows beside the call.
 const FLOWS: usize = 4;
@@ -12,24 +15,73 @@ const FLOWS: usize = 4;
 const SETTLING: u64 = 150;
 const JUDGED: u64 = 250;
 
-/// A call through the relay in this mode, beside so many flows.
-fn call(mode: &str, flows: usize) -> Outcome {
-    let site = Uplink::new(Access::DSL).expect("site");
+/// Beside bulk data, a call through the relay in this mode.
+fn call(site: &Uplink, mode: &str) -> Outcome {
     let relay = Relay::attach(&site.office.pbx, "eth0", ["--mode", mode]).expect("relay");
     site.call(&relay).expect("call");
-    let outcome = site.measure(&relay, flows, SETTLING, JUDGED);
+    let outcome = site.measure(&relay, FLOWS, SETTLING, JUDGED);
     relay.stop().expect("stop");
     outcome.expect("measurement")
 }
 
-#[test]
-fn without_shaping_voice_waits_behind_bulk_data() {
-    let (alone, beside) = (call("generic", 0), call("generic", FLOWS));
-    assert_eq!((alone.voice.sent, alone.voice.lost), (JUDGED, 0));
+/// The same on a shaped interface.
+fn shaped_call(site: &Uplink, mode: &str) -> (Outcome, LineReport) {
+    site.shape().expect("qos apply");
+    let outcome = call(site, mode);
+    (outcome, site.shaped().expect("qos show"))
+}
+
+/// Packets and bytes that a class has sent.
+fn sent(report: &LineReport, class: &str) -> (u64, u64) {
+    let mut classes = report.classes.iter();
+    let found = classes.find(|it| it.name.as_deref() == Some(class));
+    let class = found.expect(class);
+    (class.packets, class.bytes)
+}
+
+/// Sends a call and bulk data over a bottleneck, unshaped and shaped.
+fn compare(bottleneck: Bottleneck) {
+    let site = || Uplink::new(bottleneck).expect("site");
+    let (unshaped, shaped, report) = thread::scope(|scope| {
+        let unshaped = scope.spawn(|| call(&site(), "tc"));
+        let (shaped, report) = shaped_call(&site(), "tc");
+        (unshaped.join().expect("unshaped"), shaped, report)
+    });
+    let told = format!("{bottleneck:?}\n{unshaped:#?}\n{shaped:#?}\n{report:#?}");
+    for way in [shaped.voice, shaped.down] {
+        assert_eq!((way.sent, way.lost), (JUDGED, 0), "{told}");
+    }
     // Full queues lose some of it too, but not in every few seconds.
     assert!(
-        beside.voice.delay.median > alone.voice.delay.p99,
-        "{alone:?}\n{beside:?}"
+        shaped.voice.delay.p99 < unshaped.voice.delay.median,
+        "{told}"
     );
-    assert!(beside.bulk > 0.0, "{beside:?}");
+    // The PBX sends the voice of both directions at its only interface.
+    let (voice, _) = sent(&report, "high");
+    assert!(voice >= 2 * (SETTLING + JUDGED), "{told}");
+    // Four fifths of the shaped rate are left to bulk data.
+    assert!(shaped.bulk > unshaped.bulk / 2.0, "{told}");
+    let (_, bulk) = sent(&report, "bulk");
+    let time = PACKET_TIME * u32::try_from(JUDGED).expect("few packets");
+    assert!(
+        bulk as f64 * 8.0 > shaped.bulk * time.as_secs_f64(),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_shaped_uplink_keeps_voice_from_waiting_behind_bulk_data() {
+    thread::scope(|scope| {
+        scope.spawn(|| compare(Bottleneck::Htb));
+        compare(Bottleneck::Line);
+    });
+}
+
+#[test]
+fn what_is_relayed_by_xdp_passes_the_queues_by() {
+    let site = Uplink::new(Bottleneck::Htb).expect("site");
+    let (outcome, report) = shaped_call(&site, "generic");
+    let told = format!("{outcome:#?}\n{report:#?}");
+    assert_eq!(sent(&report, "high"), (0, 0), "{told}");
+    assert!(sent(&report, "bulk").0 > 0, "{told}");
 }
