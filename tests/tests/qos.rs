@@ -2,7 +2,7 @@
 //! `relay-user`.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -20,11 +20,12 @@ use nix::{
 };
 use relay_common::classify::QOS_ABI;
 use relay_tests::{
-    capture::{Capture, Direction},
+    capture::{Capture, Direction, Frame},
     link::{End, connect},
     namespace::Host,
     relay::{Relay, binary},
     topology::{Direct, PBX_MAC, PBX_V4, PHONES_MAC, Routed},
+    tun::Tun,
 };
 use relay_user::{
     netlink::Refusal,
@@ -148,26 +149,26 @@ fn the_tree_is_as_the_policy_says() {
     );
     let classes = tc(host, "-d class show dev eth0");
     for (class, words) in [
-        // What 2 ms bring: with more, packets would leave in pairs.
+        // What 2 ms bring, and half a packet: with a whole one more, they would leave in pairs.
         (
             "1:1 root",
             "rate 950Kbit ceil 950Kbit burst 237b cburst 237b",
         ),
         (
             "1:10 parent 1:1 leaf 10:",
-            "prio 0 quantum 1518 rate 47496bit ceil 95Kbit burst 11b cburst 1541b",
+            "prio 0 quantum 1518 rate 47496bit ceil 95Kbit burst 770b cburst 1541b",
         ),
         (
             "1:20 parent 1:1 leaf 20:",
-            "prio 1 quantum 1518 rate 522496bit ceil 950Kbit burst 130b cburst 1755b",
+            "prio 1 quantum 1518 rate 522496bit ceil 950Kbit burst 889b cburst 1755b",
         ),
         (
             "1:30 parent 1:1 leaf 30:",
-            "prio 2 quantum 1518 rate 190Kbit ceil 950Kbit burst 47b cburst 1755b",
+            "prio 2 quantum 1518 rate 190Kbit ceil 950Kbit burst 806b cburst 1755b",
         ),
         (
             "1:40 parent 1:1 leaf 40:",
-            "prio 3 quantum 1518 rate 190Kbit ceil 950Kbit burst 47b cburst 1755b",
+            "prio 3 quantum 1518 rate 190Kbit ceil 950Kbit burst 806b cburst 1755b",
         ),
     ] {
         let mut lines = classes.lines();
@@ -594,6 +595,171 @@ fn packets_are_in_the_class_of_their_kind() {
     assert!(done(host, "show eth0").contains("RULE"));
     done(host, "clear eth0");
     assert_eq!(programs(host), [0, 0]);
+}
+
+/// Absolute path of an example.
+fn example(name: &str) -> String {
+    format!("{}/../docs/policies/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// What a frame of IPv4 without options says of itself: its protocol, ports and DSCP.
+fn marked(frame: &Frame) -> Option<(u8, [u16; 2], u8)> {
+    let bytes = &frame.bytes;
+    let port = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+    let is_ipv4 = bytes.get(12..15)? == [8, 0, 0x45];
+    let facts = (bytes[23], [port(34)?, port(36)?], bytes[15] >> 2);
+    is_ipv4.then_some(facts)
+}
+
+#[test]
+fn the_old_scripts_ports_are_marked_and_other_packets_not() {
+    const CODE_POINT: u8 = 0x22;
+    const EF: u8 = 46;
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let phone = Direct::phone_v4(0);
+    let text = fs::read_to_string(example("ports.toml")).expect("an example");
+    let keeping = text.replace("overwrite = true", "");
+    let keeping = host.private_file("keeping.toml", &keeping).expect("file");
+    let keeping = keeping.to_str().expect("a path").to_owned();
+    for (policy, of_marked) in [(example("ports.toml"), CODE_POINT), (keeping, EF)] {
+        done(
+            host,
+            &format!("apply eth0 --uplink 10mbit --policy {policy}"),
+        );
+        let capture = Capture::start(&net.pbx_interface).expect("capture");
+        // To this port, and from the next one.
+        for (server, client, address, port) in [
+            (&net.phones, host, phone, 1935),
+            (host, &net.phones, PBX_V4, 443),
+            (&net.phones, host, phone, 8080),
+        ] {
+            let listener = server.run(|| TcpListener::bind((address, port)));
+            let listener = listener.expect("listening");
+            let client = client.run(|| TcpStream::connect((address, port)));
+            let mut client = client.expect("connected");
+            let (mut server, _) = listener.accept().expect("accepted");
+            // What is marked already.
+            for socket in [&client, &server] {
+                setsockopt(socket, sockopt::Ipv4Tos, &i32::from(EF << 2)).expect("TOS");
+            }
+            for socket in [&mut client, &mut server] {
+                socket.write_all(&[0; 100]).expect("sent");
+            }
+            for socket in [&mut client, &mut server] {
+                socket.read_exact(&mut [0; 100]).expect("received");
+            }
+        }
+        let sender = host.run(|| UdpSocket::bind((PBX_V4, 443))).expect("socket");
+        sender.send_to(&[0; 100], (phone, 443)).expect("sent");
+        let data = |frame: &Frame| frame.bytes.len() > 120;
+        capture
+            .wait(PATIENCE, |frames| {
+                frames.iter().filter(|frame| data(frame)).count() >= 7
+            })
+            .expect("all sent");
+        let sent = capture.stop().expect("frames").only(Direction::Out);
+        let marks = |protocol: u8, port: u16, only: fn(&Frame) -> bool| -> BTreeSet<u8> {
+            let frames = sent.frames.iter().filter(|frame| only(frame));
+            let facts = frames.filter_map(marked);
+            facts
+                .filter(|(found, ports, _)| *found == protocol && ports.contains(&port))
+                .map(|(_, _, dscp)| dscp)
+                .collect()
+        };
+        // A SYN flag: before the socket had a mark.
+        let opens = |frame: &Frame| frame.bytes.get(47).is_some_and(|flags| flags & 2 != 0);
+        let carries = |frame: &Frame| frame.bytes.len() > 120;
+        for port in [1935, 443] {
+            assert_eq!(marks(TCP, port, opens), [CODE_POINT].into(), "{policy}");
+            assert_eq!(marks(TCP, port, carries), [of_marked].into(), "{policy}");
+        }
+        assert_eq!(marks(TCP, 8080, opens), [0].into(), "{policy}");
+        assert_eq!(marks(TCP, 8080, carries), [EF].into(), "{policy}");
+        assert_eq!(marks(UDP, 443, |_| true), [0].into(), "{policy}");
+    }
+}
+
+#[test]
+fn a_tunnels_packets_keep_the_inner_mark_or_get_the_tunnels() {
+    const AF21: u8 = 18;
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let policy = example("openvpn.toml");
+    done(
+        host,
+        &format!("apply eth0 --uplink 10mbit --policy {policy}"),
+    );
+    let capture = Capture::start(&net.pbx_interface).expect("capture");
+    // As OpenVPN sends: with `passtos`, the outer packet has the TOS of the inner one.
+    let tunnel = host
+        .run(|| UdpSocket::bind((PBX_V4, 1194)))
+        .expect("socket");
+    let other = host
+        .run(|| UdpSocket::bind((PBX_V4, 1195)))
+        .expect("socket");
+    let packets = |name: &str| count(&class(&shown(host, "eth0"), name)["packets"]);
+    for (socket, inner, outer, name) in [
+        (&tunnel, 46, 46, "calls"),
+        (&tunnel, 24, 24, "calls"),
+        (&tunnel, 0, AF21, "tunnel"),
+        (&other, 0, 0, "bulk"),
+    ] {
+        setsockopt(socket, sockopt::Ipv4Tos, &(inner << 2)).expect("TOS");
+        let before = packets(name);
+        socket
+            .send_to(&[0x30; 200], (Direct::phone_v4(0), 50_000))
+            .expect("sent");
+        until(name, || packets(name) > before);
+        let seen = capture.so_far().only(Direction::Out);
+        let sent = seen
+            .datagrams()
+            .filter(|(_, it)| it.destination.port() == 50_000);
+        let last = sent.last().map(|(_, it)| it.dscp);
+        assert_eq!(last, Some(outer), "{name}");
+    }
+}
+
+#[test]
+fn a_device_without_ethernet_header_is_shaped_too() {
+    let host = Host::new("pbx").expect("machine");
+    let tun = Tun::open(&host, "tun0", "10.8.0.1/24").expect("tun");
+    refused(
+        &host,
+        "apply tun0 --uplink 1mbit --downlink 8mbit",
+        1,
+        &["no Ethernet header", "shape the uplink only"],
+    );
+    assert_eq!(shown(&host, "tun0")["state"], "unshaped");
+    done(&host, "apply tun0 --uplink 1mbit");
+    let voice = host
+        .run(|| UdpSocket::bind("10.8.0.1:10000"))
+        .expect("socket");
+    let mut rtp = [0; 172];
+    rtp[0] = 0x80;
+    voice.send_to(&rtp, "10.8.0.2:30000").expect("sent");
+    voice.send_to(&[0; 172], "10.8.0.2:9").expect("sent");
+    let mut packet = [0; 2000];
+    let mut marks = BTreeMap::new();
+    until("both", || {
+        while let Ok(length) = tun.receive(&mut packet) {
+            if packet[0] == 0x45 && length > 24 {
+                let port = u16::from_be_bytes([packet[22], packet[23]]);
+                marks.insert(port, packet[1] >> 2);
+            }
+        }
+        marks.len() >= 2
+    });
+    assert_eq!(marks, [(30_000, 46), (9, 0)].into());
+    let report = shown(&host, "tun0");
+    assert_eq!(class(&report, "high")["packets"], 1);
+    let rules = report["uplink"]["rules"].as_array().expect("rules");
+    let voice = rules.iter().find(|rule| rule["name"] == "mark-voice");
+    assert_eq!(voice.expect("a rule")["packets"], 1);
+    done(&host, "clear tun0");
 }
 
 #[test]

@@ -75,8 +75,8 @@ enum Verb {
 /// Done again, it changes rates and policy in their place; no packet is lost, unless the default class is
 /// another one. Either all of it is done or nothing. What was there before is put back by `clear`.
 ///
-/// On a line below some 100 Mbit/s, what TCP hands over as one packet of up to 64 kB (GSO) is cut, so that
-/// a call waits for one packet of the line at most.
+/// On lines of less than 100 Mbit/s, packets that TCP or GRO hands over as one, up to 64 kB long, are cut
+/// before they are queued; where the rate passes that bound, what waits at that moment is lost.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 EXAMPLES
@@ -85,8 +85,18 @@ EXAMPLES
   DSL with 1 Mbit/s up and 8 Mbit/s down:
     relay-user qos apply eth0 --uplink 1mbit --downlink 8mbit
   In the place of a queueing discipline of your own:
-    relay-user qos apply eth0 --uplink 2mbit --replace")]
+    relay-user qos apply eth0 --uplink 2mbit --replace
+  What a program should know of it:
+    relay-user qos apply eth0 --uplink 1mbit --json | jq -r '.notes[]'")]
 struct Apply {
+    #[command(flatten)]
+    line: Line,
+    #[command(flatten)]
+    form: Form,
+}
+
+#[derive(Debug, Args)]
+struct Line {
     /// Network interface towards the line
     #[arg(value_name = "IFACE", value_parser = config::interface)]
     interface: String,
@@ -94,7 +104,8 @@ struct Apply {
     #[arg(long, value_name = "RATE")]
     uplink: Rate,
     /// What the line brings: queues it too, by way of an IFB device. Senders slow down by that, and
-    /// there is room for calls. Packets that the relay takes at XDP or TC ingress are not queued
+    /// there is room for calls. Packets that the relay takes at XDP or TC ingress are not queued. Needs
+    /// Ethernet headers and Linux 6.5
     #[arg(long, value_name = "RATE")]
     downlink: Option<Rate>,
     /// Policy (TOML) instead of the built-in one
@@ -126,7 +137,7 @@ EXAMPLES
     relay-user qos auto eth0 --uplink 2mbit --on-threshold 150 --off-threshold 20")]
 struct Auto {
     #[command(flatten)]
-    line: Apply,
+    line: Line,
     /// Voice packets per second above which shaping goes on; a call has about 50 in each direction
     #[arg(long, value_name = "PPS", default_value_t = Thresholds::ON)]
     on_threshold: u32,
@@ -204,6 +215,8 @@ struct Clear {
     /// Network interface
     #[arg(value_name = "IFACE", value_parser = config::interface)]
     interface: String,
+    #[command(flatten)]
+    form: Form,
 }
 
 /// Print the built-in policy, or check one
@@ -227,18 +240,18 @@ struct PolicyArguments {
 /// Does what was asked, and returns what is to be printed.
 pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
     match &arguments.verb {
-        Verb::Apply(apply) => {
-            auto::refuse_while_running(&apply.interface)?;
-            let policy = policy(apply.policy.as_ref())?;
+        Verb::Apply(Apply { line, form }) => {
+            auto::refuse_while_running(&line.interface)?;
+            let policy = policy(line.policy.as_ref())?;
             let request = Request {
-                interface: &apply.interface,
-                uplink: apply.uplink,
-                downlink: apply.downlink,
+                interface: &line.interface,
+                uplink: line.uplink,
+                downlink: line.downlink,
                 policy: &policy,
-                replace: apply.replace,
+                replace: line.replace,
             };
             let applied = shaper::apply(&mut Rtnetlink, &request)?;
-            Ok(output::qos::applied(&request, &applied))
+            form.text(&applied, output::qos::applied)
         }
         Verb::Auto(arguments) => auto(arguments).map(|()| String::new()),
         Verb::Mark(Mark {
@@ -251,11 +264,11 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
             Ok(output::qos::marked(interface, &policy))
         }
         Verb::Show(arguments) => show(arguments),
-        Verb::Clear(Clear { interface }) => {
+        Verb::Clear(Clear { interface, form }) => {
             auto::refuse_while_running(interface)?;
             auto::forget(interface)?;
             let cleared = shaper::clear(&mut Rtnetlink, interface)?;
-            Ok(output::qos::cleared(interface, &cleared))
+            form.text(&cleared, |cleared| output::qos::cleared(interface, cleared))
         }
         Verb::Policy(PolicyArguments {
             file: None,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use comfy_table::Cell;
+use comfy_table::{Cell, CellAlignment};
 
 use super::{Facts, Style, clean, drawn, number, text};
 use crate::qos::{
@@ -11,21 +11,23 @@ use crate::qos::{
     policy::{ClassRate, Policy},
     rate,
     report::{InterfaceReport, LineReport, QosReport, RuleReport, ShapingState},
-    shaper::{Applied, Cleared, Request},
+    shaper::{Applied, Cleared},
 };
 
 /// What `apply` did: a line, and one for each thing to know.
-pub fn applied(request: &Request<'_>, applied: &Applied) -> String {
-    let mut lines = format!("{}: {} up", request.interface, request.uplink);
-    if let Some(downlink) = request.downlink {
+pub fn applied(applied: &Applied) -> String {
+    let Applied {
+        interface, uplink, ..
+    } = applied;
+    let mut lines = format!("{interface}: {uplink} up");
+    if let Some(downlink) = applied.downlink {
         let _ = write!(lines, ", {downlink} down");
     }
     let _ = writeln!(
         lines,
-        ", shaped to 95 %, {} in {} classes; `relay-user qos clear {}` puts back {}",
+        ", shaped to 95 %, {} in {} classes; `relay-user qos clear {interface}` puts back {}",
         applied.leaf.kind(),
-        request.policy.classes.len(),
-        request.interface,
+        applied.classes,
         clean(&applied.before),
     );
     notes(&mut lines, &applied.notes);
@@ -170,11 +172,10 @@ fn auto(facts: &mut Facts, report: &AutoReport) {
 }
 
 fn line(name: &str, report: &LineReport, style: Style) -> String {
-    let mut table = style.table(&[
+    // One table of all would be too wide for 80 columns.
+    let mut shares = style.table(&["CLASS", "NAME", "PRIO", "RATE", "CEILING"]);
+    let mut traffic = style.table(&[
         "CLASS",
-        "NAME",
-        "RATE",
-        "CEILING",
         "PACKETS",
         "BYTES",
         "NOW",
@@ -183,26 +184,36 @@ fn line(name: &str, report: &LineReport, style: Style) -> String {
         "BACKLOG",
     ]);
     for class in &report.classes {
-        table.add_row([
+        shares.add_row([
             Cell::new(&class.id),
             text(class.name.as_deref().unwrap_or("-")),
-            bits(class.rate),
-            bits(class.ceiling),
+            number(class.prio.into()),
+            rounded(class.rate, &BITS),
+            rounded(class.ceiling, &BITS),
+        ]);
+        traffic.add_row([
+            class
+                .name
+                .as_deref()
+                .map_or_else(|| Cell::new(&class.id), text),
             number(class.packets),
-            number(class.bytes),
-            class.bits_per_second.map_or_else(|| Cell::new("-"), bits),
+            rounded(class.bytes, &BYTES),
+            class
+                .bits_per_second
+                .map_or_else(|| Cell::new("-"), |bits| rounded(bits, &BITS)),
             number(class.drops),
             number(class.overlimits),
             number(class.backlog_packets),
         ]);
     }
     let mut lines = format!(
-        "{name} on {}: {} of {}, {} in each class\n{}",
+        "{name} on {}: {} of {}, {} in each class\n{}\n{}",
         report.device,
         rate::display(report.shaped),
         rate::display(report.rate),
         report.leaf.kind(),
-        drawn(&table)
+        drawn(&shares),
+        drawn(&traffic)
     );
     if let Some(drawn) = rules(report.rules.as_deref(), style) {
         let _ = write!(lines, "\n{drawn}");
@@ -215,7 +226,11 @@ fn rules(rules: Option<&[RuleReport]>, style: Style) -> Option<String> {
     let rules = rules.filter(|rules| !rules.is_empty())?;
     let mut table = style.table(&["RULE", "PACKETS", "BYTES"]);
     for rule in rules {
-        table.add_row([text(&rule.name), number(rule.packets), number(rule.bytes)]);
+        table.add_row([
+            text(&rule.name),
+            number(rule.packets),
+            rounded(rule.bytes, &BYTES),
+        ]);
     }
     Some(drawn(&table))
 }
@@ -228,6 +243,45 @@ pub fn marked(interface: &str, policy: &Policy) -> String {
     )
 }
 
+/// Units of [`rounded`], each a thousand times the one before.
+const BYTES: [&str; 5] = ["", "k", "M", "G", "T"];
+/// As tc(8) reads them.
+const BITS: [&str; 5] = ["bit", "kbit", "mbit", "gbit", "tbit"];
+
+/// A number by its first digits, in the unit that suits it.
+fn rounded(value: u64, units: &[&str; 5]) -> Cell {
+    let (mut scaled, mut unit) = (value as f64, units[0]);
+    for next in &units[1..] {
+        if scaled < 999.5 {
+            break;
+        }
+        (scaled, unit) = (scaled / 1e3, next);
+    }
+    let digits = format!("{scaled:.*}", usize::from(scaled < 99.95));
+    let digits = digits.strip_suffix(".0").unwrap_or(&digits);
+    text(&format!("{digits}{unit}")).set_alignment(CellAlignment::Right)
+}
+
 fn bits(bits_per_second: u64) -> Cell {
-    text(&rate::display(bits_per_second)).set_alignment(comfy_table::CellAlignment::Right)
+    text(&rate::display(bits_per_second)).set_alignment(CellAlignment::Right)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short() {
+        for (value, bytes, bits) in [
+            (0, "0", "0bit"),
+            (999, "999", "999bit"),
+            (47_496, "47.5k", "47.5kbit"),
+            (522_496, "522k", "522kbit"),
+            (999_600, "1M", "1mbit"),
+            (95_000_000_000, "95G", "95gbit"),
+        ] {
+            assert_eq!(rounded(value, &BYTES).content(), bytes);
+            assert_eq!(rounded(value, &BITS).content(), bits);
+        }
+    }
 }

@@ -67,13 +67,14 @@ pub(super) struct Class {
 impl Class {
     /// A class for packets of at most `frame` bytes.
     ///
-    /// Its burst is what it earns while the timer is late that HTB waits by
-    /// (qdisc_watchdog_init() in net/sched/sch_api.c). It is less than a packet on a slow line: HTB sends
-    /// one whenever its tokens are not below zero (htb_class_mode() in net/sched/sch_htb.c), so a
-    /// burst of one packet would be two packets back to back, and voice would wait for both.
+    /// HTB sends a packet whenever the tokens are not below zero (htb_class_mode() in
+    /// net/sched/sch_htb.c), so a burst of one packet would be two packets back to back, and voice would
+    /// wait for both. With a burst of half a packet, one of full size leaves alone, and the small ones of
+    /// some calls leave together. The rest of the burst is what the class earns while the timer is late
+    /// that HTB waits by (qdisc_watchdog_init() in net/sched/sch_api.c).
     ///
-    /// At its ceiling it may send one packet's worth at once besides, by what others leave: a class
-    /// whose ceiling is low sends some small packets (TCP's ACKs) at the line's pace, and not at its own.
+    /// At its ceiling it may send a whole packet's worth at once, by what others leave: a class whose
+    /// ceiling is low sends some small packets (TCP's ACKs) at the line's pace, and not at its own.
     ///
     /// Its quantum is one packet: classes of one priority take turns by packets, as none should wait
     /// for two of another's (a full-size packet takes 12 ms at 1 Mbit/s). A fast class has 10 ms of
@@ -85,7 +86,7 @@ impl Class {
         Self {
             rate,
             ceil,
-            burst: LATENESS,
+            burst: ticks(frame / 2, rate).saturating_add(LATENESS),
             cburst: ticks(frame, ceil).saturating_add(LATENESS),
             quantum: quantum.max(frame),
             prio: prio.into(),
@@ -93,9 +94,10 @@ impl Class {
         }
     }
 
-    /// The class that all others borrow from: its own rate is its ceiling.
+    /// The class that all others borrow from, a packet at a time: its rate is its ceiling.
     pub(super) fn whole(bits: u64, frame: u32) -> Self {
         Self {
+            burst: LATENESS,
             cburst: LATENESS,
             ..Self::new(bits, bits, 0, frame)
         }
@@ -233,7 +235,7 @@ mod tests {
         assert_eq!(class.quantum, 1518);
         let bytes =
             |burst: u32, rate: u64| u64::from(burst) * NANOSECONDS_PER_TICK * rate / 1_000_000_000;
-        assert_eq!(bytes(class.burst, class.rate), 47);
+        assert_eq!(bytes(class.burst, class.rate), 759 + 47);
         assert_eq!(bytes(class.cburst, class.ceil), 1518 + 237);
         let whole = Class::whole(950_000, 1518);
         assert_eq!(bytes(whole.burst, whole.rate), 237);

@@ -18,7 +18,7 @@ pub enum RateError {
     )]
     Form(String),
     /// Too low or too high.
-    #[error("a rate of `{0}` cannot be shaped: write 64kbit to 100gbit")]
+    #[error("a rate of `{0}` cannot be shaped: write 64kbit to 100gbit; a number alone is bit/s")]
     Range(String),
 }
 

@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::{
     classifier::{Classifier, ClassifierError},
@@ -43,9 +44,17 @@ pub struct Request<'a> {
     pub replace: bool,
 }
 
-/// What was done.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What was done: the JSON of `relay-user qos apply --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Applied {
+    /// Name of the interface.
+    pub interface: String,
+    /// What the line carries away from this host, in bit/s.
+    pub uplink: Rate,
+    /// What it brings, where that is queued too, in bit/s.
+    pub downlink: Option<Rate>,
+    /// How many classes there are.
+    pub classes: usize,
     /// The queueing discipline in each class.
     pub leaf: Leaf,
     /// What was there before, in words.
@@ -54,8 +63,9 @@ pub struct Applied {
     pub notes: Vec<String>,
 }
 
-/// What was undone.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What was undone: the JSON of `relay-user qos clear --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Cleared {
     /// Nothing of ours was there.
     Nothing,
@@ -430,6 +440,10 @@ fn establish(
             notes.extend(serialisation(&uplink, &device));
             notes.extend(bypass(request.interface, device.index));
             Ok(Applied {
+                interface: device.name.clone(),
+                uplink: request.uplink,
+                downlink: request.downlink,
+                classes: request.policy.classes.len(),
                 leaf: leaves.fair,
                 before: before.describe(),
                 notes,

@@ -116,6 +116,14 @@ pub enum StateError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Not root.
+    #[error("cannot {action} {path}: shaping is root's business: run as root", path = path.display())]
+    Permission {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+    },
     /// Others could have written it.
     #[error(
         "{path} is not root's alone (owner {owner}, mode {mode:04o}) and is not believed: look at `tc qdisc show`, then remove it (`rm {path}`)",
@@ -285,10 +293,13 @@ fn put(path: &Path, content: &[u8]) -> io::Result<()> {
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
     let path = path.to_owned();
-    move |source| StateError::System {
-        action,
-        path,
-        source,
+    move |source| match source.kind() {
+        io::ErrorKind::PermissionDenied => StateError::Permission { action, path },
+        _ => StateError::System {
+            action,
+            path,
+            source,
+        },
     }
 }
 
