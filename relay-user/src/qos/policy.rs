@@ -250,6 +250,12 @@ pub enum PolicyError {
         /// Each with its rate.
         classes: Vec<String>,
     },
+    /// The classes ask for more than there is of any uplink.
+    #[error(
+        "the rates of the classes add up to more than the whole uplink: {}; lower some",
+        .0.join(" + ")
+    )]
+    Fractions(Vec<String>),
     /// A rate that its ceiling does not let it have.
     #[error(
         "the rate of class `{class}`, {}, is above its ceiling, {}: lower the rate, or raise the ceiling",
@@ -357,6 +363,26 @@ impl Policy {
     #[must_use]
     pub const fn class_id(index: usize) -> u32 {
         classify::class_id(index as u32)
+    }
+
+    /// Whether there is an uplink that the fractions fit into.
+    fn check_fractions(&self) -> Result<(), PolicyError> {
+        // So much that what is lost by rounding does not count.
+        const WHOLE: u64 = 1_000_000_000_000;
+        let classes = self.classes.iter();
+        let fractions: Vec<_> = classes
+            .filter(|class| matches!(class.rate, Share::Fraction(..)))
+            .collect();
+        let parts = fractions.iter().map(|class| class.rate.of(WHOLE));
+        if parts.fold(0, u64::saturating_add) <= WHOLE {
+            return Ok(());
+        }
+        let named = fractions.iter();
+        Err(PolicyError::Fractions(
+            named
+                .map(|class| format!("{} {}", class.name, class.rate))
+                .collect(),
+        ))
     }
 
     /// What each class gets of an uplink of so many bit/s. A ceiling above the uplink is the uplink.
@@ -541,7 +567,7 @@ impl<'a> Document<'a> {
             }
         }
         let default = self.class_of(whole.need("default")?, &classes)?;
-        Ok(Policy {
+        let policy = Policy {
             classes,
             default,
             rules,
@@ -549,7 +575,9 @@ impl<'a> Document<'a> {
                 path: self.path.to_owned(),
                 text: self.text.to_owned(),
             }),
-        })
+        };
+        policy.check_fractions()?;
+        Ok(policy)
     }
 
     fn class(&self, fields: &Fields<'_, '_>) -> Result<Class, PolicyError> {
@@ -1084,6 +1112,12 @@ mod tests {
             let error = policy.rates(uplink).expect_err("refused").to_string();
             assert!(error.contains(says), "{error}");
         }
+        let high = CLASSES.replacen("300kbit", "4/5", 1);
+        let error = parsed(&high).expect_err("refused").to_string();
+        assert!(
+            error.contains("more than the whole uplink: a 1/4 + b 4/5"),
+            "{error}"
+        );
         let low = CLASSES.replacen("\"1/2\"", "\"100kbit\"", 1);
         let error = parsed(&low)
             .expect("valid")
