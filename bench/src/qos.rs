@@ -35,6 +35,9 @@ const FRAME: usize = 14 + 20 + 8 + 12 + 160;
 /// What `qos apply` shapes an uplink to, percent.
 const SHAPED: f64 = 95.0;
 
+/// What a phone may be late by before its packets, sent at once afterwards, are no call any more, ms.
+const HELD_UP: f64 = 100.0;
+
 /// Where it is compared.
 const SCENES: [Scene; 3] = [
     Scene {
@@ -223,6 +226,16 @@ impl fmt::Display for Section {
         writeln!(f, "{}:\n\n{}\n", self.bottleneck, table(&self.rows))?;
         for target in &self.targets {
             writeln!(f, "- {target}")?;
+        }
+        for row in &self.rows {
+            let pause = row.voice.pause;
+            if pause > HELD_UP {
+                let setup = row.setup;
+                writeln!(
+                    f,
+                    "- {setup}: not to be relied on, a busy machine held the phone up for {pause:.0} ms"
+                )?;
+            }
         }
         Ok(())
     }

@@ -7,6 +7,9 @@ use std::time::Duration;
 pub struct Transit {
     /// Packets sent.
     pub sent: u64,
+    /// Longest time between two sendings, ms. A busy machine holds the sender up, which then sends all at once what
+    /// was due, as no phone does: what the network makes of that says nothing of a call.
+    pub pause: f64,
     /// Of these, never received.
     pub lost: u64,
     /// How much the delay varied.
@@ -52,6 +55,10 @@ impl Transit {
         }
         Self {
             sent: sent.len() as u64,
+            pause: sent
+                .windows(2)
+                .map(|pair| pair[1].saturating_sub(pair[0]).as_secs_f64() * 1000.0)
+                .fold(0.0, f64::max),
             lost: (sent.len() - ways.len()) as u64,
             jitter: Jitter::of(&ways),
             delay: Delay::of(ways),
@@ -147,6 +154,13 @@ mod tests {
         let transit = Transit::of(&sent, [at(2), at(0), at(2), strange, at(3)]);
         assert_eq!((transit.sent, transit.lost), (4, 1));
         assert_eq!(Transit::of(&sent, []).lost, 4);
+    }
+
+    #[test]
+    fn a_sender_that_was_held_up_is_seen() {
+        let sent = [0, 20, 160, 160, 160].map(milliseconds);
+        assert!(close(Transit::of(&sent, []).pause, 140.0));
+        assert!(close(Transit::of(&sent[..1], []).pause, 0.0));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     process::Command,
-    thread,
+    slice, thread,
     time::{Duration, Instant},
 };
 
@@ -85,7 +85,7 @@ impl Uplink {
                     host,
                     name: "dsl0",
                     mac: [0x02, 0, 0, 0, 2, last],
-                    addresses: std::slice::from_ref(address),
+                    addresses: slice::from_ref(address),
                 };
                 connect(
                     end(&office.router, 0xfe, &router_address),

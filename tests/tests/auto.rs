@@ -174,6 +174,12 @@ fn a_restart_in_mid_call_changes_nothing() {
     wait_shaped(host, true, begun);
     let shaped = shown(host);
 
+    // What somebody takes away comes back.
+    let mut tc = Command::new("tc");
+    tc.args(["qdisc", "delete", "dev", "eth0", "root"]);
+    host.output(tc).expect("deleted");
+    wait(host, |it| it["state"] == "shaped");
+
     // Nobody else decides meanwhile.
     for words in [
         "qos apply eth0 --uplink 2mbit",

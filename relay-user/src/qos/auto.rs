@@ -43,8 +43,8 @@ const LOCK: &str = ".auto-lock";
 /// Transitions that are remembered.
 const KEPT: usize = 16;
 
-/// Until what could not be done is tried again.
-const RETRY: Duration = Duration::from_secs(3);
+/// Until what could not be done is tried again, and between two looks at what was.
+const PAUSE: Duration = Duration::from_secs(3);
 
 /// When to shape an interface, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,8 +132,10 @@ pub struct Auto {
     policy: Policy,
     /// The interface's number; none while it is gone, or could not be prepared.
     index: Option<u32>,
-    /// When that is tried again.
+    /// Until when what failed is not tried again.
     retry: Instant,
+    /// When its queues were last looked at.
+    kept: Instant,
     trigger: Trigger,
     report: AutoReport,
     claim: Claim,
@@ -161,6 +163,7 @@ impl Auto {
             policy,
             index: None,
             retry: Instant::now(),
+            kept: Instant::now(),
             trigger: Trigger::new(thresholds, false),
             report: AutoReport {
                 running: true,
@@ -192,18 +195,10 @@ impl Auto {
         self.tell();
     }
 
-    /// Whether shaping is on.
-    #[must_use]
-    pub fn is_on(&self) -> bool {
-        self.report.on
-    }
-
     /// Has the interface classified, and shaped if it is so already.
     fn prepare(&mut self) -> Result<(), AutoError> {
         let interface = &self.interface;
-        let found = report::show(&mut Rtnetlink, Some(interface))?;
-        let shaped = [ShapingState::Shaped, ShapingState::Drifted];
-        let on = found.interfaces.iter().any(|it| shaped.contains(&it.state));
+        let on = is_shaped(interface)?;
         let applied = shaper::apply(&mut Rtnetlink, &self.request())?;
         for note in applied.notes {
             tracing::warn!(interface, "{note}");
@@ -219,6 +214,9 @@ impl Auto {
 
     /// Counts, and changes what is to be changed.
     fn look(&mut self, start: Instant) {
+        if Instant::now() < self.retry {
+            return;
+        }
         match self.step(start) {
             Ok(()) => self.report.failure = None,
             Err(error) => {
@@ -228,18 +226,14 @@ impl Auto {
                     tracing::warn!(interface = self.interface, "{text}");
                 }
                 self.report.failure = Some(text);
-                self.retry = Instant::now() + RETRY;
+                self.retry = Instant::now() + PAUSE;
             }
         }
         self.tell();
     }
 
     fn step(&mut self, start: Instant) -> Result<(), AutoError> {
-        if Instant::now() < self.retry {
-            return Ok(());
-        }
-        let interface = self.interface.as_str();
-        let index = if_nametoindex(interface).ok();
+        let index = if_nametoindex(self.interface.as_str()).ok();
         if index.is_none() || index != self.index {
             self.index = None;
             self.report.on = false;
@@ -249,15 +243,37 @@ impl Auto {
         let Some(index) = self.index else {
             return Ok(());
         };
-        let voice = voice(&self.interface, index)?;
+        let Some(voice) = voice(&self.interface, index)? else {
+            tracing::warn!(
+                interface = self.interface,
+                "the classifier was taken away: it is put back"
+            );
+            return self.prepare();
+        };
         let transition = self.trigger.sample(start.elapsed(), voice);
         self.report.voice_per_second = self.trigger.rate();
         match transition {
             Some(transition) => self
                 .switch(transition)
                 .inspect_err(|_| self.trigger.take_back()),
-            None => Ok(()),
+            None => self.keep(),
         }
+    }
+
+    /// Shapes again what somebody else has given another queueing discipline.
+    fn keep(&mut self) -> Result<(), AutoError> {
+        if !self.report.on || self.kept.elapsed() < PAUSE {
+            return Ok(());
+        }
+        if !is_shaped(&self.interface)? {
+            tracing::warn!(
+                interface = self.interface,
+                "its queues were taken away: shaping again"
+            );
+            shaper::shape(&mut Rtnetlink, &self.request())?;
+        }
+        self.kept = Instant::now();
+        Ok(())
     }
 
     fn switch(&mut self, Transition { on, rate }: Transition) -> Result<(), AutoError> {
@@ -275,7 +291,7 @@ impl Auto {
             "shaping is {state}"
         );
         self.report.on = on;
-        if self.report.transitions.len() == KEPT {
+        while self.report.transitions.len() >= KEPT {
             self.report.transitions.pop_front();
         }
         self.report.transitions.push_back(Switched {
@@ -349,12 +365,21 @@ fn whole_file(kind: libc::c_int) -> libc::flock {
     }
 }
 
+/// Whether an interface is shaped by us.
+fn is_shaped(interface: &str) -> Result<bool, QosError> {
+    let report = report::show(&mut Rtnetlink, Some(interface))?;
+    let shaped = [ShapingState::Shaped, ShapingState::Drifted];
+    Ok(report
+        .interfaces
+        .iter()
+        .any(|it| shaped.contains(&it.state)))
+}
+
 /// Packets of voice until now: what leaves through the queueing disciplines, and what the relay in XDP
-/// sends past them.
-fn voice(interface: &str, index: u32) -> Result<u64, AutoError> {
-    let counted = Classifier::voice(interface)?;
+/// sends past them. None where nothing counts.
+fn voice(interface: &str, index: u32) -> Result<Option<u64>, AutoError> {
     let relayed = datapath::relayed_past_queues(interface, index)?;
-    Ok(counted.unwrap_or_default() + relayed)
+    Ok(Classifier::voice(interface)?.map(|counted| counted + relayed))
 }
 
 /// What `qos auto` does or did on an interface; none where it never ran in this boot.

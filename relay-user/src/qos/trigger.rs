@@ -112,8 +112,9 @@ impl Trigger {
             return None;
         }
         let changes = if self.on {
-            self.rates()
-                .all(|rate| rate < f64::from(self.thresholds.off))
+            // Whole packets, for a second here is a little longer than one.
+            let few = |packets: u64| packets < self.thresholds.off.into();
+            self.seconds().all(|(_, packets)| few(packets))
         } else {
             let above = |rate: f64| rate > f64::from(self.thresholds.on);
             // Two seconds of voice must not do by standing astride three.
@@ -141,30 +142,39 @@ impl Trigger {
         self.rates().last().unwrap_or(0.0)
     }
 
-    /// Packets per second in each second, the oldest first.
-    fn rates(&self) -> impl Iterator<Item = f64> {
+    /// How long each second was, and the packets in it; the oldest first.
+    fn seconds(&self) -> impl Iterator<Item = (Duration, u64)> {
         let ends = self.samples.iter().step_by(PER_SECOND);
         ends.clone()
             .zip(ends.skip(1))
-            .map(|(from, to)| rate(*from, *to))
+            .map(|(from, to)| between(*from, *to))
+    }
+
+    /// Packets per second in each second, the oldest first.
+    fn rates(&self) -> impl Iterator<Item = f64> {
+        self.seconds().map(rate)
     }
 
     /// Packets per second in the first and the last time from one sample to the next.
     fn ends(&self) -> Option<[f64; 2]> {
         let last = self.samples.len().checked_sub(2)?;
-        let between = |index: usize| rate(self.samples[index], self.samples[index + 1]);
-        Some([between(0), between(last)])
+        let at = |index: usize| rate(between(self.samples[index], self.samples[index + 1]));
+        Some([at(0), at(last)])
     }
 }
 
-/// Packets per second from one sample to another.
-fn rate((from, before): (Duration, u64), (to, after): (Duration, u64)) -> f64 {
-    let seconds = to.saturating_sub(from).as_secs_f64();
+/// The time and the packets from one sample to another.
+fn between((from, before): (Duration, u64), (to, after): (Duration, u64)) -> (Duration, u64) {
+    (to.saturating_sub(from), after - before)
+}
+
+/// Packets per second.
+fn rate((time, packets): (Duration, u64)) -> f64 {
     // In no time, no packets.
-    if seconds > 0.0 {
-        (after - before) as f64 / seconds
-    } else {
+    if time.is_zero() {
         0.0
+    } else {
+        packets as f64 / time.as_secs_f64()
     }
 }
 
@@ -177,12 +187,22 @@ mod tests {
     /// When shaping went on and off, ms, while so many packets per second passed from each of these
     /// times (ms) on, up to `end`.
     fn transitions(trigger: &mut Trigger, rates: &[(u64, f64)], end: u64) -> Vec<(u64, bool)> {
+        sampled(trigger, 250, rates, end)
+    }
+
+    /// The same, with so many ms from one sample to the next.
+    fn sampled(
+        trigger: &mut Trigger,
+        pause: u64,
+        rates: &[(u64, f64)],
+        end: u64,
+    ) -> Vec<(u64, bool)> {
         let mut packets = 0.0;
         let mut made = Vec::new();
         for now in 0..end {
             let rate = rates.iter().rev().find(|(from, _)| *from <= now);
             packets += rate.map_or(0.0, |(_, rate)| rate / 1000.0);
-            if now % 250 == 0
+            if now % pause == 0
                 && let Some(transition) = trigger.sample(Duration::from_millis(now), packets as u64)
             {
                 made.push((now, transition.on));
@@ -217,6 +237,17 @@ mod tests {
             rates.push((turn * 7000 + 5000, 50.0));
         }
         assert_eq!(transitions(&mut off(), &rates, 200_000), [(3000, true)]);
+    }
+
+    /// A packet a second is not below one a second, however late the samples are.
+    #[test]
+    fn rare_comfort_noise_is_voice() {
+        for pause in [250, 251, 253, 260] {
+            let mut trigger = Trigger::new(Thresholds::default(), true);
+            let rates = [(0, 50.0), (6000, 1.0), (60_000, 0.0)];
+            let made = sampled(&mut trigger, pause, &rates, 70_000);
+            assert!(matches!(made[..], [(60_000.., false)]), "{pause}: {made:?}");
+        }
     }
 
     #[test]
