@@ -659,6 +659,22 @@ fn an_upgrade_in_mid_call_leaves_no_packet_to_the_pbx() {
 }
 
 #[test]
+fn a_change_of_mode_in_mid_call_loses_no_packet() {
+    let office = Office::open();
+    let calls = office.calls(0..3);
+    for mode in ["generic", "tc", "generic"] {
+        // As an upgrade does: what it leaves is at work until the next one has replaced it.
+        let mut relay = office.attach(&["--mode", mode, "--persist"]);
+        assert_eq!(status(&relay)["mode"], mode);
+        office.assert_relayed(&relay, &calls);
+        relay.signal(Signal::SIGTERM);
+        let ended = relay.wait(PATIENCE).expect("the end");
+        assert!(ended.success(), "{}", relay.log());
+    }
+    assert_perfect(&calls);
+}
+
+#[test]
 fn a_flushed_call_stays_with_the_pbx_until_its_bridge_changes() {
     let office = Office::open();
     let relay = office.attach(&TC);
