@@ -565,12 +565,7 @@ impl Phone {
     /// [`leave_checksums_to_device`]: crate::link::Interface::leave_checksums_to_device
     pub fn lend_packets(&self) -> Result<()> {
         self.line(|line| {
-            datagram::set_option(
-                line.socket.as_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ZEROCOPY,
-                1,
-            )?;
+            datagram::set_option(line.socket.as_fd(), libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1)?;
             line.lent.get_or_insert_default();
             Ok(())
         })
