@@ -49,8 +49,8 @@ pub(crate) fn renumbered(state: *mut State, payload_type: u8) -> Option<u8> {
 /// Keeps in mind a packet that is passed up, for as long as the epoch lasts: what was noted in an
 /// earlier one may have come out while nobody looked, and must not be taken for an echo then.
 ///
-/// One too long for a digest is counted all the same: it will not come out as anything known, and
-/// the stream waits for what follows it.
+/// One too long for a digest, or merged of several, is counted all the same: it will not come out as
+/// anything known, and the stream waits for what follows it.
 #[inline(always)]
 pub(crate) fn note<P: Packet + ?Sized>(
     packet: &mut P,
@@ -61,7 +61,13 @@ pub(crate) fn note<P: Packet + ?Sized>(
     rtp: &Rtp,
 ) {
     let noted = load!(state, noted);
-    let digest = digest(packet, at, length, epoch).unwrap_or(0);
+    let digest = if packet.is_aggregate() {
+        None
+    } else {
+        packet.pull(at + length);
+        digest(packet, at, length, epoch)
+    };
+    let digest = digest.unwrap_or(0);
     let index = noted as usize & (NOTES - 1);
     store!(state, digest | u64::from(rtp.marker_type), notes[index]);
     store!(state, *rtp, heard);

@@ -8,7 +8,11 @@ use std::{
     time::Duration,
 };
 
-use nix::libc;
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{MsgFlags, SockaddrStorage, recv, sendto},
+};
 
 /// What `recvmsg` says about a message.
 #[derive(Clone, Copy, Debug, Default)]
@@ -52,6 +56,26 @@ pub(crate) fn set_option(
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// Sends a datagram out of the caller's memory (`MSG_ZEROCOPY`), which must stay as it is until the kernel has let go
+/// of it. The socket has `SO_ZEROCOPY`.
+pub(crate) fn lend(socket: BorrowedFd<'_>, datagram: &[u8], to: SocketAddr) -> io::Result<usize> {
+    let (socket, to) = (socket.as_raw_fd(), SockaddrStorage::from(to));
+    let flags = MsgFlags::from_bits_retain(libc::MSG_ZEROCOPY);
+    Ok(sendto(socket, datagram, &to, flags)?)
+}
+
+/// Takes the notifications about what was lent from the socket, which is ready to be read for as long as it has any.
+pub(crate) fn forget_notifications(socket: BorrowedFd<'_>) -> io::Result<()> {
+    loop {
+        match recv(socket.as_raw_fd(), &mut [], MsgFlags::MSG_ERRQUEUE) {
+            Ok(_) => {}
+            // It never waits.
+            Err(Errno::EAGAIN) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 

@@ -301,6 +301,32 @@ fn calls_are_relayed(arguments: &[&str]) {
     relay.stop().expect("a clean end");
 }
 
+/// A driver may leave all but the headers of what it receives in pages, where programs do not see it.
+#[test]
+fn packets_in_pages_are_proven_and_relayed_by_traffic_control() {
+    let office = Office::open();
+    // Without it the stack copies what is lent.
+    let phones = &office.net.phones_interface;
+    phones.leave_checksums_to_device().expect("offload");
+    let keepalive = [&TC[..], &["--keepalive", "1"]].concat();
+    let relay = office.attach(&keepalive);
+    let calls = office.calls(0..2);
+    for phone in calls.iter().flat_map(Call::phones) {
+        phone.lend_packets().expect("SO_ZEROCOPY");
+    }
+    await_offloaded(&relay, calls.len());
+    // What the PBX must hear of them proves them again, in place of ending the offload.
+    let before = status(&relay);
+    talk_on(&calls, LONG);
+    let after = status(&relay);
+    let grown = |name| reason(&after, name) - reason(&before, name);
+    let sent = LONG * calls.len() as u64 * 2;
+    assert!(grown("keepalive") >= 4, "{after:#}");
+    assert!(grown("relayed") * 100 > sent * 90, "{after:#}");
+    assert_perfect(&calls);
+    relay.stop().expect("a clean end");
+}
+
 #[test]
 fn comfort_noise_of_the_pbx_into_a_stream_that_flows_does_not_leave() {
     /// Payload type of comfort noise (RFC 3551), and its level.
