@@ -1337,7 +1337,6 @@ fn endpoint(address: SocketAddr) -> Endpoint {
     }
 }
 
-/// What is relayed of the stream that comes in on leg `index`, as given.
 /// What DSCP a stream's packets came with, the most frequent first.
 fn marks(state: &State) -> Vec<MarkReport> {
     let mut marks: Vec<_> = state
@@ -1354,6 +1353,7 @@ fn marks(state: &State) -> Vec<MarkReport> {
     marks
 }
 
+/// What is relayed of the stream that comes in on leg `index`, as given.
 fn payload_types(pair: &Pair, index: usize) -> [PayloadType; PAYLOAD_TYPES] {
     let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
     for (entry, types) in payload_types.iter_mut().zip(&pair.payload_types) {
