@@ -80,6 +80,7 @@ fn spec(leg: u8) -> StreamSpec {
         feed: feed::API,
         proof: 0,
         priority: 0,
+        own_priority: false,
     }
 }
 
