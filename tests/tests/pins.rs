@@ -666,6 +666,25 @@ fn a_running_daemon_keeps_its_interface_and_a_lost_interface_is_no_obstacle() {
 }
 
 #[test]
+fn an_interface_that_goes_before_the_datapath_is_attached_is_told_to_be_gone() {
+    let site = Site::new();
+    site.host().run(|| {
+        datapath::ensure_bpffs().expect("bpffs");
+        let gone = eth0();
+        site.host().ip("link delete eth0").expect("deleted");
+        for mode in [GENERIC, AttachMode::Tc] {
+            let outcome = Datapath::attach(&gone, mode, MAX_STREAMS);
+            let error = outcome.err().expect("nothing to attach to");
+            assert!(
+                matches!(error, DatapathError::InterfaceGone(_)),
+                "{mode:?}: {error}"
+            );
+        }
+    });
+    assert!(!site.exists("/sys/fs/bpf/relay"));
+}
+
+#[test]
 fn an_interface_that_is_another_by_now_gets_a_new_instance() {
     let site = Site::new();
     let datapath = site.fresh(GENERIC, MAX_STREAMS);
