@@ -271,7 +271,7 @@ abi! {
         pub dscp: u8,
         /// Which leg of the pair it comes in on: 0 or 1.
         pub leg: u8,
-        /// One of [`feed`].
+        /// One of [`feed`], and [`OWN_PRIORITY`] where it holds.
         pub feed: u8,
         /// Packets in a row that prove a payload type; 0 where no PBX is asked.
         pub proof: u8,
@@ -279,6 +279,10 @@ abi! {
         pub priority: u32,
     }
 }
+
+/// In [`Stream::feed`]: the pair came with this priority, which is not what holds for every pair. Only
+/// for a controller that takes the map over.
+pub const OWN_PRIORITY: u8 = 1 << 7;
 
 impl Stream {
     /// What the stream was made of. `key` is its key in `STREAMS`.
@@ -297,9 +301,10 @@ impl Stream {
             keepalive: self.keepalive,
             pair: self.pair,
             leg: self.leg,
-            feed: self.feed,
+            feed: self.feed & !OWN_PRIORITY,
             proof: self.proof,
             priority: self.priority,
+            own_priority: self.feed & OWN_PRIORITY != 0,
         }
     }
 }
@@ -380,6 +385,8 @@ pub struct StreamSpec {
     pub proof: u8,
     /// `skb->priority` to leave with in TC mode; 0 leaves it as it is.
     pub priority: u32,
+    /// Whether the pair came with it.
+    pub own_priority: bool,
 }
 
 impl StreamSpec {
@@ -423,7 +430,7 @@ impl StreamSpec {
             pair: self.pair,
             dscp: self.dscp,
             leg: self.leg,
-            feed: self.feed,
+            feed: self.feed | if self.own_priority { OWN_PRIORITY } else { 0 },
             proof: self.proof,
             priority: self.priority,
         }

@@ -645,6 +645,7 @@ impl Registry {
             },
             proof: self.proof_of(pair),
             priority: self.priority_of(pair).map_or(0, Priority::value),
+            own_priority: pair.priority.is_some(),
         };
         let before = self
             .stream_mut(id, index)
@@ -1168,9 +1169,7 @@ fn heirloom(
             first: types.from,
             second: types.to,
         });
-    // The table does not tell a pair's own priority from the daemon's. A call has none of its own.
-    let own = (one.feed == feed::API && one.priority != policy.priority.map_or(0, Priority::value))
-        .then(|| Priority::new(one.priority));
+    let own = one.own_priority.then(|| Priority::new(one.priority));
     let pair = Pair::new([leg(one, other), leg(other, one)], types.collect(), proof).ok()?;
     Some(Heirloom {
         id,
@@ -1337,7 +1336,6 @@ fn endpoint(address: SocketAddr) -> Endpoint {
     }
 }
 
-/// What is relayed of the stream that comes in on leg `index`, as given.
 /// What DSCP a stream's packets came with, the most frequent first.
 fn marks(state: &State) -> Vec<MarkReport> {
     let mut marks: Vec<_> = state
@@ -1354,6 +1352,7 @@ fn marks(state: &State) -> Vec<MarkReport> {
     marks
 }
 
+/// What is relayed of the stream that comes in on leg `index`, as given.
 fn payload_types(pair: &Pair, index: usize) -> [PayloadType; PAYLOAD_TYPES] {
     let mut payload_types = [PayloadType::UNUSED; PAYLOAD_TYPES];
     for (entry, types) in payload_types.iter_mut().zip(&pair.payload_types) {
@@ -1408,9 +1407,13 @@ mod tests {
     use crate::pair::PayloadTypes;
 
     fn registry(max_streams: u32) -> Registry {
+        with_priority(max_streams, None)
+    }
+
+    fn with_priority(max_streams: u32, priority: Option<u32>) -> Registry {
         Registry::new(Policy {
             dscp: Dscp::Set(46),
-            priority: None,
+            priority: priority.map(Priority::new),
             max_streams,
             proof: 8,
             keepalive: Duration::from_secs(3),
@@ -1910,6 +1913,46 @@ mod tests {
             .expect("its slots are free");
         assert!(after.add(Origin::Api, numbered(5), hop(), UNKNOWN).is_ok());
         assert!(after.add(Origin::Api, numbered(6), hop(), UNKNOWN).is_err());
+    }
+
+    #[test]
+    fn an_adopted_pair_has_the_priority_of_its_own_or_of_this_daemon() {
+        const BEFORE: u32 = 0x1_0010;
+        const AFTER: u32 = 0x1_0020;
+        let mut before = with_priority(8, Some(BEFORE));
+        let hop = || [known(11), known(12)];
+        let mut map = Vec::new();
+        let owns = [None, Some(BEFORE), Some(AFTER), Some(0)];
+        for (own, number) in owns.into_iter().zip(1..) {
+            let pair = numbered(number).with_priority(own.map(Priority::new));
+            let added = before.add(Origin::Api, pair, hop(), UNKNOWN);
+            let (_, changes) = added.expect("room");
+            map.extend(changes.iter().filter_map(|change| match change {
+                Change::Install(spec) => Some((spec.key(), spec.compile())),
+                _ => None,
+            }));
+        }
+
+        let mut after = with_priority(8, Some(AFTER));
+        let state = |_| State {
+            payload_types: payload_types(&numbered(1), 0),
+            ..State::default()
+        };
+        let (heirlooms, orphans) = after.heirlooms(&map, state);
+        assert_eq!((heirlooms.len(), orphans.len()), (owns.len(), 0));
+        for (heirloom, own) in heirlooms.into_iter().zip(owns) {
+            let id = heirloom.id;
+            let changes = after.adopt(heirloom, hop()).expect("room");
+            let written = changes.iter().map(|change| match change {
+                Change::Update(spec) => spec.priority,
+                other => panic!("no change of the priority: {other:?}"),
+            });
+            let expected: &[u32] = if own.is_none() { &[AFTER; 2] } else { &[] };
+            assert_eq!(Vec::from_iter(written), expected, "{own:?}");
+            let report = after.report(id, state, 0).expect("adopted");
+            let shown = own.unwrap_or(AFTER);
+            assert_eq!(report.priority.map_or(0, Priority::value), shown);
+        }
     }
 
     #[test]

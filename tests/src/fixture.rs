@@ -190,6 +190,7 @@ pub fn stream(family: Family) -> StreamSpec {
         feed: feed::API,
         proof: 0,
         priority: 0,
+        own_priority: false,
     }
 }
 

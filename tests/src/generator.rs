@@ -247,6 +247,7 @@ impl Generator {
             feed: self.pick(&[feed::API, feed::AMI]),
             proof: 0,
             priority: 0,
+            own_priority: false,
         };
         let state = State {
             epoch: 1,

@@ -69,6 +69,7 @@ pub fn streams(proof: u8) -> [Entry; 2] {
             feed: feed::AMI,
             proof,
             priority: 0,
+            own_priority: false,
         };
         let state = State {
             epoch: 1,

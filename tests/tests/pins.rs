@@ -80,6 +80,7 @@ fn spec(leg: u8) -> StreamSpec {
         feed: feed::API,
         proof: 0,
         priority: 0,
+        own_priority: false,
     }
 }
 
@@ -661,6 +662,25 @@ fn a_running_daemon_keeps_its_interface_and_a_lost_interface_is_no_obstacle() {
     site.host().ip("link delete eth0").expect("deleted");
     let removed = site.remove_leftovers().expect("removed");
     assert_eq!(removed.len(), 1, "{removed:?}");
+    assert!(!site.exists("/sys/fs/bpf/relay"));
+}
+
+#[test]
+fn an_interface_that_goes_before_the_datapath_is_attached_is_told_to_be_gone() {
+    let site = Site::new();
+    site.host().run(|| {
+        datapath::ensure_bpffs().expect("bpffs");
+        let gone = eth0();
+        site.host().ip("link delete eth0").expect("deleted");
+        for mode in [GENERIC, AttachMode::Tc] {
+            let outcome = Datapath::attach(&gone, mode, MAX_STREAMS);
+            let error = outcome.err().expect("nothing to attach to");
+            assert!(
+                matches!(error, DatapathError::InterfaceGone(_)),
+                "{mode:?}: {error}"
+            );
+        }
+    });
     assert!(!site.exists("/sys/fs/bpf/relay"));
 }
 

@@ -87,6 +87,9 @@ pub enum DatapathError {
         #[source]
         source: io::Error,
     },
+    /// Removed meanwhile.
+    #[error("{0} is gone: attach again when it is back")]
+    InterfaceGone(String),
     /// A program in traffic control cannot be attached: the relay, or the observer without which
     /// nothing may be relayed.
     #[error(

@@ -282,11 +282,7 @@ impl Datapath {
             &interface.name,
             interface.index,
         )
-        .map_err(|source| DatapathError::TcRefused {
-            interface: interface.name.clone(),
-            direction: Direction::Egress,
-            source,
-        })?;
+        .map_err(|source| tc_error(&interface.name, Direction::Egress, source))?;
         let relay = loaded
             .relay()
             .and_then(|program| take_over(program, interface, mode, earlier, &observer, &mut pins));
@@ -619,16 +615,26 @@ fn remove_others(others: &[Directory], relay: Option<u32>) -> Result<(), Datapat
 fn attach_error(interface: &str, mode: AttachMode, source: io::Error) -> DatapathError {
     let interface = interface.to_owned();
     match (source.raw_os_error(), mode) {
+        (_, AttachMode::Tc) => tc_error(&interface, Direction::Ingress, source),
+        (Some(libc::ENODEV), _) => DatapathError::InterfaceGone(interface),
         // EEXIST: there is one in the other mode.
-        (Some(libc::EBUSY | libc::EEXIST), AttachMode::Native | AttachMode::Generic) => {
+        (Some(libc::EBUSY | libc::EEXIST), _) => {
             let program = "id unknown".to_owned();
             DatapathError::OtherProgram { interface, program }
         }
         (_, AttachMode::Native) => DatapathError::NativeRefused { interface, source },
         (_, AttachMode::Generic) => DatapathError::XdpRefused { interface, source },
-        (_, AttachMode::Tc) => DatapathError::TcRefused {
+    }
+}
+
+/// Why a program cannot be had in traffic control.
+fn tc_error(interface: &str, direction: Direction, source: io::Error) -> DatapathError {
+    let interface = interface.to_owned();
+    match source.raw_os_error() {
+        Some(libc::ENODEV) => DatapathError::InterfaceGone(interface),
+        _ => DatapathError::TcRefused {
             interface,
-            direction: Direction::Ingress,
+            direction,
             source,
         },
     }

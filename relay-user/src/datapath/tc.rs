@@ -117,6 +117,8 @@ impl Filter {
         match qdisc_add_clsact(interface) {
             // It is there already.
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            // Nothing has this name any more.
+            Err(TcError::IoError(error)) => return Err(error),
             outcome => outcome.map_err(io::Error::other)?,
         }
         let options = TcAttachOptions::Netlink(NlOptions {
