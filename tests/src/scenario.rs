@@ -80,7 +80,8 @@ pub struct Hearing {
     pub expedited: u64,
     /// Longest time between two arrivals of anything, less what the sender itself paused.
     pub largest_gap: Duration,
-    /// How often sound that Asterisk made itself, digits too, followed a phone's voice or the other way round.
+    /// How often sound that Asterisk made itself, digits too, followed a phone's voice or the other way round; of
+    /// voice, only what the relay sent, once it sent anything.
     pub turns: u64,
     /// Digits of which both beginning and end were heard.
     pub digits: String,
@@ -130,11 +131,15 @@ impl Hearing {
             }
             let flow = flows.entry(rtp.ssrc).or_default();
             flow.push(rtp.sequence, arrival.at);
+            // What Asterisk forwards beside the kernel is its own affair: in a conference, for a moment, one may
+            // speak alone.
             let is_voice = arrival.stamp.is_some();
-            let turned = voice
-                .replace(is_voice)
-                .is_some_and(|before| before != is_voice);
-            hearing.turns += u64::from(turned);
+            if !is_voice || is_fast(arrival) || hearing.expedited == 0 {
+                let turned = voice
+                    .replace(is_voice)
+                    .is_some_and(|before| before != is_voice);
+                hearing.turns += u64::from(turned);
+            }
             let mut pause = Duration::ZERO;
             if let Some(stamp) = arrival.stamp {
                 if let Some(at) = place(stamp.sender) {
