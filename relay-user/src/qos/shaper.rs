@@ -291,6 +291,10 @@ struct Undo<'a> {
     sorting: Option<State>,
 }
 
+/// What comes in may be as long as this, in bytes, where the MTU is less: that is only for what leaves,
+/// and drivers take whole Ethernet frames.
+const USUAL_MTU: u32 = 1_500;
+
 #[derive(Clone, Debug)]
 struct Device {
     name: String,
@@ -388,15 +392,18 @@ fn establish(
         }
     };
 
-    // What comes in on it is no longer than what leaves, whatever the MTU of an IFB device.
-    let shape = |rate| Shape::new(rate, request.policy, device.mtu);
-    let uplink = shape(request.uplink)?;
-    let downlink = request.downlink.map(shape).transpose()?;
+    let shape = |rate, mtu| Shape::new(rate, request.policy, mtu);
+    let uplink = shape(request.uplink, device.mtu)?;
+    let longest = device.mtu.max(USUAL_MTU);
+    let downlink = request
+        .downlink
+        .map(|rate| shape(rate, longest))
+        .transpose()?;
     let lines: Vec<_> = [Some(&uplink), downlink.as_ref()]
         .into_iter()
         .flatten()
         .collect();
-    let leaves = match rehearsal::best_leaves(&lines, device.mtu) {
+    let leaves = match rehearsal::best_leaves(&lines, longest) {
         Ok(leaves) => leaves,
         // What is there needs no trial, in which what waits in it would be lost.
         Err(RehearsalError::NotPermitted(_)) => match current.filter(|state| state.shaped) {
