@@ -18,7 +18,10 @@ use relay_common::{
 };
 use serde::Serialize;
 
-use super::{policy::Policy, table};
+use super::{
+    policy::Policy,
+    table::{self, Task},
+};
 use crate::{
     datapath::{
         DatapathError, ensure_bpffs,
@@ -153,8 +156,13 @@ impl Classifier {
     ///
     /// # Errors
     /// Every [`ClassifierError`]; what was there before then still is.
-    pub fn attach(interface: &str, index: u32, policy: &Policy) -> Result<(), ClassifierError> {
-        let mut ebpf = loaded(layer(interface, index)?, policy)?;
+    pub fn attach(
+        interface: &str,
+        index: u32,
+        policy: &Policy,
+        task: Task,
+    ) -> Result<(), ClassifierError> {
+        let mut ebpf = loaded(layer(interface, index)?, policy, task)?;
         put(interface, index, CLASSIFY_HOOK, &mut ebpf, &MAPS)
     }
 
@@ -302,9 +310,9 @@ fn create(layer: LinkLayer, ifb: u32) -> Result<Ebpf, DatapathError> {
 ///
 /// # Errors
 /// [`ClassifierError::Datapath`].
-pub fn loaded(layer: LinkLayer, policy: &Policy) -> Result<Ebpf, ClassifierError> {
+pub fn loaded(layer: LinkLayer, policy: &Policy, task: Task) -> Result<Ebpf, ClassifierError> {
     let mut ebpf = create(layer, 0)?;
-    let table = table::compile(policy);
+    let table = table::compile(policy, task);
     let table: &[u8; TABLE] = zerocopy::transmute_ref!(&*table);
     let names: [u8; size_of::<Names>()] = zerocopy::transmute!(table::names(policy));
     set(&mut ebpf, POLICY, table)?;

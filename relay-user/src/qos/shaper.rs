@@ -21,6 +21,7 @@ use super::{
     rehearsal::{self, RehearsalError},
     shape::{LONGEST, Shape},
     state::{Line, State, StateError, Store},
+    table::Task,
     tree::{Plan, Step, StepError, Tree, run},
 };
 use crate::{
@@ -226,7 +227,7 @@ pub fn mark(kernel: &mut dyn Kernel, interface: &str, policy: &Policy) -> Result
     state.policy.clone_from(&policy.file);
     state.classes = policy.names();
     store.write(&state)?;
-    if let Err(error) = Classifier::attach(interface, device.index, policy) {
+    if let Err(error) = Classifier::attach(interface, device.index, policy, Task::Mark) {
         match &known {
             Some(state) => store.write(state)?,
             None => store.remove()?,
@@ -667,11 +668,20 @@ fn build(
 /// Has packets classified on both lines.
 fn sort(state: &State, policy: &Policy) -> Result<(), QosError> {
     let uplink = &state.uplink;
+    let task = match uplink.rate {
+        Some(_) => Task::Classify,
+        None => Task::Mark,
+    };
     if let Some(ifb) = &state.downlink {
-        Classifier::attach(&ifb.device, ifb.index, policy)?;
+        Classifier::attach(&ifb.device, ifb.index, policy, task)?;
         Classifier::attach_downlink(&uplink.device, uplink.index, ifb.index)?;
     }
-    Ok(Classifier::attach(&uplink.device, uplink.index, policy)?)
+    Ok(Classifier::attach(
+        &uplink.device,
+        uplink.index,
+        policy,
+        task,
+    )?)
 }
 
 /// Has packets classified no longer, and what comes in redirected no longer.
