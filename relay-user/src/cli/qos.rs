@@ -266,8 +266,8 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
         Verb::Show(arguments) => show(arguments),
         Verb::Clear(Clear { interface, form }) => {
             auto::refuse_while_running(interface)?;
-            auto::forget(interface)?;
             let cleared = shaper::clear(&mut Rtnetlink, interface)?;
+            auto::forget(interface)?;
             form.text(&cleared, |cleared| output::qos::cleared(interface, cleared))
         }
         Verb::Policy(PolicyArguments {

@@ -45,6 +45,10 @@ pub fn cleared(interface: &str, cleared: &Cleared) -> String {
             notes(&mut lines, all);
             lines
         }
+        Cleared::Left { present } => format!(
+            "{interface}: {} is not relay-user's, and stays; nothing of relay-user's is left\n",
+            clean(present)
+        ),
         Cleared::Unmarked => format!("{interface}: packets are not marked any longer\n"),
         Cleared::Gone => format!("{interface} was removed since it was shaped: nothing is left\n"),
     }
@@ -101,11 +105,18 @@ fn interface(report: &InterfaceReport, style: Style) -> String {
         ),
         None => facts.add("interface", &report.interface),
     }
+    let drift = report.drift.join(", ");
+    let changed = match &drift[..] {
+        "" => String::new(),
+        drift => format!(": {drift}"),
+    };
     let state = match report.state {
         ShapingState::Shaped => "shaped".to_owned(),
-        ShapingState::Drifted => format!("drifted: {}", report.drift.join(", ")),
-        ShapingState::Marked => format!("marked, not shaped; it has {}", report.before),
-        ShapingState::Unshaped => format!("not shaped; it has {}", report.before),
+        ShapingState::Drifted => format!("drifted: {drift}"),
+        ShapingState::Marked => {
+            format!("marked, not shaped; it has {}{changed}", report.before)
+        }
+        ShapingState::Unshaped => format!("not shaped; it has {}{changed}", report.before),
         ShapingState::Gone => format!(
             "not shaped: the interface was removed since; `relay-user qos clear {}` removes what is left",
             report.interface

@@ -12,6 +12,7 @@ use aya::{
     programs::SchedClassifier,
     util::KernelVersion,
 };
+use nix::libc;
 use relay_common::{
     classify::{NAME, Names, QOS_ABI, RuleTable, VOICE, class_counter},
     stream::Counter,
@@ -202,6 +203,14 @@ impl Classifier {
     /// [`ClassifierError::Attach`] when the kernel does not tell.
     pub fn is_attached(interface: &str, index: u32) -> Result<bool, ClassifierError> {
         attached(interface, index, CLASSIFY_HOOK).map(|found| found.is_some())
+    }
+
+    /// Whether what comes in on this very interface is sent to an IFB device.
+    ///
+    /// # Errors
+    /// [`ClassifierError::Attach`] when the kernel does not tell.
+    pub fn is_redirected(interface: &str, index: u32) -> Result<bool, ClassifierError> {
+        attached(interface, index, DOWNLINK_HOOK).map(|found| found.is_some())
     }
 
     /// Detaches all of an interface, which may be gone, and removes its pins, of whatever version.
@@ -415,10 +424,13 @@ fn filters(interface: &str, index: u32, hook: TcHook) -> Result<Vec<Filter>, Cla
 
 fn refused(interface: &str, hook: TcHook) -> impl FnOnce(io::Error) -> ClassifierError {
     let interface = interface.to_owned();
-    move |source| ClassifierError::Attach {
-        interface,
-        program: hook.program,
-        source,
+    move |source| match source.raw_os_error() {
+        Some(libc::ENODEV) => ClassifierError::Gone(interface),
+        _ => ClassifierError::Attach {
+            interface,
+            program: hook.program,
+            source,
+        },
     }
 }
 
@@ -458,8 +470,14 @@ fn directories(interface: &str) -> Vec<PathBuf> {
 fn take_down(directory: &Path) -> Result<(), DatapathError> {
     let next = directory.join(NEXT);
     if next.is_dir() {
-        take_down(&next)?;
+        empty(&next)?;
     }
+    empty(directory)?;
+    remove_folders(directory).map_err(error(directory))
+}
+
+/// Detaches and removes all in a directory, which must be ours, and itself.
+fn empty(directory: &Path) -> Result<(), DatapathError> {
     let mut links: Vec<Link> = Vec::new();
     let mut paths = Vec::new();
     for entry in fs::read_dir(directory).map_err(error(directory))? {
@@ -487,10 +505,10 @@ fn take_down(directory: &Path) -> Result<(), DatapathError> {
     for path in paths {
         fs::remove_file(&path).map_err(error(&path))?;
     }
-    remove_folders(directory).map_err(error(directory))
+    remove_folder(directory).map_err(error(directory))
 }
 
-/// Removes a directory, which is empty, and those above it once nothing else is in them.
+/// Removes a directory, which is empty or gone, and those above it once nothing else is in them.
 fn remove_folders(directory: &Path) -> io::Result<()> {
     remove_folder(directory)?;
     let root = pin_root();
