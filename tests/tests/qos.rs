@@ -283,6 +283,38 @@ fn the_built_in_policy_is_one_to_start_from() {
 }
 
 #[test]
+fn what_a_policy_asks_too_much_of_is_told_with_its_file() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let with = |name: &str, rate: &str| {
+        let text = done(host, "policy").replacen("\"11/20\"", rate, 1);
+        assert!(text.contains(rate), "{text}");
+        let file = host.private_file(name, &text).expect("file");
+        file.display().to_string()
+    };
+    let fractions = with("fractions.toml", "\"17/20\"");
+    let says = [&fractions[..], "more than 1/1", "high 17/20"];
+    refused(host, &format!("policy {fractions}"), 1, &says);
+    let fixed = with("fixed.toml", "\"950001bit\"");
+    done(host, &format!("policy {fixed}"));
+    let says = [&fixed[..], "more than the 950kbit", "high 950kbit"];
+    refused(
+        host,
+        &format!("apply eth0 --uplink 1mbit --policy {fixed}"),
+        1,
+        &says,
+    );
+    // What is marked, for programs; of the built-in rules, three.
+    let told = done(host, "mark eth0 --json");
+    let told: Value = serde_json::from_str(&told).expect("JSON");
+    assert_eq!(
+        told,
+        serde_json::json!({ "interface": "eth0", "policy": null, "rules": 3 })
+    );
+    done(host, "clear eth0");
+}
+
+#[test]
 fn rates_are_changed_without_losing_what_waits() {
     const PACKETS: u16 = 24;
     let net = Direct::new(1).expect("network");

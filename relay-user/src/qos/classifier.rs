@@ -524,3 +524,15 @@ fn remove_folders(directory: &Path) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_that_is_gone_is_not_the_kernels_fault() {
+        let said = |errno| refused("eth0", CLASSIFY_HOOK)(io::Error::from_raw_os_error(errno));
+        assert!(matches!(said(libc::ENODEV), ClassifierError::Gone(name) if name == "eth0"));
+        assert!(matches!(said(libc::ENOENT), ClassifierError::Attach { .. }));
+    }
+}

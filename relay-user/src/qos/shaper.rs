@@ -6,7 +6,7 @@
 //! place, without loss. Packets are classified once the classes exist, and classes deleted once no
 //! packet is.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -64,6 +64,17 @@ pub struct Applied {
     pub notes: Vec<String>,
 }
 
+/// What was done without shaping: the JSON of `relay-user qos mark --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marked {
+    /// Name of the interface.
+    pub interface: String,
+    /// Where the policy was read; `null` for the built-in one.
+    pub policy: Option<PathBuf>,
+    /// How many of its rules mark.
+    pub rules: usize,
+}
+
 /// What was undone: the JSON of `relay-user qos clear --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
@@ -106,7 +117,7 @@ pub enum QosError {
     State(#[from] StateError),
     /// The administrator has a queueing discipline of his own there.
     #[error(
-        "{interface} has a queueing discipline that is not relay-user's ({what}): with --replace it makes way, and `relay-user qos clear {interface}` {restored}"
+        "{interface} has a queueing discipline that is not relay-user's ({what}): with `--replace`, or `replace = true` under [qos.auto], it makes way, and `relay-user qos clear {interface}` {restored}"
     )]
     Foreign {
         /// The interface.
@@ -219,7 +230,7 @@ pub fn apply(kernel: &mut dyn Kernel, request: &Request<'_>) -> Result<Applied, 
 ///
 /// # Errors
 /// [`QosError`]; then everything is as it was.
-pub fn mark(kernel: &mut dyn Kernel, interface: &str, policy: &Policy) -> Result<(), QosError> {
+pub fn mark(kernel: &mut dyn Kernel, interface: &str, policy: &Policy) -> Result<Marked, QosError> {
     // An unknown one leaves no lock behind.
     refuse_renamed(kernel, &Interfaces::read()?, interface)?;
     Classifier::prepare()?;
@@ -260,7 +271,12 @@ pub fn mark(kernel: &mut dyn Kernel, interface: &str, policy: &Policy) -> Result
         }
         return Err(error.into());
     }
-    Ok(())
+    let rules = policy.rules.iter();
+    Ok(Marked {
+        interface: interface.to_owned(),
+        policy: policy.file.as_ref().map(|file| file.path.clone()),
+        rules: rules.filter(|rule| rule.set_dscp.is_some()).count(),
+    })
 }
 
 /// Shapes an interface whose classifier is attached already, or will be by somebody else.
@@ -625,7 +641,7 @@ fn serialisation(line: &Shape<'_>, device: &Device) -> Option<String> {
     let time = line.time(device.mtu);
     (time > LONG && device.mtu > SMALLER).then(|| {
         format!(
-            "a packet of {} bytes takes {:.0} ms at {}, and voice that comes just after it waits so long, which no queue can mend: for less jitter, send smaller ones (`ip link set dev {} mtu {SMALLER}`, then apply this again)",
+            "a packet of {} bytes takes {:.0} ms at {}, and voice that comes just after it waits so long, which no queue can mend: for less jitter, have smaller ones sent (`ip route change default via GATEWAY dev {} mtu {SMALLER}`; not the MTU of the interface, which below 1280 loses its IPv6 addresses)",
             device.mtu,
             time.as_secs_f64() * 1e3,
             line.rate,
