@@ -561,6 +561,7 @@ fn marking_leaves_queues_alone() {
         host,
         "qdisc add dev eth0 root handle 1: htb default 40
 class add dev eth0 parent 1: classid 1:10 htb rate 10mbit
+class add dev eth0 parent 1: classid 1:20 htb rate 10mbit
 class add dev eth0 parent 1: classid 1:40 htb rate 10mbit
 filter add dev eth0 parent 1: protocol ip u32 match ip dport 5060 0xffff flowid 1:10",
     );
