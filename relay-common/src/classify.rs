@@ -88,7 +88,7 @@ abi! {
         pub no_ports: u64,
         /// For ARP.
         pub arp: u64,
-        /// Classes in use.
+        /// Classes in use; 0 where packets are only marked.
         pub class_count: u32,
         /// Number of the class for what no rule gives one.
         pub default_class: u32,
@@ -199,7 +199,7 @@ pub trait Tables {
 
 /// Marks a packet and returns its `skb->priority`. One that has the priority of a class already, by
 /// its socket or by the relay, keeps it; that class and the rule that would have given another are
-/// counted.
+/// counted. Where there are no classes, every packet keeps what it has.
 #[inline(always)]
 pub fn classify<P: Packet + ?Sized>(
     packet: &mut P,
@@ -229,18 +229,22 @@ pub fn classify<P: Packet + ?Sized>(
         }
         candidates &= !1 << rule;
     }
-    let chosen = class_of(metadata.priority);
-    if chosen < rules.class_count {
-        class = chosen;
-    }
-    if class < CLASSES as u32 {
-        tables.count(class_counter(class), packets, bytes);
+    let mut priority = metadata.priority;
+    if rules.class_count != 0 {
+        let chosen = class_of(priority);
+        if chosen < rules.class_count {
+            class = chosen;
+        }
+        if class < CLASSES as u32 {
+            tables.count(class_counter(class), packets, bytes);
+        }
+        priority = class_id(class);
     }
     if dscp != seen.dscp {
         // Where the header cannot be written, the packet goes as it is.
         let _ = packet.change_traffic_class(&seen.marked(dscp));
     }
-    class_id(class)
+    priority
 }
 
 /// Number of the lowest bit that is set, counted as the bits below it: BPF has no instruction for

@@ -33,7 +33,10 @@ use crate::{
     next_hop::{self, Changes, Interface, Interfaces, LinkLayer},
     priority::Priority,
     privileges,
-    qos::auto::{Auto, AutoSettings},
+    qos::{
+        auto::{Auto, AutoSettings},
+        classifier::Classifier,
+    },
 };
 
 /// Commands of clients that wait for the controller.
@@ -432,6 +435,21 @@ fn attach_datapath(
     // veth_xdp_flush() in drivers/net/veth.c: frames sent by XDP_TX are delivered only when the
     // peer runs an XDP program too, and lost without one.
     let veth = interface.kind.as_deref() == Some("veth");
+    let redirected = Classifier::is_redirected(&interface.name, interface.index)?;
+    if redirected && mode == Mode::Generic {
+        tracing::warn!(
+            interface = interface.name,
+            "generic XDP sees all that comes in twice, because of `relay-user qos` with a downlink, and can prove no call: `--mode tc` does not"
+        );
+    }
+    // Where the driver cannot.
+    let in_the_stack = |reason: String| -> Result<_, DatapathError> {
+        if redirected {
+            let reason = format!("{reason}, and generic XDP would see all that comes in twice");
+            return Ok((attach(AttachMode::Tc)?, reason));
+        }
+        Ok((attach(AttachMode::Generic)?, reason))
+    };
     let (attached, mode_reason) = match mode {
         Mode::Tc => (attach(AttachMode::Tc)?, reason),
         Mode::Native => {
@@ -451,16 +469,14 @@ fn attach_datapath(
                 attach(mode)?,
                 "carried on from the daemon before".to_owned(),
             ),
-            None if veth => (
-                attach(AttachMode::Generic)?,
+            None if veth => in_the_stack(
                 "native XDP on veth loses packets unless the peer runs an XDP program too"
                     .to_owned(),
-            ),
+            )?,
             None => match attach(AttachMode::Native) {
                 Ok(attached) => (attached, "the driver supports native XDP".to_owned()),
                 Err(DatapathError::NativeRefused { source, .. }) => {
-                    let reason = format!("the driver refuses native XDP ({source})");
-                    (attach(AttachMode::Generic)?, reason)
+                    in_the_stack(format!("the driver refuses native XDP ({source})"))?
                 }
                 Err(error) => return Err(error.into()),
             },

@@ -29,9 +29,21 @@ impl Tun {
     /// # Errors
     /// The kernel has no tun, or the name is taken or too long.
     pub fn open(host: &Host, name: &str, address: &str) -> Result<Self> {
+        Self::made(host, name, address, libc::IFF_TUN)
+    }
+
+    /// The same with an Ethernet header before each packet: a tap device.
+    ///
+    /// # Errors
+    /// As [`Tun::open`].
+    pub fn with_ethernet(host: &Host, name: &str, address: &str) -> Result<Self> {
+        Self::made(host, name, address, libc::IFF_TAP)
+    }
+
+    fn made(host: &Host, name: &str, address: &str, kind: i32) -> Result<Self> {
         let file = host
-            .run(|| create(name))
-            .with_context(|| format!("cannot make the tun device {name}"))?;
+            .run(|| create(name, kind))
+            .with_context(|| format!("cannot make the device {name}"))?;
         host.ip(&format!(
             "address add {address} dev {name}\nlink set {name} up"
         ))?;
@@ -57,7 +69,7 @@ impl Tun {
     /// Has a packet arrive at the machine.
     ///
     /// # Errors
-    /// It is no IP packet.
+    /// It is no IP packet, or no Ethernet frame where there is a header.
     pub fn send(&self, packet: &[u8]) -> io::Result<()> {
         (&self.file).write_all(packet)
     }
@@ -70,7 +82,7 @@ impl AsFd for Tun {
 }
 
 /// Runs inside the machine: the device belongs to the network namespace of whoever makes it.
-fn create(name: &str) -> Result<File> {
+fn create(name: &str, kind: i32) -> Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -87,7 +99,7 @@ fn create(name: &str) -> Result<File> {
         *to = from.cast_signed();
     }
     // No header before the packet, and none of the offloads that a reader would have to know of.
-    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as i16;
+    request.ifr_ifru.ifru_flags = (kind | libc::IFF_NO_PI) as i16;
     // SAFETY: TUNSETIFF reads name and flags and writes the name; the request lives across the call.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     ensure!(

@@ -37,7 +37,7 @@ use relay_user::{
     qos::{
         classifier::{self, Classifier, Counted},
         policy::{Class, Conditions, Policy, Rtp, Rule, Share},
-        table,
+        table::{self, Task},
     },
 };
 
@@ -136,8 +136,8 @@ fn on_host(
 struct Kernel(Ebpf);
 
 impl Kernel {
-    fn load(layer: LinkLayer, policy: &Policy) -> Self {
-        Self(classifier::loaded(layer, policy).expect("the kernel takes the classifier"))
+    fn load(layer: LinkLayer, policy: &Policy, task: Task) -> Self {
+        Self(classifier::loaded(layer, policy, task).expect("the kernel takes the classifier"))
     }
 
     fn program(&self) -> BorrowedFd<'_> {
@@ -552,19 +552,19 @@ fn any_of<T: std::fmt::Debug>(runner: &mut TestRunner, kind: &impl Strategy<Valu
 }
 
 /// A machine's layer and random policy, as the host and the kernel have them.
-fn decisions(mut check: impl FnMut(&mut TestRunner, LinkLayer, &Policy, &RuleTable)) {
+fn decisions(task: Task, mut check: impl FnMut(&mut TestRunner, LinkLayer, &Policy, &RuleTable)) {
     let mut runner = TestRunner::default();
     let policies = policies();
     for layer in [LinkLayer::Ethernet, LinkLayer::Ip].repeat(5) {
         let policy = any_of(&mut runner, &policies);
-        let table = table::compile(&policy);
+        let table = table::compile(&policy, task);
         check(&mut runner, layer, &policy, &table);
     }
 }
 
 #[test]
 fn bit_vectors_decide_as_rule_after_rule_does() {
-    decisions(|runner, layer, policy, table| {
+    decisions(Task::Classify, |runner, layer, policy, table| {
         let plans = plans();
         for _ in 0..400 {
             let plan = any_of(runner, &plans);
@@ -591,8 +591,17 @@ fn bit_vectors_decide_as_rule_after_rule_does() {
 
 #[test]
 fn the_kernel_decides_as_the_host_does() {
-    decisions(|runner, layer, policy, table| {
-        let kernel = Kernel::load(layer, policy);
+    as_the_host_does(Task::Classify);
+}
+
+#[test]
+fn the_kernel_marks_as_the_host_does_and_chooses_no_class() {
+    as_the_host_does(Task::Mark);
+}
+
+fn as_the_host_does(task: Task) {
+    decisions(task, |runner, layer, policy, table| {
+        let kernel = Kernel::load(layer, policy, task);
         let memory = Memory::new();
         let mut shown = 0;
         let plans = plans();
@@ -614,6 +623,9 @@ fn the_kernel_decides_as_the_host_does() {
             shown += 1;
             let expected = on_host(layer, &frame, table, &memory, &skb);
             assert_eq!(outcome, expected, "{plan:?}");
+            if task == Task::Mark {
+                assert_eq!(outcome.priority, skb.priority, "{plan:?}");
+            }
         }
         assert!(shown > 200, "only {shown} packets were shown");
         assert_eq!(kernel.counters(), *memory.counters.borrow());
@@ -639,7 +651,7 @@ fn rtp(payload_type: u8, length: usize) -> Vec<u8> {
 /// Elements of `COUNTERS` that count, but for classes.
 fn rules_met(frames: &[Vec<u8>]) -> Vec<Option<String>> {
     let policy = Policy::built_in();
-    let table = table::compile(&policy);
+    let table = table::compile(&policy, Task::Classify);
     let memory = Memory::new();
     let mut met = Vec::new();
     for frame in frames {
@@ -771,7 +783,7 @@ fn rtp_is_told_by_its_payload_type_and_a_flow_keeps_its_kind() {
 #[test]
 fn arp_and_others_have_classes() {
     let policy = Policy::built_in();
-    let table = table::compile(&policy);
+    let table = table::compile(&policy, Task::Classify);
     for (kind, class) in [(0x0806_u16, 0), (0x88cc, 3), (0x8863, 3)] {
         let mut frame = vec![2; 60];
         frame[12..14].copy_from_slice(&kind.to_be_bytes());
@@ -784,7 +796,7 @@ fn arp_and_others_have_classes() {
 #[test]
 fn merged_packets_count_as_many_as_they_will_be() {
     let policy = Policy::built_in();
-    let kernel = Kernel::load(LinkLayer::Ethernet, &policy);
+    let kernel = Kernel::load(LinkLayer::Ethernet, &policy, Task::Classify);
     let plan = Plan {
         family: Family::V4,
         tags: 0,
@@ -808,7 +820,7 @@ fn merged_packets_count_as_many_as_they_will_be() {
 
 #[test]
 fn the_verifier_has_little_to_do() {
-    let kernel = Kernel::load(LinkLayer::Ethernet, &Policy::built_in());
+    let kernel = Kernel::load(LinkLayer::Ethernet, &Policy::built_in(), Task::Classify);
     let verified = kernel.verified();
     // A fifth of what it would do at most (BPF_COMPLEXITY_LIMIT_INSNS in include/linux/bpf.h); Linux 6.1
     // does more than later versions.
@@ -819,7 +831,7 @@ fn the_verifier_has_little_to_do() {
 fn attach(host: &Host, interface: &str, policy: &Policy) {
     host.run(|| {
         let index = nix::net::if_::if_nametoindex(interface).expect("an interface");
-        Classifier::attach(interface, index, policy).expect("attached");
+        Classifier::attach(interface, index, policy, Task::Classify).expect("attached");
     });
 }
 
@@ -1215,7 +1227,7 @@ fn other_links_are_refused_by_name() {
         host.run(|| nix::net::if_::if_nametoindex(name))
             .expect("an interface")
     };
-    let lo = host.run(|| Classifier::attach("lo", 1, &Policy::built_in()));
+    let lo = host.run(|| Classifier::attach("lo", 1, &Policy::built_in(), Task::Classify));
     assert!(
         lo.expect_err("refused")
             .to_string()
@@ -1229,7 +1241,7 @@ fn other_links_are_refused_by_name() {
             .to_string()
             .contains("shape the uplink only")
     );
-    let gone = host.run(|| Classifier::attach("eth9", 99, &Policy::built_in()));
+    let gone = host.run(|| Classifier::attach("eth9", 99, &Policy::built_in(), Task::Classify));
     assert!(
         gone.expect_err("refused")
             .to_string()
@@ -1255,7 +1267,7 @@ fn every_example_is_a_policy() {
         example(file).rates(950_000).expect(file);
     }
     let tunnel = example("openvpn.toml");
-    let table = table::compile(&tunnel);
+    let table = table::compile(&tunnel, Task::Classify);
     for (class, expected) in [(0, (1, 18)), (46, (0, 46))] {
         let mut draft = received(Family::V4);
         draft.source.set_port(50_000);

@@ -7,6 +7,7 @@ use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     process::{Command, Output},
     thread,
     time::{Duration, Instant},
@@ -282,6 +283,38 @@ fn the_built_in_policy_is_one_to_start_from() {
 }
 
 #[test]
+fn what_a_policy_asks_too_much_of_is_told_with_its_file() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let with = |name: &str, rate: &str| {
+        let text = done(host, "policy").replacen("\"11/20\"", rate, 1);
+        assert!(text.contains(rate), "{text}");
+        let file = host.private_file(name, &text).expect("file");
+        file.display().to_string()
+    };
+    let fractions = with("fractions.toml", "\"17/20\"");
+    let says = [&fractions[..], "more than 1/1", "high 17/20"];
+    refused(host, &format!("policy {fractions}"), 1, &says);
+    let fixed = with("fixed.toml", "\"950001bit\"");
+    done(host, &format!("policy {fixed}"));
+    let says = [&fixed[..], "more than the 950kbit", "high 950kbit"];
+    refused(
+        host,
+        &format!("apply eth0 --uplink 1mbit --policy {fixed}"),
+        1,
+        &says,
+    );
+    // What is marked, for programs; of the built-in rules, three.
+    let told = done(host, "mark eth0 --json");
+    let told: Value = serde_json::from_str(&told).expect("JSON");
+    assert_eq!(
+        told,
+        serde_json::json!({ "interface": "eth0", "policy": null, "rules": 3 })
+    );
+    done(host, "clear eth0");
+}
+
+#[test]
 fn rates_are_changed_without_losing_what_waits() {
     const PACKETS: u16 = 24;
     let net = Direct::new(1).expect("network");
@@ -522,6 +555,32 @@ fn marking_leaves_queues_alone() {
     assert_eq!(received_tos(), Some(24 << 2));
     assert_eq!(matched("mark-sip"), Some(1));
     assert_eq!(dump(host, "eth0"), before);
+
+    // Classes of somebody else, with the numbers of ours, and his choice among them.
+    tc(
+        host,
+        "qdisc add dev eth0 root handle 1: htb default 40
+class add dev eth0 parent 1: classid 1:10 htb rate 10mbit
+class add dev eth0 parent 1: classid 1:20 htb rate 10mbit
+class add dev eth0 parent 1: classid 1:40 htb rate 10mbit
+filter add dev eth0 parent 1: protocol ip u32 match ip dport 5060 0xffff flowid 1:10",
+    );
+    let sent = |class: &str| {
+        let said = tc(host, "-s class show dev eth0");
+        let mut lines = said.lines().skip_while(|line| !line.contains(class));
+        let line = lines.find(|line| line.contains("Sent ")).expect(class);
+        let packets = line.split_whitespace().nth(3).map(str::parse::<u64>);
+        packets.expect("packets").expect("a number")
+    };
+    assert_eq!(received_tos(), Some(24 << 2));
+    assert_eq!(sent("htb 1:10"), 1);
+    // By the socket.
+    setsockopt(&sender, sockopt::Priority, &(1 << 16 | 0x40)).expect("priority");
+    let others = sent("htb 1:40");
+    assert_eq!(received_tos(), Some(24 << 2));
+    assert_eq!(sent("htb 1:10"), 1);
+    assert!(sent("htb 1:40") > others);
+    tc(host, "qdisc delete dev eth0 root");
 
     // Another policy: of TCP alone.
     let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/policies");
@@ -903,7 +962,7 @@ fn programs(host: &Host) -> [usize; 2] {
 }
 
 /// Trees that an administrator may have.
-const FOREIGN: [&str; 4] = [
+const FOREIGN: [&str; 5] = [
     "qdisc add dev eth0 root tbf rate 1mbit burst 10k latency 50ms",
     "qdisc add dev eth0 root pfifo limit 77",
     // With the handles of ours, and changed in its place.
@@ -914,6 +973,14 @@ class add dev eth0 parent 1:1 classid 1:40 htb rate 4mbit ceil 10mbit
 class add dev eth0 parent 1:1 classid 1:50 htb rate 2mbit ceil 10mbit
 qdisc add dev eth0 parent 1:10 handle 100: tbf rate 3mbit burst 10k limit 30k
 filter add dev eth0 parent 1: protocol ip prio 3 u32 match ip dport 5060 0xffff flowid 1:10",
+    // The same, and a leaf under the handle of another of ours.
+    "qdisc add dev eth0 root handle 1: htb default 40
+class add dev eth0 parent 1: classid 1:1 htb rate 10mbit
+class add dev eth0 parent 1:1 classid 1:10 htb rate 4mbit ceil 10mbit
+class add dev eth0 parent 1:1 classid 1:20 htb rate 4mbit ceil 10mbit
+class add dev eth0 parent 1:1 classid 1:40 htb rate 2mbit ceil 10mbit
+qdisc add dev eth0 parent 1:10 handle 10: pfifo limit 50
+qdisc add dev eth0 parent 1:20 handle 20: tbf rate 1mbit burst 10k latency 50ms",
     // One inside another.
     "qdisc add dev eth0 root handle 5: htb default 1
 class add dev eth0 parent 5: classid 5:1 htb rate 40gbit
@@ -1016,10 +1083,143 @@ filter add dev eth0 parent 1: protocol ip u32 match u32 0 0 flowid 1:10",
     tc(host, "qdisc replace dev eth0 root pfifo limit 9");
     let before = dump(host, "eth0");
     assert_eq!(shown(host, "eth0")["state"], "unshaped");
+    assert_eq!(
+        shown(host, "eth0")["drift"],
+        serde_json::json!(["our queueing discipline was replaced"])
+    );
     refused(host, "apply eth0 --uplink 1mbit", 1, &["--replace"]);
     let said = done(host, "clear eth0");
     assert!(said.contains("pfifo") && said.contains("stays"), "{said}");
+    assert!(!said.contains("again"), "{said}");
     assert_eq!(dump(host, "eth0"), before);
+}
+
+#[test]
+fn what_was_removed_by_hand_is_told() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let before = everything(host);
+    done(host, "apply eth0 --uplink 1mbit --downlink 8mbit");
+    let ifb = format!("relayifb{}", net.pbx_interface.index);
+    host.ip(&format!("link set {ifb} down")).expect("down");
+    let drift = |what: &str| {
+        let report = shown(host, "eth0");
+        assert_ne!(report["state"], "shaped");
+        let drift = report["drift"].as_array().expect("drift").clone();
+        assert!(drift.iter().any(|it| it == what), "no {what} in {drift:?}");
+        assert!(done(host, "show eth0").contains(what));
+    };
+    drift(&format!("{ifb} is down: what comes in is lost"));
+    done(host, "apply eth0 --uplink 1mbit");
+    let pins = format!("/sys/fs/bpf/relay-qos/v{QOS_ABI}/eth0");
+    host.run(|| fs::remove_dir_all(pins)).expect("removed");
+    until("detached", || programs(host) == [0, 0]);
+    drift("the classifier is missing");
+    tc(host, "qdisc delete dev eth0 root");
+    drift("our queueing discipline was removed");
+    assert!(done(host, "clear eth0").contains("the kernel's default again"));
+    assert_eq!(everything(host), before);
+    refused(host, "clear eth7", 1, &["no interface `eth7`", "`ip link`"]);
+    assert!(!exists(host, "/run/relay-user/qos/eth7.lock"));
+}
+
+#[test]
+fn a_renamed_interface_is_found() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let before = dump(host, "eth0");
+    for (cleared, apply) in [
+        ("eth0", "apply eth0 --uplink 1mbit --downlink 8mbit"),
+        ("wan0", "apply eth0 --uplink 1mbit"),
+        ("eth0", "mark eth0"),
+    ] {
+        done(host, apply);
+        host.ip("link set eth0 down\nlink set eth0 name wan0\nlink set wan0 up")
+            .expect("renamed");
+        for name in ["eth0", "wan0"] {
+            let report = shown(host, name);
+            assert_eq!(report["interface"], "wan0");
+            let drift = report["drift"].to_string();
+            assert!(drift.contains("it was eth0"), "{drift}");
+        }
+        refused(
+            host,
+            "apply wan0 --uplink 2mbit",
+            1,
+            &["eth0 was shaped, and is wan0 now", "qos clear wan0"],
+        );
+        done(host, &format!("clear {cleared}"));
+        assert!(!exists(host, STATE));
+        assert!(!exists(host, "/sys/fs/bpf/relay-qos"));
+        host.ip("link set wan0 down\nlink set wan0 name eth0\nlink set eth0 up")
+            .expect("renamed");
+        assert_eq!(dump(host, "eth0"), before);
+        assert_eq!(programs(host), [0, 0]);
+    }
+}
+
+#[test]
+fn what_comes_in_is_not_lost_for_its_length_or_number() {
+    const PACKETS: u8 = 100;
+    let policy = Policy::built_in();
+    let host = Host::new("pbx").expect("machine");
+    let tap = Tun::with_ethernet(&host, "tap0", "10.8.0.1/24").expect("tap");
+    host.ip("link set tap0 mtu 1000").expect("MTU");
+    let receiver = host.run(|| UdpSocket::bind("10.8.0.1:9")).expect("socket");
+    receiver.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let index = host.run(|| nix::net::if_::if_nametoindex("tap0"));
+    let ifb = format!("relayifb{}", index.expect("an interface"));
+    let mac = host.run(|| fs::read_to_string("/sys/class/net/tap0/address"));
+    let mac = mac.expect("an address");
+    let mac: Vec<_> = mac.trim().split(':').collect();
+    let mac: Vec<_> = mac
+        .into_iter()
+        .map(|byte| u8::from_str_radix(byte, 16).expect("a byte"))
+        .collect();
+    // From 10.8.0.2, without a UDP checksum.
+    let frame = |number: u8, length: u16| {
+        let ip = length - 14;
+        let mut frame = [&mac[..], &[2, 0, 0, 0, 0, 2, 8, 0]].concat();
+        frame.extend([0x45, 0]);
+        frame.extend(ip.to_be_bytes());
+        frame.extend([0, 0, 0, 0, 64, UDP, 0, 0, 10, 8, 0, 2, 10, 8, 0, 1]);
+        let words = frame[14..34].chunks(2);
+        let sum: u32 = words
+            .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])))
+            .sum();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        frame[24..26].copy_from_slice(&sum.to_be_bytes());
+        frame.extend([0x30, 0, 0, 9]);
+        frame.extend((ip - 20).to_be_bytes());
+        frame.extend([0, 0, number]);
+        frame.resize(length.into(), 0);
+        frame
+    };
+    let mut packet = [0; 2000];
+    let mut arrives = |number| {
+        receiver.recv(&mut packet).expect("it arrives");
+        assert_eq!(packet[0], number);
+    };
+    let request = Request {
+        interface: "tap0",
+        ..request(&policy, "10mbit", Some("10mbit"))
+    };
+    host.run(|| shaper::apply(&mut Rtnetlink, &request))
+        .expect("shaped");
+    tap.send(&frame(1, 1514)).expect("sent");
+    arrives(1);
+    // As `qos auto` leaves it without a call.
+    host.run(|| shaper::unshape(&mut Rtnetlink, "tap0"))
+        .expect("unshaped");
+    let queue = host.run(|| fs::read_to_string(format!("/sys/class/net/{ifb}/tx_queue_len")));
+    assert_eq!(queue.expect("a queue").trim(), "1000");
+    for number in 0..PACKETS {
+        tap.send(&frame(number, 200)).expect("sent");
+    }
+    for number in 0..PACKETS {
+        arrives(number);
+    }
+    done(&host, "clear tap0");
 }
 
 #[test]
@@ -1226,6 +1426,101 @@ fn whatever_step_fails_leaves_all_as_it_was() {
     }
 }
 
+/// A killed process changes nothing any more.
+struct Killed(Faulty);
+
+impl Killed {
+    fn or_dies(outcome: Result<(), Refusal>) -> Result<(), Refusal> {
+        if outcome.is_err() {
+            // Past the panic hook: it would tell.
+            resume_unwind(Box::new(()));
+        }
+        outcome
+    }
+}
+
+impl Kernel for Killed {
+    fn change(&mut self, message: &Message, flags: u16) -> Result<(), Refusal> {
+        Self::or_dies(self.0.change(message, flags))
+    }
+
+    fn dump(&mut self, question: Message) -> Result<Vec<Object>, Refusal> {
+        self.0.dump(question)
+    }
+
+    fn create_ifb(&mut self, name: &str) -> Result<(), Refusal> {
+        // After it, and before anything else.
+        let is_last = self.0.count();
+        self.0.kernel.create_ifb(name)?;
+        Self::or_dies(is_last)
+    }
+
+    fn delete_link(&mut self, index: u32) -> Result<(), Refusal> {
+        Self::or_dies(self.0.delete_link(index))
+    }
+}
+
+#[test]
+fn whenever_apply_is_killed_clear_puts_all_back() {
+    let policy = Policy::built_in();
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    // Whether it was killed.
+    let killed = |number, uplink, downlink| {
+        host.run(|| {
+            let mut kernel = Killed(Faulty::at(number, Errno::EINTR));
+            let request = request(&policy, uplink, downlink);
+            let work = AssertUnwindSafe(|| shaper::apply(&mut kernel, &request).map(drop));
+            catch_unwind(work)
+                .map(|outcome| outcome.expect("applied"))
+                .is_err()
+        })
+    };
+    let none = |_: &Host| {};
+    let tree = |host: &Host| drop(tc(host, FOREIGN[2]));
+    for (foreign, earlier, uplink, downlink) in [
+        (&none as &dyn Fn(&Host), None, "1mbit", Some("8mbit")),
+        (&none, Some(Some("8mbit")), "2mbit", None),
+        (&none, Some(None), "300mbit", Some("9mbit")),
+        (&tree, None, "1mbit", None),
+    ] {
+        foreign(host);
+        let before = everything(host);
+        for number in 0.. {
+            if let Some(downlink) = earlier {
+                host.run(|| shaper::apply(&mut Rtnetlink, &request(&policy, "1mbit", downlink)))
+                    .expect("applied");
+            }
+            let was_killed = killed(number, uplink, downlink);
+            done(host, "show");
+            done(host, "clear eth0");
+            assert_eq!(everything(host), before, "{uplink}, step {number}");
+            if !was_killed {
+                assert!(number > 5, "{uplink}: {number} steps");
+                break;
+            }
+        }
+    }
+    assert!(!exists(host, "/sys/fs/bpf/relay-qos"));
+}
+
+#[test]
+fn a_killed_preparation_of_pins_is_cleared() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let before = everything(host);
+    done(host, "apply eth0 --uplink 1mbit");
+    let pins = format!("/sys/fs/bpf/relay-qos/v{QOS_ABI}/eth0");
+    host.run(|| {
+        fs::remove_dir_all(&pins).expect("removed");
+        fs::create_dir_all(format!("{pins}/next")).expect("made");
+    });
+    until("detached", || programs(host) == [0, 0]);
+    done(host, "clear eth0");
+    assert_eq!(everything(host), before);
+    assert!(!exists(host, &pins));
+}
+
 #[test]
 fn a_kernel_without_a_part_is_told_of() {
     let policy = Policy::built_in();
@@ -1275,8 +1570,29 @@ fn a_relay_in_xdp_is_warned_of() {
         said.contains("bypass these queues") && said.contains("--mode tc"),
         "{said}"
     );
+    refused(
+        &net.pbx,
+        "apply eth0 --uplink 1mbit --downlink 8mbit",
+        1,
+        &["generic XDP", "--mode tc"],
+    );
     done(&net.pbx, "clear eth0");
     relay.stop().expect("stopped");
+}
+
+#[test]
+fn a_relay_is_not_put_where_it_would_see_everything_twice() {
+    let net = Direct::new(1).expect("network");
+    let policy = Policy::built_in();
+    net.pbx.run(|| {
+        let request = request(&policy, "1mbit", Some("8mbit"));
+        shaper::apply(&mut Rtnetlink, &request).expect("shaped");
+        shaper::unshape(&mut Rtnetlink, "eth0").expect("unshaped");
+    });
+    let relay = Relay::attach(&net.pbx, "eth0", [""; 0]).expect("relay");
+    assert_eq!(relay.json(["status"]).expect("status")["mode"], "tc");
+    relay.stop().expect("stopped");
+    done(&net.pbx, "clear eth0");
 }
 
 #[test]

@@ -134,7 +134,8 @@ EXAMPLES
   Calls on a DSL line, which is all the backup's at other times:
     relay-user qos auto ppp0 --uplink 1mbit
   Only for more than one call:
-    relay-user qos auto eth0 --uplink 2mbit --on-threshold 150 --off-threshold 20")]
+    relay-user qos auto eth0 --uplink 2mbit \\
+      --on-threshold 150 --off-threshold 20")]
 struct Auto {
     #[command(flatten)]
     line: Line,
@@ -155,8 +156,8 @@ struct Auto {
 /// Mark what leaves an interface, and shape nothing
 ///
 /// Applies the marks of a policy (`set-dscp`) for the network behind the interface. Queueing disciplines
-/// stay as they are; the classes that rules choose are a classful one's with the same numbers, if there is
-/// one. Done again, it changes the policy in its place.
+/// stay as they are, and so does the choice of a class in them. Done again, it changes the policy in its
+/// place.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 EXAMPLES
@@ -173,6 +174,8 @@ struct Mark {
     /// Policy (TOML) instead of the built-in one
     #[arg(long, value_name = "FILE", value_parser = config::path)]
     policy: Option<PathBuf>,
+    #[command(flatten)]
+    form: Form,
 }
 
 /// Show how shaped interfaces fare
@@ -187,7 +190,8 @@ EXAMPLES
   Every 2 seconds, with the rates of that time:
     relay-user qos show eth0 --watch 2
   Packets dropped, by class:
-    relay-user qos show eth0 --json | jq '.interfaces[].uplink.classes[] | {name, drops}'")]
+    relay-user qos show eth0 --json \\
+      | jq '.interfaces[].uplink.classes[] | {name, drops}'")]
 struct Show {
     /// Network interface; all that are shaped, if none is named
     #[arg(value_name = "IFACE", value_parser = config::interface)]
@@ -257,17 +261,18 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
         Verb::Mark(Mark {
             interface,
             policy: file,
+            form,
         }) => {
             auto::refuse_while_running(interface)?;
             let policy = policy(file.as_ref())?;
-            shaper::mark(&mut Rtnetlink, interface, &policy)?;
-            Ok(output::qos::marked(interface, &policy))
+            let marked = shaper::mark(&mut Rtnetlink, interface, &policy)?;
+            form.text(&marked, output::qos::marked)
         }
         Verb::Show(arguments) => show(arguments),
         Verb::Clear(Clear { interface, form }) => {
             auto::refuse_while_running(interface)?;
-            auto::forget(interface)?;
             let cleared = shaper::clear(&mut Rtnetlink, interface)?;
+            auto::forget(interface)?;
             form.text(&cleared, |cleared| output::qos::cleared(interface, cleared))
         }
         Verb::Policy(PolicyArguments {
@@ -276,6 +281,7 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
         }) => Ok(BUILT_IN.to_owned()),
         Verb::Policy(PolicyArguments { file, uplink }) => {
             let policy = policy(file.as_ref())?;
+            policy.check_fractions()?;
             let rates = uplink
                 .map(|uplink| policy.rates(uplink.shaped()))
                 .transpose()?;

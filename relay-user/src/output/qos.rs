@@ -11,7 +11,7 @@ use crate::qos::{
     policy::{ClassRate, Policy},
     rate,
     report::{InterfaceReport, LineReport, QosReport, RuleReport, ShapingState},
-    shaper::{Applied, Cleared},
+    shaper::{Applied, Cleared, Marked},
 };
 
 /// What `apply` did: a line, and one for each thing to know.
@@ -45,6 +45,10 @@ pub fn cleared(interface: &str, cleared: &Cleared) -> String {
             notes(&mut lines, all);
             lines
         }
+        Cleared::Left { present } => format!(
+            "{interface}: {} is not relay-user's, and stays; nothing of relay-user's is left\n",
+            clean(present)
+        ),
         Cleared::Unmarked => format!("{interface}: packets are not marked any longer\n"),
         Cleared::Gone => format!("{interface} was removed since it was shaped: nothing is left\n"),
     }
@@ -101,11 +105,18 @@ fn interface(report: &InterfaceReport, style: Style) -> String {
         ),
         None => facts.add("interface", &report.interface),
     }
+    let drift = report.drift.join(", ");
+    let changed = match &drift[..] {
+        "" => String::new(),
+        drift => format!(": {drift}"),
+    };
     let state = match report.state {
         ShapingState::Shaped => "shaped".to_owned(),
-        ShapingState::Drifted => format!("drifted: {}", report.drift.join(", ")),
-        ShapingState::Marked => format!("marked, not shaped; it has {}", report.before),
-        ShapingState::Unshaped => format!("not shaped; it has {}", report.before),
+        ShapingState::Drifted => format!("drifted: {drift}"),
+        ShapingState::Marked => {
+            format!("marked, not shaped; it has {}{changed}", report.before)
+        }
+        ShapingState::Unshaped => format!("not shaped; it has {}{changed}", report.before),
         ShapingState::Gone => format!(
             "not shaped: the interface was removed since; `relay-user qos clear {}` removes what is left",
             report.interface
@@ -236,11 +247,15 @@ fn rules(rules: Option<&[RuleReport]>, style: Style) -> Option<String> {
 }
 
 /// What `mark` did.
-pub fn marked(interface: &str, policy: &Policy) -> String {
-    format!(
-        "{interface}: {} rules mark what leaves; `relay-user qos clear {interface}` ends it\n",
-        policy.rules.len()
-    )
+pub fn marked(marked: &Marked) -> String {
+    let Marked {
+        interface, rules, ..
+    } = marked;
+    let rules = match rules {
+        1 => "1 rule marks".to_owned(),
+        rules => format!("{rules} rules mark"),
+    };
+    format!("{interface}: {rules} what leaves; `relay-user qos clear {interface}` ends it\n")
 }
 
 /// Units of [`rounded`], each a thousand times the one before.
@@ -263,12 +278,25 @@ fn rounded(value: u64, units: &[&str; 5]) -> Cell {
 }
 
 fn bits(bits_per_second: u64) -> Cell {
-    text(&rate::display(bits_per_second)).set_alignment(CellAlignment::Right)
+    text(&rate::rounded(bits_per_second)).set_alignment(CellAlignment::Right)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_rule_is_one() {
+        let said = |rules| {
+            marked(&Marked {
+                interface: "eth0".to_owned(),
+                policy: None,
+                rules,
+            })
+        };
+        assert!(said(1).contains("1 rule marks"));
+        assert!(said(2).contains("2 rules mark"));
+    }
 
     #[test]
     fn numbers_are_short() {

@@ -12,13 +12,17 @@ use aya::{
     programs::SchedClassifier,
     util::KernelVersion,
 };
+use nix::libc;
 use relay_common::{
     classify::{NAME, Names, QOS_ABI, RuleTable, VOICE, class_counter},
     stream::Counter,
 };
 use serde::Serialize;
 
-use super::{policy::Policy, table};
+use super::{
+    policy::Policy,
+    table::{self, Task},
+};
 use crate::{
     datapath::{
         DatapathError, ensure_bpffs,
@@ -153,8 +157,13 @@ impl Classifier {
     ///
     /// # Errors
     /// Every [`ClassifierError`]; what was there before then still is.
-    pub fn attach(interface: &str, index: u32, policy: &Policy) -> Result<(), ClassifierError> {
-        let mut ebpf = loaded(layer(interface, index)?, policy)?;
+    pub fn attach(
+        interface: &str,
+        index: u32,
+        policy: &Policy,
+        task: Task,
+    ) -> Result<(), ClassifierError> {
+        let mut ebpf = loaded(layer(interface, index)?, policy, task)?;
         put(interface, index, CLASSIFY_HOOK, &mut ebpf, &MAPS)
     }
 
@@ -194,6 +203,14 @@ impl Classifier {
     /// [`ClassifierError::Attach`] when the kernel does not tell.
     pub fn is_attached(interface: &str, index: u32) -> Result<bool, ClassifierError> {
         attached(interface, index, CLASSIFY_HOOK).map(|found| found.is_some())
+    }
+
+    /// Whether what comes in on this very interface is sent to an IFB device.
+    ///
+    /// # Errors
+    /// [`ClassifierError::Attach`] when the kernel does not tell.
+    pub fn is_redirected(interface: &str, index: u32) -> Result<bool, ClassifierError> {
+        attached(interface, index, DOWNLINK_HOOK).map(|found| found.is_some())
     }
 
     /// Detaches all of an interface, which may be gone, and removes its pins, of whatever version.
@@ -302,9 +319,9 @@ fn create(layer: LinkLayer, ifb: u32) -> Result<Ebpf, DatapathError> {
 ///
 /// # Errors
 /// [`ClassifierError::Datapath`].
-pub fn loaded(layer: LinkLayer, policy: &Policy) -> Result<Ebpf, ClassifierError> {
+pub fn loaded(layer: LinkLayer, policy: &Policy, task: Task) -> Result<Ebpf, ClassifierError> {
     let mut ebpf = create(layer, 0)?;
-    let table = table::compile(policy);
+    let table = table::compile(policy, task);
     let table: &[u8; TABLE] = zerocopy::transmute_ref!(&*table);
     let names: [u8; size_of::<Names>()] = zerocopy::transmute!(table::names(policy));
     set(&mut ebpf, POLICY, table)?;
@@ -407,10 +424,13 @@ fn filters(interface: &str, index: u32, hook: TcHook) -> Result<Vec<Filter>, Cla
 
 fn refused(interface: &str, hook: TcHook) -> impl FnOnce(io::Error) -> ClassifierError {
     let interface = interface.to_owned();
-    move |source| ClassifierError::Attach {
-        interface,
-        program: hook.program,
-        source,
+    move |source| match source.raw_os_error() {
+        Some(libc::ENODEV) => ClassifierError::Gone(interface),
+        _ => ClassifierError::Attach {
+            interface,
+            program: hook.program,
+            source,
+        },
     }
 }
 
@@ -450,8 +470,14 @@ fn directories(interface: &str) -> Vec<PathBuf> {
 fn take_down(directory: &Path) -> Result<(), DatapathError> {
     let next = directory.join(NEXT);
     if next.is_dir() {
-        take_down(&next)?;
+        empty(&next)?;
     }
+    empty(directory)?;
+    remove_folders(directory).map_err(error(directory))
+}
+
+/// Detaches and removes all in a directory, which must be ours, and itself.
+fn empty(directory: &Path) -> Result<(), DatapathError> {
     let mut links: Vec<Link> = Vec::new();
     let mut paths = Vec::new();
     for entry in fs::read_dir(directory).map_err(error(directory))? {
@@ -479,10 +505,10 @@ fn take_down(directory: &Path) -> Result<(), DatapathError> {
     for path in paths {
         fs::remove_file(&path).map_err(error(&path))?;
     }
-    remove_folders(directory).map_err(error(directory))
+    remove_folder(directory).map_err(error(directory))
 }
 
-/// Removes a directory, which is empty, and those above it once nothing else is in them.
+/// Removes a directory, which is empty or gone, and those above it once nothing else is in them.
 fn remove_folders(directory: &Path) -> io::Result<()> {
     remove_folder(directory)?;
     let root = pin_root();
@@ -497,4 +523,16 @@ fn remove_folders(directory: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_that_is_gone_is_not_the_kernels_fault() {
+        let said = |errno| refused("eth0", CLASSIFY_HOOK)(io::Error::from_raw_os_error(errno));
+        assert!(matches!(said(libc::ENODEV), ClassifierError::Gone(name) if name == "eth0"));
+        assert!(matches!(said(libc::ENOENT), ClassifierError::Attach { .. }));
+    }
 }

@@ -62,11 +62,15 @@ impl Kernel for Rtnetlink {
     }
 
     fn create_ifb(&mut self, name: &str) -> Result<(), Refusal> {
+        /// As Ethernet has it (DEFAULT_TX_QUEUE_LEN). Of itself, the device has 32 (TX_Q_LIMIT in
+        /// drivers/net/ifb.c): too few for a burst while nothing is shaped.
+        const QUEUE: u32 = 1_000;
         let mut link = LinkMessage::default();
         link.header.flags = LinkFlags::Up;
         link.header.change_mask = LinkFlags::Up;
         link.attributes = vec![
             LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::TxQueueLen(QUEUE),
             LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Ifb)]),
         ];
         exchange(

@@ -17,7 +17,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::rate::{Rate, RateError, display};
+use super::rate::{Rate, RateError, display, rounded};
 use crate::{
     document::{self, Document, DocumentError, Entry, Position, printable},
     dscp::{self, DscpError},
@@ -237,10 +237,24 @@ pub enum PolicyError {
         /// What is wrong with it.
         source: RuleError,
     },
+    /// The classes of a file do not fit a line, or none at all.
+    #[error("{path}: {source}", path = path.display())]
+    Rates {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: Box<PolicyError>,
+    },
+    /// The classes ask for more than any line has.
+    #[error(
+        "the rates of the classes add up to more than 1/1: {}; lower some",
+        .0.join(" + ")
+    )]
+    Fractions(Vec<String>),
     /// The classes ask for more than there is.
     #[error(
         "the rates of the classes add up to {}, more than the {} that are shaped: {}; lower some, or raise the uplink",
-        display(*.sum), display(*.whole), .classes.join(" + ")
+        beside(*.sum, *.whole), beside(*.whole, *.sum), .classes.join(" + ")
     )]
     Sum {
         /// bit/s
@@ -259,7 +273,7 @@ pub enum PolicyError {
     /// A rate that its ceiling does not let it have.
     #[error(
         "the rate of class `{class}`, {}, is above its ceiling, {}: lower the rate, or raise the ceiling",
-        display(*.rate), display(*.ceiling)
+        beside(*.rate, *.ceiling), beside(*.ceiling, *.rate)
     )]
     Ceiling {
         /// Its name.
@@ -272,6 +286,15 @@ pub enum PolicyError {
     /// Nothing at all.
     #[error("the rate of class `{0}` is 0 on this uplink: raise it, or leave the class out")]
     Zero(String),
+}
+
+/// A rate that is compared with another one: rounded, unless they would look the same.
+fn beside(rate: u64, other: u64) -> String {
+    if rounded(rate) == rounded(other) {
+        display(rate)
+    } else {
+        rounded(rate)
+    }
 }
 
 /// What is wrong with a rule.
@@ -347,7 +370,12 @@ impl Policy {
     /// # Errors
     /// Every [`PolicyError`] but those of [`Policy::rates`].
     pub fn read(path: &Path) -> Result<Self, PolicyError> {
-        Self::parse(path, &document::read(path, FILE)?)
+        let mut policy = Self::parse(path, &document::read(path, FILE)?)?;
+        // Told later too, from other working directories.
+        if let (Some(file), Ok(absolute)) = (&mut policy.file, std::path::absolute(path)) {
+            file.path = absolute;
+        }
+        Ok(policy)
     }
 
     /// Reads a policy from the text of a file.
@@ -388,8 +416,44 @@ impl Policy {
     /// What each class gets of an uplink of so many bit/s. A ceiling above the uplink is the uplink.
     ///
     /// # Errors
-    /// [`PolicyError::Sum`], [`PolicyError::Ceiling`], [`PolicyError::Zero`].
+    /// [`PolicyError::Sum`], [`PolicyError::Ceiling`], [`PolicyError::Zero`]; for a policy of a file, in
+    /// [`PolicyError::Rates`].
     pub fn rates(&self, uplink: u64) -> Result<Vec<ClassRate>, PolicyError> {
+        self.rates_of(uplink).map_err(|error| self.in_file(error))
+    }
+
+    /// Refuses fractions that fit no line, whatever its rate.
+    ///
+    /// # Errors
+    /// [`PolicyError::Fractions`]; for a policy of a file, in [`PolicyError::Rates`].
+    pub fn check_fractions(&self) -> Result<(), PolicyError> {
+        /// So many that rounding does not matter.
+        const WHOLE: u64 = 1 << 60;
+        let fractions = || {
+            let classes = self.classes.iter();
+            classes.filter(|class| matches!(class.rate, Share::Fraction(..)))
+        };
+        let sum: u128 = fractions()
+            .map(|class| u128::from(class.rate.of(WHOLE)))
+            .sum();
+        if sum <= u128::from(WHOLE) {
+            return Ok(());
+        }
+        let named = fractions().map(|class| format!("{} {}", class.name, class.rate));
+        Err(self.in_file(PolicyError::Fractions(named.collect())))
+    }
+
+    fn in_file(&self, error: PolicyError) -> PolicyError {
+        match &self.file {
+            Some(file) => PolicyError::Rates {
+                path: file.path.clone(),
+                source: Box::new(error),
+            },
+            None => error,
+        }
+    }
+
+    fn rates_of(&self, uplink: u64) -> Result<Vec<ClassRate>, PolicyError> {
         let rates: Vec<_> = self
             .classes
             .iter()
@@ -410,7 +474,7 @@ impl Policy {
                 sum,
                 whole: uplink,
                 classes: named()
-                    .map(|(class, rates)| format!("{} {}", class.name, display(rates.rate)))
+                    .map(|(class, rates)| format!("{} {}", class.name, rounded(rates.rate)))
                     .collect(),
             });
         }
@@ -1099,9 +1163,29 @@ mod tests {
     }
 
     #[test]
+    fn fractions_that_fit_no_line_are_refused() {
+        let policy = parsed(CLASSES).expect("valid");
+        policy.check_fractions().expect("they fit");
+        let more = CLASSES.replacen("\"300kbit\"", "\"4/5\"", 1);
+        let error = parsed(&more).expect("valid").check_fractions();
+        let error = error.expect_err("more than all").to_string();
+        assert!(
+            error.starts_with("/etc/policy.toml: ") && error.contains("1/1: a 1/4 + b 4/5"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn rates_that_cannot_be_are_refused() {
         let policy = parsed(CLASSES).expect("valid");
         assert!(policy.rates(1_000_000).is_ok());
+        let third = CLASSES.replacen("\"1/4\"", "\"1/3\"", 1);
+        let error = parsed(&third).expect("valid").rates(400_000);
+        let error = error.expect_err("refused").to_string();
+        assert!(
+            error.starts_with("/etc/policy.toml: the rates") && error.contains("a 133300bit"),
+            "{error}"
+        );
         for (uplink, says) in [
             (
                 350_000,

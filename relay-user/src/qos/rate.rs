@@ -103,6 +103,13 @@ impl fmt::Display for Rate {
     }
 }
 
+/// The same, rounded to four digits.
+pub(crate) fn rounded(bits_per_second: u64) -> String {
+    let excess = (bits_per_second.max(1).ilog10() + 1).saturating_sub(4);
+    let unit = 10_u64.pow(excess);
+    display(bits_per_second.saturating_add(unit / 2) / unit * unit)
+}
+
 /// A number of bit/s, with the largest unit that leaves it whole.
 pub(crate) fn display(bits_per_second: u64) -> String {
     let units = [
@@ -122,6 +129,20 @@ pub(crate) fn display(bits_per_second: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn four_digits_say_enough() {
+        for (bits, said) in [
+            (0, "0bit"),
+            (999, "999bit"),
+            (47_496, "47500bit"),
+            (950_000, "950kbit"),
+            (1_266_666, "1267kbit"),
+            (9_999_999_999, "10gbit"),
+        ] {
+            assert_eq!(rounded(bits), said);
+        }
+    }
 
     #[test]
     fn rates_are_read_as_tc_reads_them() {

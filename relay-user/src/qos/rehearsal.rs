@@ -16,7 +16,7 @@ use super::{
     kernel::Rtnetlink,
     leaf::Leaves,
     shape::Shape,
-    tree::{StepError, Tree, run},
+    tree::{Change, StepError, Tree, run},
 };
 use crate::netlink::{Refusal, exchange};
 
@@ -69,10 +69,16 @@ pub(super) fn restorable(tree: Tree, mtu: u32) -> Result<bool, RehearsalError> {
 /// Builds a tree on an interface that has the kernel's default, and reads it back.
 fn build(tree: &Tree) -> Result<Tree, RehearsalError> {
     let kernel = &mut Rtnetlink;
-    let outcome = run(kernel, &Tree::default().plan(LOOPBACK, tree).first);
+    let outcome = run(
+        kernel,
+        &Tree::default().plan(LOOPBACK, tree, Change::Whole).first,
+    );
     let built = Tree::read(kernel, LOOPBACK)?;
     // For the next one.
-    run(kernel, &built.plan(LOOPBACK, &Tree::default()).first)?;
+    run(
+        kernel,
+        &built.plan(LOOPBACK, &Tree::default(), Change::Whole).first,
+    )?;
     outcome?;
     Ok(built)
 }

@@ -16,7 +16,7 @@ use super::{
     object::{Attribute, Object, handle},
     policy::Policy,
     rate::Rate,
-    shaper::QosError,
+    shaper::{self, QosError},
     state::{Line, State, Store},
     tree::Tree,
 };
@@ -196,32 +196,53 @@ fn one(
         uplink: None,
         downlink: None,
     };
-    let Some(state) = Store::new(name).read()? else {
+    let Some(state) = shaper::store_of(kernel, interfaces, name)?.read()? else {
         let found = interfaces.named(name)?;
         report.ifindex = Some(found.index);
         report.before = tree(kernel, name, found.index)?.describe();
         return Ok(report);
     };
     let line = &state.uplink;
-    let found = interfaces.indexed(line.index);
+    let renamed = shaper::renamed(kernel, interfaces, &state)?;
+    let found = interfaces
+        .indexed(line.index)
+        .filter(|found| found.name == line.device && state.is_current())
+        .or(renamed);
     report.policy = state.policy.as_ref().map(|policy| policy.path.clone());
     report.before = line.before.describe();
-    if !state.is_current() || found.is_none_or(|found| found.name != line.device) {
+    let Some(found) = found else {
         report.ifindex = interfaces.named(name).ok().map(|found| found.index);
         report.state = ShapingState::Gone;
         return Ok(report);
+    };
+    if renamed.is_some() {
+        report.interface.clone_from(&found.name);
+        report.drift.push(format!(
+            "it was {} when it was shaped: `relay-user qos clear {}`, then shape it again",
+            line.device, found.name
+        ));
     }
+    let is_unclassified = |line: &Line| -> Result<Option<String>, QosError> {
+        let is_missing = state.classified && !Classifier::is_attached(&line.device, line.index)?;
+        Ok(is_missing.then(|| "the classifier is missing".to_owned()))
+    };
+    report.drift.extend(is_unclassified(line)?);
     report.ifindex = Some(line.index);
     let present = tree(kernel, name, line.index)?;
-    if !state.shaped || !line.tree.is_at(&present) {
+    if !state.shaped || !state.is_at(&present) {
         report.before = present.describe();
-        if state.classified && !state.shaped {
+        if state.shaped {
+            report.drift.push(match present.root() {
+                None => "our queueing discipline was removed".to_owned(),
+                Some(_) => "our queueing discipline was replaced".to_owned(),
+            });
+        } else if state.classified {
             report.state = ShapingState::Marked;
             report.rules = rules(name)?;
         }
     } else {
-        report.drift = line.tree.drift(&present);
-        let mtu = found.map_or(state.mtu, |found| found.mtu);
+        report.drift.extend(line.tree.drift(&present));
+        let mtu = found.mtu;
         if mtu > state.mtu {
             report.drift.push(format!(
                 "the MTU is {mtu} and was {}: what is longer may be lost until it is shaped again",
@@ -231,9 +252,15 @@ fn one(
         report.uplink = Some(line_report(kernel, &state, line)?);
         if let Some(line) = &state.downlink {
             match interfaces.indexed(line.index) {
-                Some(_) => {
+                Some(ifb) => {
+                    if !ifb.up {
+                        report
+                            .drift
+                            .push(format!("{} is down: what comes in is lost", line.device));
+                    }
                     let present = tree(kernel, &line.device, line.index)?;
-                    let drift = line.tree.drift(&present);
+                    let mut drift = line.tree.drift(&present);
+                    drift.extend(is_unclassified(line)?);
                     let on = |what| format!("{what} on {}", line.device);
                     report.drift.extend(drift.into_iter().map(on));
                     report.downlink = Some(line_report(kernel, &state, line)?);

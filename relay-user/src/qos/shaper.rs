@@ -6,7 +6,7 @@
 //! place, without loss. Packets are classified once the classes exist, and classes deleted once no
 //! packet is.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -20,8 +20,9 @@ use super::{
     rate::Rate,
     rehearsal::{self, RehearsalError},
     shape::{LONGEST, Shape},
-    state::{Line, State, StateError, Store},
-    tree::{Plan, Step, StepError, Tree, run},
+    state::{Line, NOT_YET, State, StateError, Store},
+    table::Task,
+    tree::{Change, Plan, Step, StepError, Tree, run},
 };
 use crate::{
     datapath::{AttachMode, attached_mode},
@@ -63,6 +64,17 @@ pub struct Applied {
     pub notes: Vec<String>,
 }
 
+/// What was done without shaping: the JSON of `relay-user qos mark --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marked {
+    /// Name of the interface.
+    pub interface: String,
+    /// Where the policy was read; `null` for the built-in one.
+    pub policy: Option<PathBuf>,
+    /// How many of its rules mark.
+    pub rules: usize,
+}
+
 /// What was undone: the JSON of `relay-user qos clear --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
@@ -75,6 +87,12 @@ pub enum Cleared {
         before: String,
         /// What the user should know, a sentence each.
         notes: Vec<String>,
+    },
+    /// Somebody has put another queueing discipline in the place of ours, which stays; nothing of ours
+    /// is left.
+    Left {
+        /// It, in words.
+        present: String,
     },
     /// Packets are not marked any longer, which was all.
     Unmarked,
@@ -99,7 +117,7 @@ pub enum QosError {
     State(#[from] StateError),
     /// The administrator has a queueing discipline of his own there.
     #[error(
-        "{interface} has a queueing discipline that is not relay-user's ({what}): with --replace it makes way, and `relay-user qos clear {interface}` {restored}"
+        "{interface} has a queueing discipline that is not relay-user's ({what}): with `--replace`, or `replace = true` under [qos.auto], it makes way, and `relay-user qos clear {interface}` {restored}"
     )]
     Foreign {
         /// The interface.
@@ -120,6 +138,26 @@ pub enum QosError {
     /// Removed meanwhile.
     #[error("{0} is gone: shape it again when it is back")]
     InterfaceGone(String),
+    /// Neither there nor known.
+    #[error(
+        "no interface `{0}`, and none of that name was shaped: `ip link` lists those that there are"
+    )]
+    Unknown(String),
+    /// It has another name than when it was shaped.
+    #[error(
+        "{was} was shaped, and is {now} now: `relay-user qos clear {now}` puts back what was there; then do this again"
+    )]
+    Renamed {
+        /// Its name then.
+        was: String,
+        /// Its name now.
+        now: String,
+    },
+    /// The stack would show the relay everything twice.
+    #[error(
+        "the relay on {0} runs in generic XDP, which sees all that an IFB device hands back a second time, and could prove no call: attach it with `--mode tc`, or leave out --downlink"
+    )]
+    GenericDownlink(String),
     /// No HTB.
     #[error(
         "this kernel has no HTB: load the module sch_htb (`modprobe sch_htb`), or use a kernel with CONFIG_NET_SCH_HTB"
@@ -192,9 +230,9 @@ pub fn apply(kernel: &mut dyn Kernel, request: &Request<'_>) -> Result<Applied, 
 ///
 /// # Errors
 /// [`QosError`]; then everything is as it was.
-pub fn mark(kernel: &mut dyn Kernel, interface: &str, policy: &Policy) -> Result<(), QosError> {
+pub fn mark(kernel: &mut dyn Kernel, interface: &str, policy: &Policy) -> Result<Marked, QosError> {
     // An unknown one leaves no lock behind.
-    Interfaces::read()?.named(interface)?;
+    refuse_renamed(kernel, &Interfaces::read()?, interface)?;
     Classifier::prepare()?;
     let store = Store::new(interface);
     let _lock = store.lock()?;
@@ -226,14 +264,19 @@ pub fn mark(kernel: &mut dyn Kernel, interface: &str, policy: &Policy) -> Result
     state.policy.clone_from(&policy.file);
     state.classes = policy.names();
     store.write(&state)?;
-    if let Err(error) = Classifier::attach(interface, device.index, policy) {
+    if let Err(error) = Classifier::attach(interface, device.index, policy, Task::Mark) {
         match &known {
             Some(state) => store.write(state)?,
             None => store.remove()?,
         }
         return Err(error.into());
     }
-    Ok(())
+    let rules = policy.rules.iter();
+    Ok(Marked {
+        interface: interface.to_owned(),
+        policy: policy.file.as_ref().map(|file| file.path.clone()),
+        rules: rules.filter(|rule| rule.set_dscp.is_some()).count(),
+    })
 }
 
 /// Shapes an interface whose classifier is attached already, or will be by somebody else.
@@ -263,12 +306,90 @@ pub fn unshape(kernel: &mut dyn Kernel, interface: &str) -> Result<Cleared, QosE
 /// # Errors
 /// [`QosError`]; then everything is as it was.
 pub fn clear(kernel: &mut dyn Kernel, interface: &str) -> Result<Cleared, QosError> {
-    let store = Store::new(interface);
+    let interfaces = Interfaces::read()?;
+    let store = store_of(kernel, &interfaces, interface)?;
+    // An unknown one leaves no lock behind.
+    if store.read()?.is_none() && interfaces.named(interface).is_err() {
+        return Err(QosError::Unknown(interface.to_owned()));
+    }
     let _lock = store.lock()?;
     match store.read()? {
         Some(state) => remove(kernel, &store, &state, Sorting::Attach),
         None => Ok(Cleared::Nothing),
     }
+}
+
+/// The interface of a state, if it has another name now.
+///
+/// # Errors
+/// The kernel cannot be asked.
+pub(super) fn renamed<'a>(
+    kernel: &mut dyn Kernel,
+    interfaces: &'a Interfaces,
+    state: &State,
+) -> Result<Option<&'a Interface>, QosError> {
+    let line = &state.uplink;
+    let found = interfaces
+        .indexed(line.index)
+        .filter(|found| found.name != line.device && state.is_current());
+    let Some(found) = found else {
+        return Ok(None);
+    };
+    // Other network namespaces have the same numbers.
+    let is_ours = if state.shaped {
+        state.is_at(&Device::from(found).read(kernel)?)
+    } else {
+        Classifier::is_attached(&line.device, found.index)?
+    };
+    Ok(is_ours.then_some(found))
+}
+
+/// The files of an interface, also where it had another name when it was shaped.
+///
+/// # Errors
+/// The kernel cannot be asked.
+pub(super) fn store_of(
+    kernel: &mut dyn Kernel,
+    interfaces: &Interfaces,
+    interface: &str,
+) -> Result<Store, QosError> {
+    if let Ok(found) = interfaces.named(interface) {
+        for name in Store::interfaces() {
+            let store = Store::new(&name);
+            // One that cannot be read is complained of under its own name.
+            if let Ok(Some(state)) = store.read()
+                && state.uplink.index == found.index
+                && renamed(kernel, interfaces, &state)?.is_some()
+            {
+                return Ok(store);
+            }
+        }
+    }
+    Ok(Store::new(interface))
+}
+
+/// Refuses an interface that is not there, or whose name or number is that of another which is shaped.
+fn refuse_renamed(
+    kernel: &mut dyn Kernel,
+    interfaces: &Interfaces,
+    interface: &str,
+) -> Result<(), QosError> {
+    interfaces.named(interface)?;
+    let stores = [
+        store_of(kernel, interfaces, interface)?,
+        Store::new(interface),
+    ];
+    for store in stores {
+        if let Some(state) = store.read()?
+            && let Some(now) = renamed(kernel, interfaces, &state)?
+        {
+            return Err(QosError::Renamed {
+                was: state.uplink.device,
+                now: now.name.clone(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Whether the classifier takes part.
@@ -284,12 +405,16 @@ struct Undo<'a> {
     interface: &'a str,
     state: Option<State>,
     /// Devices and what they had.
-    trees: Vec<(Device, Tree)>,
+    trees: Vec<(Device, Tree, Change)>,
     /// An IFB device that was not there.
     ifb: Option<Device>,
     /// What the classifier was to be attached for, once it was touched.
     sorting: Option<State>,
 }
+
+/// What comes in may be as long as this, in bytes, where the MTU is less: that is only for what leaves,
+/// and drivers take whole Ethernet frames.
+const USUAL_MTU: u32 = 1_500;
 
 #[derive(Clone, Debug)]
 struct Device {
@@ -332,16 +457,16 @@ impl Device {
     }
 
     /// Makes the tree that it has into another one.
-    fn make(&self, kernel: &mut dyn Kernel, wanted: &Tree) -> Result<(), QosError> {
-        let Plan { first, last } = self.read(kernel)?.plan(self.index, wanted);
+    fn make(&self, kernel: &mut dyn Kernel, wanted: &Tree, change: Change) -> Result<(), QosError> {
+        let Plan { first, last } = self.read(kernel)?.plan(self.index, wanted, change);
         run(kernel, &first)
             .and_then(|()| run(kernel, &last))
             .map_err(|error| self.failed(error))
     }
 
-    /// The same as far as the kernel lets it. Returns what is missing, a sentence each.
+    /// Gives it another tree as far as the kernel lets it. Returns what is missing, a sentence each.
     fn approach(&self, kernel: &mut dyn Kernel, wanted: &Tree) -> Result<Vec<String>, QosError> {
-        let Plan { first, last } = self.read(kernel)?.plan(self.index, wanted);
+        let Plan { first, last } = self.read(kernel)?.plan(self.index, wanted, Change::Whole);
         let mut missing = Vec::new();
         for step in first.iter().chain(&last) {
             match step.run(kernel) {
@@ -361,7 +486,7 @@ fn establish(
     sorting: Sorting,
 ) -> Result<Applied, QosError> {
     // An unknown one leaves no lock behind.
-    Interfaces::read()?.named(request.interface)?;
+    refuse_renamed(kernel, &Interfaces::read()?, request.interface)?;
     if sorting == Sorting::Attach {
         Classifier::prepare()?;
     }
@@ -371,32 +496,43 @@ fn establish(
     let interfaces = Interfaces::read()?;
     let device = Device::from(interfaces.named(request.interface)?);
     let mut notes = Vec::new();
+    if request.downlink.is_some()
+        && attached_mode(&device.name, device.index)
+            .map_err(ClassifierError::from)?
+            .is_some_and(|mode| mode == AttachMode::Generic)
+    {
+        return Err(QosError::GenericDownlink(device.name));
+    }
 
     let present = device.read(kernel)?;
     let current = known
         .as_ref()
         .filter(|state| state.is_current() && state.uplink.index == device.index);
-    let (before, faithful) = match current {
-        Some(state) if state.shaped && state.uplink.tree.is_at(&present) => {
-            (state.uplink.before.clone(), state.faithful)
+    let (before, faithful, change) = match current {
+        Some(state) if state.shaped && state.is_at(&present) => {
+            (state.uplink.before.clone(), state.faithful, Change::InPlace)
         }
         _ => {
             let note = make_way(request, &present, device.mtu)?;
             let faithful = note.is_none();
             notes.extend(note);
-            (present.clone(), faithful)
+            (present.clone(), faithful, Change::Whole)
         }
     };
+    let earlier = (change == Change::InPlace).then(|| present.clone());
 
-    // What comes in on it is no longer than what leaves, whatever the MTU of an IFB device.
-    let shape = |rate| Shape::new(rate, request.policy, device.mtu);
-    let uplink = shape(request.uplink)?;
-    let downlink = request.downlink.map(shape).transpose()?;
+    let shape = |rate, mtu| Shape::new(rate, request.policy, mtu);
+    let uplink = shape(request.uplink, device.mtu)?;
+    let longest = device.mtu.max(USUAL_MTU);
+    let downlink = request
+        .downlink
+        .map(|rate| shape(rate, longest))
+        .transpose()?;
     let lines: Vec<_> = [Some(&uplink), downlink.as_ref()]
         .into_iter()
         .flatten()
         .collect();
-    let leaves = match rehearsal::best_leaves(&lines, device.mtu) {
+    let leaves = match rehearsal::best_leaves(&lines, longest) {
         Ok(leaves) => leaves,
         // What is there needs no trial, in which what waits in it would be lost.
         Err(RehearsalError::NotPermitted(_)) => match current.filter(|state| state.shaped) {
@@ -416,7 +552,7 @@ fn establish(
         store: &store,
         interface: request.interface,
         state: current.cloned(),
-        trees: vec![(device.clone(), present)],
+        trees: vec![(device.clone(), present, change)],
         ifb: None,
         sorting: None,
     };
@@ -429,6 +565,8 @@ fn establish(
         leaves,
         before: before.clone(),
         faithful,
+        change,
+        earlier,
         sorting,
         // Of an interface that is gone, the device that it redirected to is left.
         stale: known.as_ref().filter(|_| current.is_none()),
@@ -503,7 +641,7 @@ fn serialisation(line: &Shape<'_>, device: &Device) -> Option<String> {
     let time = line.time(device.mtu);
     (time > LONG && device.mtu > SMALLER).then(|| {
         format!(
-            "a packet of {} bytes takes {:.0} ms at {}, and voice that comes just after it waits so long, which no queue can mend: for less jitter, send smaller ones (`ip link set dev {} mtu {SMALLER}`, then apply this again)",
+            "a packet of {} bytes takes {:.0} ms at {}, and voice that comes just after it waits so long, which no queue can mend: for less jitter, have smaller ones sent (`ip route change default via GATEWAY dev {} mtu {SMALLER}`; not the MTU of the interface, which below 1280 loses its IPv6 addresses)",
             device.mtu,
             time.as_secs_f64() * 1e3,
             line.rate,
@@ -534,6 +672,9 @@ struct Work<'a> {
     leaves: Leaves,
     before: Tree,
     faithful: bool,
+    change: Change,
+    /// What is on the interface, if that is ours.
+    earlier: Option<Tree>,
     sorting: Sorting,
     current: Option<&'a State>,
     stale: Option<&'a State>,
@@ -548,11 +689,12 @@ impl Work<'_> {
             unsort(stale)?;
             remove_ifb(kernel, self.interfaces, stale)?;
         }
-        let ifb = match self.downlink {
+        let mut ifb = match self.downlink {
             Some(shape) => Some((self.ifb(kernel, undo)?, shape)),
             None => None,
         };
-        // Before anything else: whatever happens from here on, `clear` knows what was there.
+        // Before anything else: whatever happens from here on, `clear` knows what was there, and what
+        // is to go.
         let line = |device: &Device, shape: &Shape<'_>, before| Line {
             device: device.name.clone(),
             index: device.index,
@@ -570,19 +712,27 @@ impl Work<'_> {
         state.faithful = self.faithful;
         state.policy.clone_from(&request.policy.file);
         state.classes = request.policy.names();
-        undo.store.write(&state)?;
+        state.earlier.clone_from(&self.earlier);
+        self.write(undo, &state)?;
+        if let (Some((ifb, _)), Some(line)) = (&mut ifb, &mut state.downlink)
+            && ifb.index == NOT_YET
+        {
+            *ifb = create_ifb(kernel, &ifb.name, undo)?;
+            line.index = ifb.index;
+            self.write(undo, &state)?;
+        }
 
         let mut leaves = self.leaves;
-        let (tree, last) = build(kernel, device, self.uplink, &mut leaves)?;
+        let (tree, last) = build(kernel, device, self.uplink, &mut leaves, self.change)?;
         let mut rest = vec![((*device).clone(), last)];
         state.uplink.tree = tree;
         if let (Some((ifb, shape)), Some(line)) = (&ifb, &mut state.downlink) {
-            let (tree, last) = build(kernel, ifb, shape, &mut leaves)?;
+            let (tree, last) = build(kernel, ifb, shape, &mut leaves, Change::InPlace)?;
             line.tree = tree;
             rest.push((ifb.clone(), last));
         }
         state.leaves = leaves;
-        undo.store.write(&state)?;
+        self.write(undo, &state)?;
         if self.sorting == Sorting::Attach {
             undo.sorting = Some(state.clone());
             if state.downlink.is_none()
@@ -602,37 +752,61 @@ impl Work<'_> {
         {
             remove_ifb(kernel, self.interfaces, state)?;
         }
+        state.earlier = None;
+        undo.store.write(&state)?;
         Ok(leaves)
     }
 
-    /// The IFB device, made if it is not there.
+    /// Writes the state as it is while all this goes on: with the IFB device that was there until it is
+    /// removed.
+    fn write(&self, undo: &Undo<'_>, state: &State) -> Result<(), StateError> {
+        let mut written = state.clone();
+        let earlier = self.current.and_then(|state| state.downlink.clone());
+        written.downlink = written.downlink.or(earlier);
+        undo.store.write(&written)
+    }
+
+    /// The IFB device; numbered [`NOT_YET`] if it is not there.
     fn ifb(&self, kernel: &mut dyn Kernel, undo: &mut Undo<'_>) -> Result<Device, QosError> {
         // At most 15 characters, and another one for every interface of less than 10 million.
         let name = format!("relayifb{}", self.device.index % 10_000_000);
         if let Ok(found) = self.interfaces.named(&name) {
             let line = self.current.and_then(|state| state.downlink.as_ref());
-            if line.is_none_or(|line| line.index != found.index) {
+            if line.is_none_or(|line| ![NOT_YET, found.index].contains(&line.index)) {
                 return Err(QosError::IfbTaken(name));
             }
             let ifb = Device::from(found);
-            undo.trees.push((ifb.clone(), ifb.read(kernel)?));
+            let tree = ifb.read(kernel)?;
+            undo.trees.push((ifb.clone(), tree, Change::InPlace));
             return Ok(ifb);
         }
-        kernel
-            .create_ifb(&name)
-            .map_err(|refusal| match refusal.errno {
-                Errno::EPERM => QosError::Permission,
-                Errno::EOPNOTSUPP => QosError::NoIfb,
-                Errno::EEXIST => QosError::IfbTaken(name.clone()),
-                _ => QosError::Ifb {
-                    name: name.clone(),
-                    refusal,
-                },
-            })?;
-        let ifb = Device::from(Interfaces::read()?.named(&name)?);
-        undo.ifb = Some(ifb.clone());
-        Ok(ifb)
+        Ok(Device {
+            name,
+            index: NOT_YET,
+            mtu: USUAL_MTU,
+        })
     }
+}
+
+fn create_ifb(
+    kernel: &mut dyn Kernel,
+    name: &str,
+    undo: &mut Undo<'_>,
+) -> Result<Device, QosError> {
+    kernel
+        .create_ifb(name)
+        .map_err(|refusal| match refusal.errno {
+            Errno::EPERM => QosError::Permission,
+            Errno::EOPNOTSUPP => QosError::NoIfb,
+            Errno::EEXIST => QosError::IfbTaken(name.to_owned()),
+            _ => QosError::Ifb {
+                name: name.to_owned(),
+                refusal,
+            },
+        })?;
+    let ifb = Device::from(Interfaces::read()?.named(name)?);
+    undo.ifb = Some(ifb.clone());
+    Ok(ifb)
 }
 
 /// Builds a device's tree with the best leaves that the kernel has, which are known afterwards. Returns
@@ -642,10 +816,11 @@ fn build(
     device: &Device,
     shape: &Shape<'_>,
     leaves: &mut Leaves,
+    change: Change,
 ) -> Result<(Tree, Vec<Step>), QosError> {
     loop {
         let wanted = shape.tree(*leaves);
-        let plan = device.read(kernel)?.plan(device.index, &wanted);
+        let plan = device.read(kernel)?.plan(device.index, &wanted, change);
         match run(kernel, &plan.first) {
             Ok(()) => return Ok((wanted, plan.last)),
             Err(error) => {
@@ -660,11 +835,20 @@ fn build(
 /// Has packets classified on both lines.
 fn sort(state: &State, policy: &Policy) -> Result<(), QosError> {
     let uplink = &state.uplink;
+    let task = match uplink.rate {
+        Some(_) => Task::Classify,
+        None => Task::Mark,
+    };
     if let Some(ifb) = &state.downlink {
-        Classifier::attach(&ifb.device, ifb.index, policy)?;
+        Classifier::attach(&ifb.device, ifb.index, policy, task)?;
         Classifier::attach_downlink(&uplink.device, uplink.index, ifb.index)?;
     }
-    Ok(Classifier::attach(&uplink.device, uplink.index, policy)?)
+    Ok(Classifier::attach(
+        &uplink.device,
+        uplink.index,
+        policy,
+        task,
+    )?)
 }
 
 /// Has packets classified no longer, and what comes in redirected no longer.
@@ -687,10 +871,13 @@ fn remove_ifb(
     let Some(line) = &state.downlink else {
         return Ok(());
     };
-    let found = interfaces.indexed(line.index);
-    if state.is_current() && found.is_some_and(|found| found.name == line.device) {
+    let found = match line.index {
+        NOT_YET => interfaces.named(&line.device).ok(),
+        index => interfaces.indexed(index),
+    };
+    if let Some(found) = found.filter(|found| found.name == line.device && state.is_current()) {
         kernel
-            .delete_link(line.index)
+            .delete_link(found.index)
             .map_err(|refusal| QosError::Ifb {
                 name: line.device.clone(),
                 refusal,
@@ -720,8 +907,8 @@ impl Undo<'_> {
             Some(sorted) => self.sort_as_before(sorted),
             None => Ok(()),
         };
-        for (device, tree) in &self.trees {
-            outcome = outcome.and(device.make(kernel, tree));
+        for (device, tree, change) in &self.trees {
+            outcome = outcome.and(device.make(kernel, tree, *change));
         }
         if let Some(ifb) = &self.ifb {
             let deleted = kernel.delete_link(ifb.index);
@@ -766,9 +953,12 @@ fn remove(
 ) -> Result<Cleared, QosError> {
     let interfaces = Interfaces::read()?;
     let line = &state.uplink;
-    let found = interfaces
-        .indexed(line.index)
-        .filter(|found| found.name == line.device && state.is_current());
+    let found = match renamed(kernel, &interfaces, state)? {
+        None => interfaces
+            .indexed(line.index)
+            .filter(|found| found.name == line.device && state.is_current()),
+        renamed => renamed,
+    };
     let Some(found) = found else {
         unsort(state)?;
         remove_ifb(kernel, &interfaces, state)?;
@@ -781,29 +971,30 @@ fn remove(
         store,
         interface: &line.device,
         state: Some(state.clone()),
-        trees: vec![(device.clone(), present.clone())],
+        trees: vec![(device.clone(), present.clone(), Change::Whole)],
         ifb: None,
         sorting: (sorting == Sorting::Attach).then(|| state.clone()),
     };
+    // Where nothing is, somebody deleted ours, or it was just about to come.
+    let is_ours = present.root().is_none() || state.is_at(&present);
     let mut notes = Vec::new();
+    if device.name != line.device {
+        notes.push(format!("{} is {} now", line.device, device.name));
+    }
     let work = |kernel: &mut dyn Kernel, notes: &mut Vec<String>| {
         // First, or packets would be sent to classes of what is put back.
         if sorting == Sorting::Attach {
             unsort(state)?;
+            if device.name != line.device {
+                // Filters go by the name of the interface, and pins by the one that it had.
+                Classifier::detach(&device.name)?;
+            }
         }
-        if state.shaped {
-            if line.tree.is_at(&present) {
-                if state.faithful {
-                    device.make(kernel, &line.before)?;
-                } else {
-                    notes.extend(device.approach(kernel, &line.before)?);
-                }
+        if state.shaped && is_ours {
+            if state.faithful {
+                device.make(kernel, &line.before, Change::Whole)?;
             } else {
-                notes.push(format!(
-                    "{} is not what relay-user put on {}, and stays",
-                    present.describe(),
-                    line.device
-                ));
+                notes.extend(device.approach(kernel, &line.before)?);
             }
         }
         match (sorting, &state.downlink) {
@@ -816,10 +1007,11 @@ fn remove(
                     .as_ref()
                     .and_then(|it| interfaces.indexed(it.index))
                 {
-                    Device::from(ifb).make(kernel, &Tree::default())?;
+                    Device::from(ifb).make(kernel, &Tree::default(), Change::Whole)?;
                 }
                 let mut unshaped = state.clone();
                 unshaped.shaped = false;
+                unshaped.earlier = None;
                 store.write(&unshaped)?;
             }
         }
@@ -827,6 +1019,9 @@ fn remove(
     };
     match work(kernel, &mut notes) {
         Ok(()) if !state.shaped => Ok(Cleared::Unmarked),
+        Ok(()) if !is_ours && present != line.before => Ok(Cleared::Left {
+            present: present.describe(),
+        }),
         Ok(()) => Ok(Cleared::Restored {
             before: line.before.describe(),
             notes,

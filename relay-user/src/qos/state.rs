@@ -29,6 +29,9 @@ const BOOT: &str = "/proc/sys/kernel/random/boot_id";
 /// Form of the file: another one is not read.
 const VERSION: u32 = 1;
 
+/// Number of no interface.
+pub(super) const NOT_YET: u32 = 0;
+
 /// What was done to an interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -54,6 +57,8 @@ pub(super) struct State {
     pub(super) uplink: Line,
     /// The IFB device that what comes in passes.
     pub(super) downlink: Option<Line>,
+    /// What of ours was on the interface before a change that may not have come to its end.
+    pub(super) earlier: Option<Tree>,
 }
 
 /// A device that is shaped.
@@ -61,6 +66,7 @@ pub(super) struct State {
 #[serde(deny_unknown_fields)]
 pub(super) struct Line {
     pub(super) device: String,
+    /// [`NOT_YET`] for one that was about to be made.
     pub(super) index: u32,
     /// None where packets are only marked.
     pub(super) rate: Option<Rate>,
@@ -89,7 +95,14 @@ impl State {
             mtu,
             uplink,
             downlink,
+            earlier: None,
         })
+    }
+
+    /// Whether the interface's tree is ours.
+    pub(super) fn is_at(&self, present: &Tree) -> bool {
+        let trees = [Some(&self.uplink.tree), self.earlier.as_ref()];
+        trees.into_iter().flatten().any(|tree| tree.is_at(present))
     }
 
     /// Whether it is from this boot: indices count anew in the next.

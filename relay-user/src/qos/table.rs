@@ -10,14 +10,26 @@ use super::policy::{Conditions, Policy, Rtp, Rule};
 /// Payload types of audio or video: 128 of each in [`RuleTable::rtp`].
 const PAYLOAD_TYPES: usize = 128;
 
+/// What is done with packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// They are marked, and go to the classes of a policy.
+    Classify,
+    /// They are only marked: the queues are somebody else's, and so is the choice among them.
+    Mark,
+}
+
 /// Compiles a policy.
 ///
 /// # Panics
 /// Without a megabyte and a half of memory.
 #[must_use]
-pub fn compile(policy: &Policy) -> Box<RuleTable> {
+pub fn compile(policy: &Policy, task: Task) -> Box<RuleTable> {
     let mut table = RuleTable::new_box_zeroed().expect("memory for a table");
-    table.class_count = policy.classes.len() as u32;
+    table.class_count = match task {
+        Task::Classify => policy.classes.len() as u32,
+        Task::Mark => 0,
+    };
     table.default_class = policy.default as u32;
     table.actions.fill(Action::NONE);
     table.ports.fill(PortRules {

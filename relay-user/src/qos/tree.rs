@@ -48,6 +48,15 @@ pub(super) struct Plan {
     pub(super) last: Vec<Step>,
 }
 
+/// How a tree makes way for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Both are ours: what they have in common stays, with what waits in it.
+    InPlace,
+    /// One is somebody else's, of which nothing may be mixed with ours.
+    Whole,
+}
+
 /// The kernel refused a step.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {refusal}")]
@@ -211,7 +220,7 @@ impl Tree {
     }
 
     /// The steps from this tree, which an interface has, to another.
-    pub(super) fn plan(&self, index: u32, wanted: &Self) -> Plan {
+    pub(super) fn plan(&self, index: u32, wanted: &Self, change: Change) -> Plan {
         let step = |kind, object: &Object, flags| Step {
             message: Message {
                 kind,
@@ -221,24 +230,22 @@ impl Tree {
             flags,
         };
         let remove = |kind, object: &Object| step(kind, &object.clone().named(), 0);
-        let (Some(present), Some(root)) = (self.root(), wanted.root()) else {
-            // Without either of them, the one is deleted or the other created.
-            let first = self.root().map(|root| remove(kernel::DELETE_QDISC, root));
-            return Plan {
-                first: first.into_iter().chain(wanted.creation(index)).collect(),
-                last: Vec::new(),
-            };
-        };
-        if !self.leads_to(wanted) {
-            // Under the handle of the present one, the kernel would change and not replace it.
-            let same = present.handle == root.handle;
-            let first = same.then(|| remove(kernel::DELETE_QDISC, present));
-            return Plan {
-                first: first.into_iter().chain(wanted.creation(index)).collect(),
-                last: Vec::new(),
-            };
-        }
         let mut plan = Plan::default();
+        if self == wanted {
+            return plan;
+        }
+        if change == Change::Whole || !self.leads_to(wanted) {
+            // Under the handle of the present one, the kernel would change and not replace it.
+            let replaces = |present: &Object| {
+                let root = wanted.root();
+                root.is_some_and(|root| root.handle != present.handle)
+            };
+            let present = self.root().filter(|present| !replaces(present));
+            let delete = present.map(|present| remove(kernel::DELETE_QDISC, present));
+            plan.first.extend(delete);
+            plan.first.extend(wanted.creation(index));
+            return plan;
+        }
         let mut changed = Vec::new();
         for (kind, object) in wanted.in_order() {
             match kind {
@@ -329,14 +336,15 @@ impl Tree {
     }
 
     /// Whether an interface's tree is this one, changed by hand maybe, and not another that happens to
-    /// have its handles: some class is just as we made it.
+    /// have its handles: some class is just as we made it, or there is none yet.
     pub(super) fn is_at(&self, found: &Self) -> bool {
         let roots = self.root().zip(found.root());
         roots.is_some_and(|(own, found)| own.handle == found.handle && same(found, own))
-            && self.classes.iter().any(|own| {
-                let mut classes = found.classes.iter();
-                classes.any(|it| it.handle == own.handle && same(it, own))
-            })
+            && (found.classes.is_empty()
+                || self.classes.iter().any(|own| {
+                    let mut classes = found.classes.iter();
+                    classes.any(|it| it.handle == own.handle && same(it, own))
+                }))
     }
 
     /// In what an interface's tree differs from this one, in words.
@@ -510,7 +518,7 @@ mod tests {
     }
 
     fn told(present: &Tree, wanted: &Tree) -> [Vec<String>; 2] {
-        let plan = present.plan(INDEX, wanted);
+        let plan = present.plan(INDEX, wanted, Change::InPlace);
         [tell(&plan.first), tell(&plan.last)]
     }
 
@@ -592,6 +600,21 @@ mod tests {
         assert_eq!(last, [""; 0]);
         let [first, _] = told(&present, &Tree::default());
         assert_eq!(first, ["deleting the queueing discipline pfifo 8001:"]);
+    }
+
+    #[test]
+    fn nothing_of_anothers_tree_is_mixed_with_ours() {
+        let mut other = tree(1_000_000);
+        other.classes[0] = class(HANDLE | 0x20, HANDLE | 1, 7_000);
+        let steps = |present: &Tree, wanted: &Tree| {
+            let plan = present.plan(INDEX, wanted, Change::Whole);
+            assert_eq!(tell(&plan.last), [""; 0]);
+            tell(&plan.first)
+        };
+        let first = steps(&tree(1_000_000), &other);
+        assert_eq!(first[0], "deleting the queueing discipline htb 1:");
+        assert_eq!(first.len(), 1 + other.qdiscs.len() + other.classes.len());
+        assert_eq!(steps(&other, &other), [""; 0]);
     }
 
     #[test]
