@@ -281,7 +281,6 @@ pub(super) fn run(arguments: &Qos) -> anyhow::Result<String> {
         }) => Ok(BUILT_IN.to_owned()),
         Verb::Policy(PolicyArguments { file, uplink }) => {
             let policy = policy(file.as_ref())?;
-            policy.check_fractions()?;
             let rates = uplink
                 .map(|uplink| policy.rates(uplink.shaped()))
                 .transpose()?;

@@ -264,12 +264,6 @@ pub enum PolicyError {
         /// Each with its rate.
         classes: Vec<String>,
     },
-    /// The classes ask for more than there is of any uplink.
-    #[error(
-        "the rates of the classes add up to more than the whole uplink: {}; lower some",
-        .0.join(" + ")
-    )]
-    Fractions(Vec<String>),
     /// A rate that its ceiling does not let it have.
     #[error(
         "the rate of class `{class}`, {}, is above its ceiling, {}: lower the rate, or raise the ceiling",
@@ -393,26 +387,6 @@ impl Policy {
         classify::class_id(index as u32)
     }
 
-    /// Whether there is an uplink that the fractions fit into.
-    fn check_fractions(&self) -> Result<(), PolicyError> {
-        // So much that what is lost by rounding does not count.
-        const WHOLE: u64 = 1_000_000_000_000;
-        let classes = self.classes.iter();
-        let fractions: Vec<_> = classes
-            .filter(|class| matches!(class.rate, Share::Fraction(..)))
-            .collect();
-        let parts = fractions.iter().map(|class| class.rate.of(WHOLE));
-        if parts.fold(0, u64::saturating_add) <= WHOLE {
-            return Ok(());
-        }
-        let named = fractions.iter();
-        Err(PolicyError::Fractions(
-            named
-                .map(|class| format!("{} {}", class.name, class.rate))
-                .collect(),
-        ))
-    }
-
     /// What each class gets of an uplink of so many bit/s. A ceiling above the uplink is the uplink.
     ///
     /// # Errors
@@ -423,10 +397,7 @@ impl Policy {
     }
 
     /// Refuses fractions that fit no line, whatever its rate.
-    ///
-    /// # Errors
-    /// [`PolicyError::Fractions`]; for a policy of a file, in [`PolicyError::Rates`].
-    pub fn check_fractions(&self) -> Result<(), PolicyError> {
+    fn check_fractions(&self) -> Result<(), PolicyError> {
         /// So many that rounding does not matter.
         const WHOLE: u64 = 1 << 60;
         let fractions = || {
