@@ -1012,6 +1012,8 @@ fn what_the_administrator_made_is_asked_for_and_put_back() {
         );
         // Ours needs no flag, and what was there before stays known.
         done(host, "apply eth0 --uplink 2mbit");
+        tc(host, "qdisc delete dev eth0 root");
+        done(host, "apply eth0 --uplink 2mbit");
         done(host, "clear eth0");
         assert_eq!(dump(host, "eth0"), before, "{foreign}");
     }
@@ -1110,6 +1112,10 @@ fn what_was_removed_by_hand_is_told() {
         assert!(done(host, "show eth0").contains(what));
     };
     drift(&format!("{ifb} is down: what comes in is lost"));
+    let link = format!("/sys/fs/bpf/relay-qos/v{QOS_ABI}/eth0/relay_downlink_link");
+    host.run(|| fs::remove_file(link)).expect("removed");
+    until("detached", || programs(host) == [0, 1]);
+    drift(&format!("what comes in is not sent to {ifb}"));
     done(host, "apply eth0 --uplink 1mbit");
     let pins = format!("/sys/fs/bpf/relay-qos/v{QOS_ABI}/eth0");
     host.run(|| fs::remove_dir_all(pins)).expect("removed");
@@ -1502,6 +1508,28 @@ fn whenever_apply_is_killed_clear_puts_all_back() {
         }
     }
     assert!(!exists(host, "/sys/fs/bpf/relay-qos"));
+}
+
+#[test]
+fn a_killed_apply_leaves_no_program_behind_clear() {
+    let net = Direct::new(1).expect("network");
+    let host = &net.pbx;
+    let before = everything(host);
+    let program = binary("relay-user", "RELAY_USER_BIN").expect("relay-user is built");
+    // Some before the classifier is attached, some while it is, some after.
+    for milliseconds in (0..100).step_by(7) {
+        let mut command = Command::new(&program);
+        command.args(["qos", "apply", "eth0", "--uplink", "1mbit"]);
+        command.args(["--downlink", "8mbit"]);
+        let mut apply = host.spawn(command).expect("started");
+        thread::sleep(Duration::from_millis(milliseconds));
+        apply.child_mut().kill().expect("killed");
+        apply.child_mut().wait().expect("ended");
+        done(host, "show eth0");
+        done(host, "clear eth0");
+        assert_eq!(everything(host), before, "after {milliseconds} ms");
+        assert!(!exists(host, "/sys/fs/bpf/relay-qos"));
+    }
 }
 
 #[test]

@@ -258,6 +258,12 @@ fn one(
                             .drift
                             .push(format!("{} is down: what comes in is lost", line.device));
                     }
+                    if state.classified
+                        && !Classifier::is_redirected(&state.uplink.device, state.uplink.index)?
+                    {
+                        let what = format!("what comes in is not sent to {}", line.device);
+                        report.drift.push(what);
+                    }
                     let present = tree(kernel, &line.device, line.index)?;
                     let mut drift = line.tree.drift(&present);
                     drift.extend(is_unclassified(line)?);

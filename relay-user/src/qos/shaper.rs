@@ -509,7 +509,8 @@ fn establish(
         .as_ref()
         .filter(|state| state.is_current() && state.uplink.index == device.index);
     let (before, faithful, change) = match current {
-        Some(state) if state.shaped && state.is_at(&present) => {
+        // Where nothing is, somebody deleted ours, or it was just about to come.
+        Some(state) if state.shaped && (present.root().is_none() || state.is_at(&present)) => {
             (state.uplink.before.clone(), state.faithful, Change::InPlace)
         }
         _ => {
