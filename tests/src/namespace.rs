@@ -194,12 +194,26 @@ impl Host {
     /// # Errors
     /// iproute2 is not installed, or refuses a line: the text holds its message.
     pub fn ip(&self, lines: &str) -> Result<()> {
+        self.lines("ip", lines).map(drop)
+    }
+
+    /// Runs iproute2's `tc` in the machine, in the same way, and returns all that it prints.
+    ///
+    /// # Errors
+    /// As [`Host::ip`].
+    pub fn tc(&self, lines: &str) -> Result<String> {
+        self.lines("tc", lines)
+    }
+
+    fn lines(&self, program: &str, lines: &str) -> Result<String> {
+        let mut printed = String::new();
         for line in lines.lines() {
-            let mut command = Command::new("ip");
+            let mut command = Command::new(program);
             command.args(line.split_whitespace());
-            self.output(command)?;
+            let output = self.output(command)?;
+            printed += &String::from_utf8_lossy(&output.stdout);
         }
-        Ok(())
+        Ok(printed)
     }
 
     /// Writes a sysctl of the machine, named as a path below `/proc/sys`.

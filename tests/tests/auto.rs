@@ -175,9 +175,7 @@ fn a_restart_in_mid_call_changes_nothing() {
     let shaped = shown(host);
 
     // What somebody takes away comes back.
-    let mut tc = Command::new("tc");
-    tc.args(["qdisc", "delete", "dev", "eth0", "root"]);
-    host.output(tc).expect("deleted");
+    host.tc("qdisc delete dev eth0 root").expect("deleted");
     wait(host, |it| it["state"] == "shaped");
 
     // Nobody else decides meanwhile.

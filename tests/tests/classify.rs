@@ -8,7 +8,6 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
-    process::Command,
     thread,
     time::Duration,
 };
@@ -987,18 +986,6 @@ fn forwarded_packets_are_marked() {
     assert_eq!(counted(&net.router, "eth1").voice.packets, 2);
 }
 
-/// Runs iproute2's `tc`, one command a line.
-fn tc(host: &Host, lines: &str) -> String {
-    let mut said = String::new();
-    for line in lines.lines() {
-        let mut command = Command::new("tc");
-        command.args(line.split_whitespace());
-        let output = host.output(command).expect("tc");
-        said += &String::from_utf8_lossy(&output.stdout);
-    }
-    said
-}
-
 /// HTB with the classes of the built-in policy.
 fn htb(host: &Host, interface: &str) {
     let mut lines = format!("qdisc add dev {interface} root handle 1: htb default 40\n");
@@ -1006,12 +993,14 @@ fn htb(host: &Host, interface: &str) {
         lines +=
             &format!("class add dev {interface} parent 1: classid 1:{class} htb rate 100mbit\n");
     }
-    tc(host, &lines);
+    host.tc(&lines).expect("tc");
 }
 
 /// Packets that a class of HTB has sent.
 fn sent_by(host: &Host, interface: &str, class: &str) -> u64 {
-    let said = tc(host, &format!("-s class show dev {interface}"));
+    let said = host
+        .tc(&format!("-s class show dev {interface}"))
+        .expect("tc");
     let (_, found) = said
         .split_once(&format!("class htb {class} "))
         .expect("a class");

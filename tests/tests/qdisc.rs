@@ -1,7 +1,7 @@
 //! The queueing discipline of the interface: when it makes `--mode auto` choose traffic control, and which of its
 //! classes relayed packets reach.
 
-use std::{process::Command, time::Duration};
+use std::time::Duration;
 
 use relay_tests::{
     namespace::Host,
@@ -15,30 +15,18 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Expedited Forwarding, with ECN bits 0.
 const EF_TOS: u8 = 46 << 2;
 
-/// Runs iproute2's `tc`: one command a line, each without the leading word; returns what the last one says.
-fn tc(host: &Host, lines: &str) -> String {
-    let mut said = String::new();
-    for line in lines.lines() {
-        let mut command = Command::new("tc");
-        command.args(line.split_whitespace());
-        let output = host.output(command).expect("tc");
-        said = String::from_utf8(output.stdout).expect("text");
-    }
-    said
-}
-
 /// HTB with three classes, the last of which takes what nobody gave another.
 fn htb(host: &Host) {
     let mut lines = "qdisc add dev eth0 root handle 1: htb default 30\n".to_owned();
     for class in ["10", "20", "30"] {
         lines += &format!("class add dev eth0 parent 1: classid 1:{class} htb rate 100mbit\n");
     }
-    tc(host, &lines);
+    host.tc(&lines).expect("tc");
 }
 
 /// Packets that a class of HTB has sent.
 fn sent_by(host: &Host, class: &str) -> u64 {
-    let said = tc(host, "-s class show dev eth0");
+    let said = host.tc("-s class show dev eth0").expect("tc");
     let found = said.split_once(&format!("class htb {class} "));
     let (_, found) = found.expect("a class");
     let (_, sent) = found.split_once(" Sent ").expect("numbers");
@@ -132,7 +120,8 @@ fn auto_takes_traffic_control_where_packets_must_not_go_around_the_queues() {
         ("htb", "htb default 1", true),
         ("tbf", "tbf rate 1mbit burst 10kb latency 50ms", true),
     ] {
-        tc(host, &format!("qdisc replace dev eth0 root {qdisc}"));
+        host.tc(&format!("qdisc replace dev eth0 root {qdisc}"))
+            .expect("tc");
         let (chosen, reason, _) = mode(host, &[]);
         assert_eq!(chosen == "tc", shapes, "{kind}: {chosen}, {reason}");
         assert_eq!(reason.contains(kind), shapes, "{reason}");

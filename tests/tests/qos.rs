@@ -89,23 +89,11 @@ fn texts(output: &Output) -> (String, String) {
     (text(&output.stdout), text(&output.stderr))
 }
 
-/// Runs `tc` in a machine: one command a line.
-fn tc(host: &Host, lines: &str) -> String {
-    let mut printed = String::new();
-    for line in lines.lines() {
-        let mut command = Command::new("tc");
-        command.args(line.split_whitespace());
-        let output = host.output(command).expect(line);
-        printed += &String::from_utf8_lossy(&output.stdout);
-    }
-    printed
-}
-
 /// All that `tc` shows of a device, in an order of its own: the kernel's is that of a hash table.
 fn dump(host: &Host, device: &str) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     for what in ["-d qdisc show", "-d class show", "filter show"] {
-        let lines = tc(host, &format!("{what} dev {device}"));
+        let lines = host.tc(&format!("{what} dev {device}")).expect("tc");
         all.extend(lines.lines().map(|line| format!("{what}: {line}")));
     }
     all
@@ -120,6 +108,17 @@ fn shown(host: &Host, interface: &str) -> Value {
     let text = done(host, &format!("show {interface} --json"));
     let report: Value = serde_json::from_str(&text).expect("JSON");
     report["interfaces"][0].clone()
+}
+
+/// One of the phone, on port 9, and one of the PBX that sends to it.
+fn sockets(net: &Direct) -> [UdpSocket; 2] {
+    let ends = [(&net.phones, Direct::phone_v4(0), 9), (&net.pbx, PBX_V4, 0)];
+    ends.map(|(host, address, port)| {
+        let socket = host.run(|| UdpSocket::bind((address, port)));
+        let socket = socket.expect("socket");
+        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        socket
+    })
 }
 
 /// A class of the uplink, by name.
@@ -143,12 +142,12 @@ fn the_tree_is_as_the_policy_says() {
         said.contains("1mbit up") && said.contains("pfifo in 4 classes"),
         "{said}"
     );
-    let qdiscs = tc(host, "qdisc show dev eth0");
+    let qdiscs = host.tc("qdisc show dev eth0").expect("tc");
     assert!(
         qdiscs.contains("qdisc htb 1: root") && qdiscs.contains("default 0x40"),
         "{qdiscs}"
     );
-    let classes = tc(host, "-d class show dev eth0");
+    let classes = host.tc("-d class show dev eth0").expect("tc");
     for (class, words) in [
         // What 2 ms bring, and half a packet: with a whole one more, they would leave in pairs.
         (
@@ -194,10 +193,10 @@ fn the_tree_is_as_the_policy_says() {
     }
     // More bytes a second than 32 bits hold.
     done(host, "apply eth0 --uplink 100gbit");
-    let classes = tc(host, "class show dev eth0");
+    let classes = host.tc("class show dev eth0").expect("tc");
     assert!(classes.contains("rate 95Gbit ceil 95Gbit"), "{classes}");
     assert!(classes.contains("rate 52250Mbit ceil 95Gbit"), "{classes}");
-    let qdiscs = tc(host, "qdisc show dev eth0");
+    let qdiscs = host.tc("qdisc show dev eth0").expect("tc");
     assert!(
         qdiscs.contains("pfifo 40: parent 1:40") && !qdiscs.contains("tbf"),
         "{qdiscs}"
@@ -319,13 +318,7 @@ fn rates_are_changed_without_losing_what_waits() {
     const PACKETS: u16 = 24;
     let net = Direct::new(1).expect("network");
     done(&net.pbx, "apply eth0 --uplink 64kbit");
-    let receiver = net.phones.run(|| UdpSocket::bind((Direct::phone_v4(0), 9)));
-    let receiver = receiver.expect("socket");
-    receiver.set_read_timeout(Some(PATIENCE)).expect("timeout");
-    let sender = net
-        .pbx
-        .run(|| UdpSocket::bind((PBX_V4, 0)))
-        .expect("socket");
+    let [receiver, sender] = sockets(&net);
     for number in 0..PACKETS {
         let mut packet = [0; 1000];
         packet[..2].copy_from_slice(&number.to_be_bytes());
@@ -352,13 +345,7 @@ fn the_line_is_not_filled_beyond_its_share() {
     const RATE: f64 = 1_900_000.0;
     let net = Direct::new(1).expect("network");
     done(&net.pbx, "apply eth0 --uplink 2mbit");
-    let receiver = net.phones.run(|| UdpSocket::bind((Direct::phone_v4(0), 9)));
-    let receiver = receiver.expect("socket");
-    receiver.set_read_timeout(Some(PATIENCE)).expect("timeout");
-    let sender = net
-        .pbx
-        .run(|| UdpSocket::bind((PBX_V4, 0)))
-        .expect("socket");
+    let [receiver, sender] = sockets(&net);
     sender.set_nonblocking(true).expect("not waiting");
     let (mut first, mut bytes) = (None, 0_u32);
     let mut packet = [0; 1400];
@@ -403,7 +390,7 @@ fn stream(from: &Host, to: &Host, address: IpAddr) {
 /// Packets that the classes of a device have sent, and how often they sent something: less often where
 /// a packet was sent that others below were to cut.
 fn sent_by_classes(host: &Host, device: &str) -> (u64, u64) {
-    let said = tc(host, &format!("-s class show dev {device}"));
+    let said = host.tc(&format!("-s class show dev {device}")).expect("tc");
     let after = |word: &str, skip: usize| {
         let words: Vec<_> = said.split_whitespace().collect();
         let numbers = words.iter().enumerate().filter(|(_, it)| **it == word);
@@ -557,16 +544,14 @@ fn marking_leaves_queues_alone() {
     assert_eq!(dump(host, "eth0"), before);
 
     // Classes of somebody else, with the numbers of ours, and his choice among them.
-    tc(
-        host,
-        "qdisc add dev eth0 root handle 1: htb default 40
+    host.tc("qdisc add dev eth0 root handle 1: htb default 40
 class add dev eth0 parent 1: classid 1:10 htb rate 10mbit
 class add dev eth0 parent 1: classid 1:20 htb rate 10mbit
 class add dev eth0 parent 1: classid 1:40 htb rate 10mbit
-filter add dev eth0 parent 1: protocol ip u32 match ip dport 5060 0xffff flowid 1:10",
-    );
+filter add dev eth0 parent 1: protocol ip u32 match ip dport 5060 0xffff flowid 1:10")
+        .expect("tc");
     let sent = |class: &str| {
-        let said = tc(host, "-s class show dev eth0");
+        let said = host.tc("-s class show dev eth0").expect("tc");
         let mut lines = said.lines().skip_while(|line| !line.contains(class));
         let line = lines.find(|line| line.contains("Sent ")).expect(class);
         let packets = line.split_whitespace().nth(3).map(str::parse::<u64>);
@@ -580,7 +565,7 @@ filter add dev eth0 parent 1: protocol ip u32 match ip dport 5060 0xffff flowid 
     assert_eq!(received_tos(), Some(24 << 2));
     assert_eq!(sent("htb 1:10"), 1);
     assert!(sent("htb 1:40") > others);
-    tc(host, "qdisc delete dev eth0 root");
+    host.tc("qdisc delete dev eth0 root").expect("tc");
 
     // Another policy: of TCP alone.
     let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/policies");
@@ -994,7 +979,7 @@ fn what_the_administrator_made_is_asked_for_and_put_back() {
     for foreign in FOREIGN {
         let net = Direct::new(1).expect("network");
         let host = &net.pbx;
-        tc(host, foreign);
+        host.tc(foreign).expect("tc");
         let before = dump(host, "eth0");
         let says = [
             "not relay-user's",
@@ -1012,7 +997,7 @@ fn what_the_administrator_made_is_asked_for_and_put_back() {
         );
         // Ours needs no flag, and what was there before stays known.
         done(host, "apply eth0 --uplink 2mbit");
-        tc(host, "qdisc delete dev eth0 root");
+        host.tc("qdisc delete dev eth0 root").expect("tc");
         done(host, "apply eth0 --uplink 2mbit");
         done(host, "clear eth0");
         assert_eq!(dump(host, "eth0"), before, "{foreign}");
@@ -1024,13 +1009,11 @@ fn what_cannot_be_put_back_whole_is_told_before() {
     let net = Direct::new(1).expect("network");
     let host = &net.pbx;
     // A hash table of its own, which no filter brings with it.
-    tc(
-        host,
-        "qdisc add dev eth0 root handle 1: htb
+    host.tc("qdisc add dev eth0 root handle 1: htb
 class add dev eth0 parent 1: classid 1:1 htb rate 10mbit
 filter add dev eth0 parent 1: prio 5 handle 2: protocol ip u32 divisor 256
-filter add dev eth0 parent 1: prio 5 protocol ip u32 ht 2:1: match ip dport 9 0xffff flowid 1:1",
-    );
+filter add dev eth0 parent 1: prio 5 protocol ip u32 ht 2:1: match ip dport 9 0xffff flowid 1:1")
+        .expect("tc");
     refused(
         host,
         "apply eth0 --uplink 1mbit",
@@ -1047,7 +1030,11 @@ filter add dev eth0 parent 1: prio 5 protocol ip u32 ht 2:1: match ip dport 9 0x
         said.contains("note: not put back: a filter of 1:"),
         "{said}"
     );
-    assert!(tc(host, "class show dev eth0").contains("class htb 1:1 root prio 0 rate 10Mbit"));
+    assert!(
+        host.tc("class show dev eth0")
+            .expect("tc")
+            .contains("class htb 1:1 root prio 0 rate 10Mbit")
+    );
     assert!(!exists(host, STATE));
 }
 
@@ -1056,14 +1043,14 @@ fn changes_by_hand_are_seen() {
     let net = Direct::new(1).expect("network");
     let host = &net.pbx;
     done(host, "apply eth0 --uplink 1mbit");
-    tc(
-        host,
+    host.tc(
         "class change dev eth0 parent 1:1 classid 1:20 htb rate 1mbit
 qdisc replace dev eth0 parent 30:1 handle 31: pfifo limit 5
 qdisc delete dev eth0 parent 1:40
 qdisc add dev eth0 parent 1:40 handle 40: bfifo limit 3000
 filter add dev eth0 parent 1: protocol ip u32 match u32 0 0 flowid 1:10",
-    );
+    )
+    .expect("tc");
     let report = shown(host, "eth0");
     assert_eq!(report["state"], "drifted");
     let told: Vec<_> = report["drift"].as_array().expect("drift").iter().collect();
@@ -1080,9 +1067,10 @@ filter add dev eth0 parent 1: protocol ip u32 match u32 0 0 flowid 1:10",
     assert!(done(host, "show").contains("drifted: class 1:20 was changed"));
     done(host, "apply eth0 --uplink 1mbit");
     assert_eq!(shown(host, "eth0")["state"], "shaped");
-    assert_eq!(tc(host, "filter show dev eth0"), "");
+    assert_eq!(host.tc("filter show dev eth0").expect("tc"), "");
     // Another tree in the place of ours is its maker's.
-    tc(host, "qdisc replace dev eth0 root pfifo limit 9");
+    host.tc("qdisc replace dev eth0 root pfifo limit 9")
+        .expect("tc");
     let before = dump(host, "eth0");
     assert_eq!(shown(host, "eth0")["state"], "unshaped");
     assert_eq!(
@@ -1121,7 +1109,7 @@ fn what_was_removed_by_hand_is_told() {
     host.run(|| fs::remove_dir_all(pins)).expect("removed");
     until("detached", || programs(host) == [0, 0]);
     drift("the classifier is missing");
-    tc(host, "qdisc delete dev eth0 root");
+    host.tc("qdisc delete dev eth0 root").expect("tc");
     drift("our queueing discipline was removed");
     assert!(done(host, "clear eth0").contains("the kernel's default again"));
     assert_eq!(everything(host), before);
@@ -1425,10 +1413,10 @@ fn whatever_step_fails_leaves_all_as_it_was() {
     fails_at_each("without downlink", &|number| shape(number, "2mbit", None));
     fails_at_each("cleared", &clear);
     for foreign in FOREIGN {
-        tc(host, foreign);
+        host.tc(foreign).expect("tc");
         fails_at_each(foreign, &|number| shape(number, "1mbit", None));
         fails_at_each(foreign, &clear);
-        tc(host, "qdisc delete dev eth0 root");
+        host.tc("qdisc delete dev eth0 root").expect("tc");
     }
 }
 
@@ -1483,7 +1471,7 @@ fn whenever_apply_is_killed_clear_puts_all_back() {
         })
     };
     let none = |_: &Host| {};
-    let tree = |host: &Host| drop(tc(host, FOREIGN[2]));
+    let tree = |host: &Host| drop(host.tc(FOREIGN[2]).expect("tc"));
     for (foreign, earlier, uplink, downlink) in [
         (&none as &dyn Fn(&Host), None, "1mbit", Some("8mbit")),
         (&none, Some(Some("8mbit")), "2mbit", None),

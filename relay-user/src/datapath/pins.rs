@@ -228,20 +228,7 @@ impl Directory {
     /// Removes the directory, which is empty, and those above it once nothing else is in them.
     fn remove_folders(&self) -> io::Result<()> {
         remove_folder(&self.path.join(NEXT))?;
-        remove_folder(&self.path)?;
-        let root = pin_root();
-        for parent in self
-            .path
-            .ancestors()
-            .skip(1)
-            .take_while(|parent| parent.starts_with(&root))
-        {
-            // Another interface's daemon may use it.
-            if fs::remove_dir(parent).is_err() {
-                break;
-            }
-        }
-        Ok(())
+        remove_folders(&self.path, &pin_root())
     }
 
     /// Removes it with all that is in it, and detaches all links but the spared one.
@@ -262,6 +249,22 @@ pub(crate) fn remove_folder(path: &Path) -> io::Result<()> {
         Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(()),
         outcome => outcome,
     }
+}
+
+/// Removes a folder, which is empty or gone, and those above it, up to `root`, once nothing else is in them.
+pub(crate) fn remove_folders(path: &Path, root: &Path) -> io::Result<()> {
+    remove_folder(path)?;
+    for parent in path
+        .ancestors()
+        .skip(1)
+        .take_while(|parent| parent.starts_with(root))
+    {
+        // Another interface may have pins there.
+        if fs::remove_dir(parent).is_err() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Locks the directories of all versions that an interface has.

@@ -30,7 +30,7 @@ use crate::{
         load,
         maps::{open_counters, total},
         names,
-        pins::{BPFFS, error, pin_name, remove_folder},
+        pins::{BPFFS, error, pin_name, remove_folder, remove_folders},
         tc::{Direction, Filter, Order, TcAttachment, TcHook},
     },
     next_hop::{Interfaces, LinkLayer, NetlinkError},
@@ -473,7 +473,7 @@ fn take_down(directory: &Path) -> Result<(), DatapathError> {
         empty(&next)?;
     }
     empty(directory)?;
-    remove_folders(directory).map_err(error(directory))
+    remove_folders(directory, &pin_root()).map_err(error(directory))
 }
 
 /// Detaches and removes all in a directory, which must be ours, and itself.
@@ -506,23 +506,6 @@ fn empty(directory: &Path) -> Result<(), DatapathError> {
         fs::remove_file(&path).map_err(error(&path))?;
     }
     remove_folder(directory).map_err(error(directory))
-}
-
-/// Removes a directory, which is empty or gone, and those above it once nothing else is in them.
-fn remove_folders(directory: &Path) -> io::Result<()> {
-    remove_folder(directory)?;
-    let root = pin_root();
-    for parent in directory
-        .ancestors()
-        .skip(1)
-        .take_while(|parent| parent.starts_with(&root))
-    {
-        // Another interface may have pins there.
-        if fs::remove_dir(parent).is_err() {
-            break;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
