@@ -400,3 +400,272 @@ impl Reception {
         (self.gap_max as u64) << GAP_SHIFT
     }
 }
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use std::vec::Vec;
+
+    use super::*;
+    use crate::wire::Be16;
+
+    const MS: u64 = 1_000_000;
+
+    /// A stream of PCMU, 20 ms a packet.
+    struct Phone {
+        state: State,
+        now: u64,
+        source: u32,
+        payload_type: u8,
+    }
+
+    impl Phone {
+        fn new() -> Self {
+            Self {
+                state: State::default(),
+                now: 1_000 * MS,
+                source: 0xfeed_f00d,
+                payload_type: 0,
+            }
+        }
+
+        fn reception(&self) -> &Reception {
+            &self.state.reception
+        }
+
+        /// A packet that comes `after` ms after the one before.
+        fn send(&mut self, after: u64, sequence: u16, timestamp: u32, marker: bool) -> &mut Self {
+            let halves = |word: u32| [Be16::new((word >> 16) as u16), Be16::new(word as u16)];
+            let rtp = Rtp {
+                version_count: 0x80,
+                marker_type: u8::from(marker) << 7 | self.payload_type,
+                sequence: Be16::new(sequence),
+                timestamp: halves(timestamp),
+                ssrc: halves(self.source),
+            };
+            self.now += after * MS;
+            receive(&raw mut self.state, self.now, 214, &rtp);
+            self
+        }
+
+        /// The packet of this number, in time.
+        fn number(&mut self, number: u32) -> &mut Self {
+            self.send(20, number as u16, number * 160, false)
+        }
+
+        fn numbers(&mut self, numbers: impl IntoIterator<Item = u32>) -> &mut Self {
+            for number in numbers {
+                self.number(number);
+            }
+            self
+        }
+    }
+
+    fn counts(reception: &Reception) -> [u64; 5] {
+        [
+            reception.packets.into(),
+            reception.expected(),
+            reception.lost(),
+            reception.late.into(),
+            reception.duplicates.into(),
+        ]
+    }
+
+    #[test]
+    fn what_does_not_come_is_lost_across_the_wrap() {
+        let mut phone = Phone::new();
+        let kept = (65_500..65_600).filter(|number| !matches!(number, 65_510..=65_512 | 65_536));
+        phone.numbers(kept);
+        assert_eq!(counts(phone.reception()), [96, 100, 4, 0, 0]);
+        assert_eq!(phone.reception().bytes, 96 * 214);
+        assert_eq!(phone.reception().gap_max(), 20 * MS / 1024 * 1024);
+    }
+
+    #[test]
+    fn the_first_wrap_and_many_more_are_counted() {
+        let mut phone = Phone::new();
+        phone.numbers(0..200_000);
+        assert_eq!(counts(phone.reception()), [200_000, 200_000, 0, 0, 0]);
+    }
+
+    #[test]
+    fn late_packets_and_duplicates_are_no_loss() {
+        let mut phone = Phone::new();
+        phone.numbers([10, 12, 11, 13, 13, 11, 14]);
+        assert_eq!(counts(phone.reception()), [7, 5, 0, 1, 2]);
+    }
+
+    #[test]
+    fn what_was_sent_before_the_first_packet_that_came_counts_too() {
+        let mut phone = Phone::new();
+        // Across the wrap at that.
+        phone.numbers([65_537, 65_535, 65_536, 65_538]);
+        assert_eq!(counts(phone.reception()), [4, 4, 0, 2, 0]);
+    }
+
+    #[test]
+    fn a_packet_is_remembered_for_64_numbers() {
+        let mut phone = Phone::new();
+        phone.numbers(0..100).number(99 - 63);
+        assert_eq!(counts(phone.reception()), [101, 100, 0, 0, 1]);
+        // Too old to be told from another sequence: neither lost nor expected.
+        phone.number(99 - 64);
+        assert_eq!(counts(phone.reception()), [102, 101, 0, 0, 1]);
+    }
+
+    #[test]
+    fn two_packets_far_from_the_others_are_a_restart() {
+        let mut phone = Phone::new();
+        phone.numbers(0..10).numbers(30_000..30_010);
+        let reception = phone.reception();
+        assert_eq!(counts(reception), [20, 20, 0, 0, 0]);
+        assert_eq!((reception.restarts, reception.source_changes), (1, 0));
+    }
+
+    #[test]
+    fn one_packet_far_from_the_others_is_a_stray() {
+        let mut phone = Phone::new();
+        phone.numbers(0..10).number(30_000).numbers(10..20);
+        let reception = phone.reception();
+        assert_eq!(counts(reception), [21, 21, 0, 0, 0]);
+        assert_eq!(reception.restarts, 0);
+    }
+
+    #[test]
+    fn a_jump_just_short_of_a_restart_is_loss() {
+        let mut phone = Phone::new();
+        phone.number(0).number(2999);
+        assert_eq!(counts(phone.reception()), [2, 3000, 2998, 0, 0]);
+    }
+
+    #[test]
+    fn a_new_source_begins_anew_and_loses_nothing_of_the_old() {
+        let mut phone = Phone::new();
+        phone.numbers([0, 1, 3]);
+        phone.source = 7;
+        phone.numbers(500..510);
+        let reception = phone.reception();
+        assert_eq!(counts(reception), [13, 14, 1, 0, 0]);
+        assert_eq!((reception.source, reception.source_changes), (7, 1));
+    }
+
+    /// RFC 3550 appendix A.8 in floating point: |D| of each packet, ms, and J after the last.
+    fn jitter_of(deviations: &[f64]) -> f64 {
+        deviations
+            .iter()
+            .fold(0.0, |jitter, deviation| jitter + (deviation - jitter) / 16.0)
+    }
+
+    #[track_caller]
+    fn is_near(nanoseconds: u64, milliseconds: f64) {
+        let measured = nanoseconds as f64 / 1e6;
+        assert!(
+            (measured - milliseconds).abs() < 0.0001 + milliseconds * 0.001,
+            "{measured} for {milliseconds}"
+        );
+    }
+
+    #[test]
+    fn jitter_follows_the_appendix() {
+        let mut phone = Phone::new();
+        phone.number(0);
+        let mut deviations = Vec::new();
+        let mut all = Vec::new();
+        for (number, after) in [20, 25, 15, 20, 3, 37, 20].into_iter().enumerate() {
+            let number = number as u32 + 1;
+            phone.send(after, number as u16, number * 160, false);
+            deviations.push((after as f64 - 20.0).abs());
+            all.push(jitter_of(&deviations));
+        }
+        let reception = phone.reception();
+        is_near(reception.jitter(), jitter_of(&deviations));
+        is_near(
+            reception.jitter_mean().expect("measured"),
+            all.iter().sum::<f64>() / 7.0,
+        );
+        is_near(
+            reception.jitter_max(),
+            all.iter().copied().fold(0.0, f64::max),
+        );
+        assert_eq!(reception.clock_rate(), Some(8000));
+    }
+
+    #[test]
+    fn what_is_lost_is_no_jitter() {
+        let mut phone = Phone::new();
+        phone.number(0).send(60, 3, 480, false);
+        assert_eq!(phone.reception().jitter(), 0);
+        is_near(phone.reception().gap_max(), 60.0);
+    }
+
+    #[test]
+    fn a_late_packet_is_compared_but_nothing_is_compared_with_it() {
+        let mut phone = Phone::new();
+        phone.number(0).number(1);
+        // 3 in its time, 2 with it, and 4 in its time again.
+        phone.send(40, 3, 480, false).send(1, 2, 320, false);
+        phone.send(19, 4, 640, false);
+        is_near(phone.reception().jitter(), jitter_of(&[0.0, 0.0, 21.0, 0.0]));
+        assert_eq!(phone.reception().measured, 3);
+    }
+
+    #[test]
+    fn a_pause_before_a_talkspurt_is_no_gap() {
+        let mut phone = Phone::new();
+        phone.numbers(0..5).send(3000, 5, 24_640, true).number(6);
+        let reception = phone.reception();
+        is_near(reception.gap_max(), 20.0);
+        assert_eq!(reception.markers, 1);
+    }
+
+    #[test]
+    fn events_do_not_disturb_the_jitter_of_the_voice() {
+        let mut phone = Phone::new();
+        phone.numbers(0..5);
+        phone.payload_type = 101;
+        for sequence in 5..9 {
+            phone.send(20, sequence, 800, false);
+        }
+        phone.payload_type = 0;
+        phone.numbers(9..12);
+        let reception = phone.reception();
+        assert_eq!(reception.jitter(), 0);
+        assert_eq!(reception.types, [0, 101, NONE, NONE]);
+        assert_eq!(counts(reception), [12, 12, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_dynamic_payload_type_is_measured_once_its_clock_is_known() {
+        let mut phone = Phone::new();
+        phone.payload_type = 111;
+        phone.send(20, 0, 0, false).send(25, 1, 960, false);
+        assert_eq!(phone.reception().jitter_mean(), None);
+        assert_eq!(phone.reception().clock_rate(), None);
+        phone.state.reception.clock = clock_of(48_000);
+        phone.state.reception.clock_type = 111;
+        phone.send(20, 2, 1920, false).send(25, 3, 2880, false);
+        is_near(phone.reception().jitter(), jitter_of(&[0.0, 5.0]));
+        assert_eq!(phone.reception().clock_rate(), Some(48_000));
+    }
+
+    #[test]
+    fn the_longest_deviation_does_not_overflow() {
+        let mut phone = Phone::new();
+        phone.number(0);
+        for number in 1..200_u32 {
+            phone.send(600_000, number as u16, number * 160, false);
+        }
+        assert!(phone.reception().jitter() > 8_000 * MS);
+        is_near(phone.reception().gap_max(), 600_000.0);
+    }
+
+    #[test]
+    fn rates_come_back_from_their_clocks() {
+        for rate in [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 90_000] {
+            assert_eq!(clock_of(clock_of(rate)), rate);
+        }
+        assert_eq!(fixed_clock(9), clock_of(8_000), "G722, by RFC 3551 4.5.2");
+        assert_eq!(fixed_clock(96), 0);
+    }
+}
