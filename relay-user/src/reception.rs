@@ -118,8 +118,123 @@ impl Sample {
             return None;
         }
         let rate = f64::from(units) * 1e9 / nanoseconds as f64;
-        let near = |fixed: &u32| (rate / f64::from(*fixed) - 1.0).abs() < 0.1;
+        // 44.1 and 48 kHz are 9 % apart.
+        let near = |fixed: &u32| (rate / f64::from(*fixed) - 1.0).abs() < 0.04;
         let rate = RATES.into_iter().find(near)?;
         Some((self.payload_type, clock_of(rate)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    fn now() -> Now {
+        Now {
+            monotonic: 5_000_000_000,
+            wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_000),
+        }
+    }
+
+    /// 100 packets expected, of which 96 came, and one of them twice.
+    fn heard() -> Reception {
+        Reception {
+            arrival: 4_990_000_000,
+            bytes: 97 * 214,
+            packets: 97,
+            source: 0x1f2e_3d4c,
+            first: 0x1_0001,
+            highest: 0x1_0064,
+            duplicates: 1,
+            jitter: 250_000,
+            jitter_sum: 96 * 200_000,
+            jitter_max: 500_000,
+            measured: 96,
+            types: [101, 0, 0xff, 0xff],
+            payload_type: 0,
+            ..Reception::default()
+        }
+    }
+
+    #[test]
+    fn figures_are_told_in_common_units() {
+        let report = report(&heard(), now());
+        assert_eq!((report.lost, report.lost_percent), (4, 4.0));
+        assert_eq!(report.jitter_ms, Some(1.0));
+        assert_eq!(report.jitter_mean_ms, Some(0.8));
+        assert_eq!(report.jitter_max_ms, Some(2.0));
+        assert_eq!(
+            report.last_arrival.as_deref(),
+            Some("1970-01-01T00:16:39.990Z")
+        );
+        assert_eq!(report.ssrc.as_deref(), Some("0x1f2e3d4c"));
+        assert_eq!(report.payload_types, [0, 101]);
+        assert_eq!(report.codec.as_deref(), Some("PCMU"));
+        assert_eq!(report.mos, Some(4.028));
+    }
+
+    #[test]
+    fn an_event_does_not_hide_the_codec() {
+        let mut reception = heard();
+        reception.payload_type = 101;
+        let report = report(&reception, now());
+        assert_eq!(report.codec.as_deref(), Some("PCMU"));
+        assert_eq!(report.clock_rate, None, "that of the event is not known");
+    }
+
+    #[test]
+    fn nothing_is_told_of_a_stream_that_was_never_heard() {
+        let report = report(&Reception::default(), now());
+        let silent = ReceptionReport::default();
+        assert_eq!(report, silent);
+    }
+
+    fn sample(timestamp: u32, arrival_ms: u64) -> Sample {
+        Sample {
+            source: 1,
+            payload_type: 111,
+            timestamp,
+            arrival: arrival_ms * 1_000_000,
+        }
+    }
+
+    #[test]
+    fn the_clock_shows_in_the_time_between_two_looks() {
+        for (rate, units) in [(48_000, 47_040), (16_000, 16_480), (8_000, 8_000)] {
+            let later = sample(5_u32.wrapping_add(units), 2_000);
+            let told = later.clock_since(&sample(5, 1_000));
+            assert_eq!(told, Some((111, clock_of(rate))), "{rate}");
+        }
+        let wrapped = sample(u32::MAX.wrapping_add(24_001), 1_500);
+        assert_eq!(
+            wrapped.clock_since(&sample(u32::MAX, 1_000)),
+            Some((111, clock_of(48_000)))
+        );
+    }
+
+    #[test]
+    fn what_fits_no_rate_tells_nothing() {
+        let earlier = sample(5, 1_000);
+        for later in [
+            sample(5, 2_000),
+            sample(8_005, 1_400),
+            sample(13_005, 2_000),
+            sample(5_u32.wrapping_sub(8_000), 2_000),
+            sample(8_005, 0),
+            Sample {
+                source: 2,
+                ..sample(8_005, 2_000)
+            },
+            Sample {
+                payload_type: 96,
+                ..sample(8_005, 2_000)
+            },
+        ] {
+            assert_eq!(later.clock_since(&earlier), None, "{later:?}");
+        }
+        assert_eq!(Sample::of(&heard()), None, "its clock is fixed");
+        assert_eq!(Sample::of(&Reception::default()), None);
     }
 }
