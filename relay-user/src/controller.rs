@@ -530,8 +530,7 @@ impl Controller {
     }
 
     fn pair_report(&self, id: u64) -> Option<PairReport> {
-        self.registry
-            .report(id, self.state(), Now::read())
+        self.registry.report(id, self.state(), Now::read())
     }
 
     fn reports(&self) -> Vec<PairReport> {

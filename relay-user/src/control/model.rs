@@ -177,15 +177,15 @@ pub struct ReceptionReport {
     /// Interarrival jitter now (RFC 3550 appendix A.8), milliseconds; none where the clock rate is
     /// not known.
     pub jitter_ms: Option<f64>,
-    /// Its mean over all packets in sequence; none before the second.
+    /// Its mean over all packets but those that begin a talkspurt; none before the second.
     pub jitter_mean_ms: Option<f64>,
     /// The highest that it was.
     pub jitter_max_ms: Option<f64>,
     /// Clock rate of the latest packet's codec, Hz; none where it is not known.
     pub clock_rate: Option<u32>,
-    /// Longest time between two packets in sequence within a talkspurt, milliseconds.
+    /// Longest time between two packets within a talkspurt, milliseconds.
     pub largest_gap_ms: f64,
-    /// When the latest packet in sequence came (RFC 3339, UTC); none before the first.
+    /// When the latest packet came (RFC 3339, UTC); none before the first.
     pub last_arrival: Option<String>,
     /// Synchronisation source, as eight hexadecimal digits behind `0x`; none before the first packet.
     pub ssrc: Option<String>,
