@@ -163,7 +163,7 @@ fn a_state_tells_when_the_phone_was_seen_and_by_whom() {
         // Also what is none of the datapath's, or a stream that comes back from the PBX would seem to have
         // lost it.
         let is_received = is_phones || matches!(reason, Reason::LeaseOver | Reason::Suspended);
-        assert_eq!(state.reception.packets, is_received.into(), "{what}");
+        assert_eq!(state.reception.packets, u32::from(is_received), "{what}");
         let noted = before.noted + u32::from(reason == Reason::AwaitingEcho);
         assert_eq!(state.noted, noted + u32::from(is_phones), "{what}");
         assert_eq!(state.last_rtcp == now, reason == Reason::Rtcp, "{what}");
