@@ -1,5 +1,7 @@
 //! The one clock that the controller and the datapath share.
 
+use std::time::{Duration, SystemTime};
+
 use nix::time::{ClockId, clock_gettime};
 
 /// `CLOCK_MONOTONIC` in nanoseconds: what the lease is written in, and what ticks are made of.
@@ -16,9 +18,30 @@ pub fn monotonic_now() -> u64 {
     seconds * 1_000_000_000 + nanoseconds
 }
 
+/// What the time of day was, since the Unix epoch, when `CLOCK_MONOTONIC` showed 0. It changes when the
+/// time of day is set, or the machine was suspended.
+#[must_use]
+pub fn monotonic_origin() -> Duration {
+    let before = monotonic_now();
+    let day = SystemTime::now();
+    let now = u64::midpoint(before, monotonic_now());
+    day.duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .saturating_sub(Duration::from_nanos(now))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_origin_and_the_clock_make_the_time_of_day() {
+        let before = SystemTime::now();
+        let now =
+            SystemTime::UNIX_EPOCH + monotonic_origin() + Duration::from_nanos(monotonic_now());
+        let slack = Duration::from_millis(1);
+        assert!(before - slack <= now && now <= SystemTime::now() + slack);
+    }
 
     #[test]
     fn it_is_the_clock_that_the_kernel_shows() {

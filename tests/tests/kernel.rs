@@ -10,6 +10,7 @@ use std::{
 };
 
 use relay_common::{
+    capture::{self as taken, Captured, SNAP_MAX},
     checksum::{PartialChecksum, UdpChange, udp_field},
     packet::{Frame, Header, Packet},
     proof::observe,
@@ -118,6 +119,10 @@ impl Packet for FinishedFrame<'_> {
         self.0.partial_checksum()
     }
 
+    fn copy(&self, to: &mut [u8; SNAP_MAX], most: u32) -> u32 {
+        self.0.copy(to, most)
+    }
+
     fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
         let header = self.header::<Udp>(change.udp)?;
         let new = change
@@ -176,6 +181,14 @@ fn compare_once(
     kernel.set_lease(traffic.lease).expect("a lease");
     let tables = MemoryTables::new(table, SLOTS);
     tables.set_lease(traffic.lease);
+    let everything = taken::Capture {
+        until: u64::MAX,
+        snap: SNAP_MAX as u32,
+        sample: u32::MAX,
+        ..taken::Capture::default()
+    };
+    kernel.set_capture(everything).expect("a capture");
+    tables.set_capture(everything);
     let program = kernel.descriptor(hook).expect("a program");
     let observer = kernel.observer().expect("an observer");
     for exchange in &traffic.exchanges {
@@ -244,6 +257,19 @@ fn compare_once(
     if hosts != kernels {
         return Err(format!(
             "the host reports {hosts:#?}, the kernel {kernels:#?}"
+        ));
+    }
+    let untimed = |captured: Vec<(Captured, Vec<u8>)>| -> Vec<_> {
+        let untimed = captured
+            .into_iter()
+            .map(|(header, bytes)| (Captured { time: 0, ..header }, bytes));
+        untimed.collect()
+    };
+    let hosts = untimed(tables.take_captured());
+    let kernels = untimed(kernel.take_captured().expect("captured packets"));
+    if hosts != kernels {
+        return Err(format!(
+            "the host captures {hosts:02x?}, the kernel {kernels:02x?}"
         ));
     }
     Ok(counters)
