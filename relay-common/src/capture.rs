@@ -141,7 +141,7 @@ fn fill<P: Packet + ?Sized>(packet: &P, tables: &impl Tables, kept: &mut Kept, s
     let Tag { tpid, control } = packet.tag_beside().unwrap_or_default();
     kept.header.tag_protocol = tpid;
     kept.header.tag_control = control;
-    kept.header.time = tables.precise_now();
+    kept.header.time = tables.now_precise();
     kept.header.length = packet.length() as u32;
     kept.length = packet.copy(&mut kept.bytes, snap);
 }

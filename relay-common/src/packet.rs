@@ -131,8 +131,11 @@ pub trait Tables {
     /// The deadline in `LEASE`, ns.
     fn lease(&self) -> u64;
 
-    /// `CLOCK_MONOTONIC_COARSE`, ns.
+    /// `CLOCK_MONOTONIC_COARSE`, ns: up to a timer tick behind, and next to free.
     fn now(&self) -> u64;
+
+    /// `CLOCK_MONOTONIC`, ns. It reads the hardware's clock.
+    fn now_precise(&self) -> u64;
 
     /// Tells the controller, if the ring buffer has room.
     fn report(&self, event: &Event);
@@ -148,9 +151,6 @@ pub trait Tables {
 
     /// Puts header and bytes of what is kept into `CAPTURED`; `false` where that is full.
     fn hand_over(&self, kept: &Kept) -> bool;
-
-    /// `CLOCK_MONOTONIC`, ns.
-    fn precise_now(&self) -> u64;
 
     /// Any number.
     fn random(&self) -> u32;

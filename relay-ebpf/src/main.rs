@@ -132,6 +132,12 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn now_precise(&self) -> u64 {
+        // SAFETY: as above.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
     fn report(&self, event: &Event) {
         // The controller sees by `STATE` what a full ring buffer does not take.
         let _ = EVENTS.output(event, 0);
@@ -170,12 +176,6 @@ impl Tables for Maps {
         // The reader is not woken up, it looks at times.
         let flags = u64::from(BPF_RB_NO_WAKEUP);
         CAPTURED.output_untyped::<[u8]>(record, flags).is_ok()
-    }
-
-    #[inline(always)]
-    fn precise_now(&self) -> u64 {
-        // SAFETY: a helper without arguments.
-        unsafe { bpf_ktime_get_ns() }
     }
 
     #[inline(always)]

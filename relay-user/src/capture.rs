@@ -8,7 +8,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use self::pcapng::Writer;
 use crate::{
-    clock::monotonic_origin,
+    clock::Now,
     datapath::{Tap, TapError},
 };
 
@@ -65,7 +65,7 @@ pub async fn run<W: io::Write>(
         captured: 0,
         limit: limits.count.unwrap_or(u64::MAX),
     };
-    let detached = match Writer::new(out, tap.interface(), snap, monotonic_origin()) {
+    let detached = match Writer::new(out, tap.interface(), snap, Now::read().origin()) {
         Ok(mut writer) => capture.follow(tap, &mut writer, limits.time, stop).await,
         Err(error) => Err(error.into()),
     };

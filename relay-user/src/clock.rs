@@ -18,16 +18,41 @@ pub fn monotonic_now() -> u64 {
     seconds * 1_000_000_000 + nanoseconds
 }
 
-/// What the time of day was, since the Unix epoch, when `CLOCK_MONOTONIC` showed 0. It changes when the
-/// time of day is set, or the machine was suspended.
-#[must_use]
-pub fn monotonic_origin() -> Duration {
-    let before = monotonic_now();
-    let day = SystemTime::now();
-    let now = u64::midpoint(before, monotonic_now());
-    day.duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default()
-        .saturating_sub(Duration::from_nanos(now))
+/// One moment on two clocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// [`monotonic_now`], ns.
+    pub monotonic: u64,
+    /// The time of day.
+    pub wall: SystemTime,
+}
+
+impl Now {
+    /// This moment.
+    #[must_use]
+    pub fn read() -> Self {
+        Self {
+            monotonic: monotonic_now(),
+            wall: SystemTime::now(),
+        }
+    }
+
+    /// The time of day of a moment on the monotonic clock, ns, as long as nobody set it in between.
+    #[must_use]
+    pub fn wall_time_of(&self, monotonic: u64) -> SystemTime {
+        // A moment that a driver saw may be later than this one was read.
+        let ago = Duration::from_nanos(self.monotonic.saturating_sub(monotonic));
+        self.wall.checked_sub(ago).unwrap_or(self.wall)
+    }
+
+    /// What the time of day would have been, since the Unix epoch, when the monotonic clock showed 0.
+    #[must_use]
+    pub fn origin(&self) -> Duration {
+        let since_epoch = self.wall.duration_since(SystemTime::UNIX_EPOCH);
+        since_epoch
+            .unwrap_or_default()
+            .saturating_sub(Duration::from_nanos(self.monotonic))
+    }
 }
 
 #[cfg(test)]
@@ -36,11 +61,9 @@ mod tests {
 
     #[test]
     fn the_origin_and_the_clock_make_the_time_of_day() {
-        let before = SystemTime::now();
-        let now =
-            SystemTime::UNIX_EPOCH + monotonic_origin() + Duration::from_nanos(monotonic_now());
-        let slack = Duration::from_millis(1);
-        assert!(before - slack <= now && now <= SystemTime::now() + slack);
+        let now = Now::read();
+        let day = SystemTime::UNIX_EPOCH + now.origin() + Duration::from_nanos(now.monotonic);
+        assert_eq!(day, now.wall);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use relay_common::{
     capture::{Capture, Captured, Kept},
     packet::Tables,
     reason::Reason,
+    reception::Reception,
     stream::{Counter, Event, OutLeg, State, Stream, StreamKey, StreamSpec},
 };
 use zerocopy::FromZeros as _;
@@ -60,6 +61,9 @@ pub fn later(mut state: State, ticks: u32) -> State {
             *time = time.wrapping_add(ticks);
         }
     }
+    if state.reception.arrival != 0 {
+        state.reception.arrival += u64::from(ticks) << 20;
+    }
     state
 }
 
@@ -69,6 +73,14 @@ pub fn timeless(mut state: State) -> State {
     for time in times(&mut state) {
         *time = u32::from(*time != 0);
     }
+    state.reception = Reception {
+        arrival: u64::from(state.reception.arrival != 0),
+        jitter: 0,
+        jitter_max: 0,
+        jitter_sum: 0,
+        gap_max: 0,
+        ..state.reception
+    };
     state
 }
 
@@ -194,6 +206,10 @@ impl Tables for MemoryTables {
         self.now.get()
     }
 
+    fn now_precise(&self) -> u64 {
+        self.now.get()
+    }
+
     fn report(&self, event: &Event) {
         self.events.borrow_mut().push(*event);
     }
@@ -222,10 +238,6 @@ impl Tables for MemoryTables {
         let bytes = kept.bytes[..kept.length as usize].to_vec();
         self.captured.borrow_mut().push((kept.header, bytes));
         true
-    }
-
-    fn precise_now(&self) -> u64 {
-        self.now.get()
     }
 
     fn random(&self) -> u32 {

@@ -85,7 +85,12 @@ impl Wire {
     }
 
     fn arrived(&self) -> [[usize; 2]; 2] {
-        let each = |sockets: &Sockets| sockets.phones.each_ref().map(|phone| phone.arrivals().len());
+        let each = |sockets: &Sockets| {
+            sockets
+                .phones
+                .each_ref()
+                .map(|phone| phone.arrivals().len())
+        };
         self.sockets.each_ref().map(each)
     }
 
@@ -139,9 +144,7 @@ impl Captured {
     }
 
     fn bytes(&self) -> Vec<u8> {
-        self.host
-            .run(|| fs::read(&self.path))
-            .unwrap_or_default()
+        self.host.run(|| fs::read(&self.path)).unwrap_or_default()
     }
 
     fn wait(&mut self, condition: impl Fn(&[u8]) -> bool) {
@@ -204,7 +207,11 @@ fn packets(file: &[u8]) -> Vec<Packet> {
                     flags,
                     frame: Frame {
                         at: packet.timestamp,
-                        direction: if flags == 1 { Direction::In } else { Direction::Out },
+                        direction: if flags == 1 {
+                            Direction::In
+                        } else {
+                            Direction::Out
+                        },
                         bytes: packet.data.to_vec(),
                         checksum_pending: false,
                     },
@@ -237,7 +244,11 @@ fn sorted<'a>(frames: impl IntoIterator<Item = &'a Frame>, direction: Direction)
     let mut frames: Vec<_> = frames
         .into_iter()
         .filter(|frame| frame.direction == direction)
-        .filter(|frame| frame.datagram().is_some_and(|datagram| datagram.payload.len() > 100))
+        .filter(|frame| {
+            frame
+                .datagram()
+                .is_some_and(|datagram| datagram.payload.len() > 100)
+        })
         .map(|frame| &frame.bytes[..])
         .collect();
     frames.sort_unstable();
@@ -255,7 +266,10 @@ fn captures_everything(mode: &str) {
     for id in wire.ids {
         for leg in ["first", "second"] {
             for way in ["received", "sent"] {
-                expected.insert(format!("eth0 {way}: relayed, pair {id}, {leg} leg"), PACKETS);
+                expected.insert(
+                    format!("eth0 {way}: relayed, pair {id}, {leg} leg"),
+                    PACKETS,
+                );
             }
         }
     }
@@ -281,7 +295,11 @@ fn captures_everything(mode: &str) {
     }
     assert_eq!(wire.relay.reasons().expect("status")["relayed"], 400);
     for packet in &captures.packets {
-        let direction = if packet.comment.contains("received") { 1 } else { 2 };
+        let direction = if packet.comment.contains("received") {
+            1
+        } else {
+            2
+        };
         assert_eq!(packet.flags, direction, "{}", packet.comment);
     }
     // On the clock of the phones' capture.
@@ -290,9 +308,16 @@ fn captures_everything(mode: &str) {
         times.sort_unstable();
         [times[0], times[times.len() - 1]]
     };
-    let ours: Vec<_> = captures.packets.iter().map(|packet| packet.frame.clone()).collect();
+    let ours: Vec<_> = captures
+        .packets
+        .iter()
+        .map(|packet| packet.frame.clone())
+        .collect();
     for (ours, theirs) in times(&ours).into_iter().zip(times(&phones.frames)) {
-        assert!(ours.abs_diff(theirs) < Duration::from_secs(1), "{ours:?}, {theirs:?}");
+        assert!(
+            ours.abs_diff(theirs) < Duration::from_secs(1),
+            "{ours:?}, {theirs:?}"
+        );
     }
 }
 
