@@ -40,6 +40,12 @@ const TOOLS: &[Tool] = &[
         tasks: &[Task::Test],
     },
     Tool {
+        program: "tshark",
+        package: "tshark",
+        purpose: "reads what `relay-user capture` writes",
+        tasks: &[Task::Test],
+    },
+    Tool {
         program: "debootstrap",
         package: "debootstrap",
         purpose: "installs the real Asterisk into a folder of its own",
