@@ -1,5 +1,6 @@
 //! The command line: what is typed, what it means, and how it ends.
 
+mod capture;
 mod qos;
 
 use std::{
@@ -50,7 +51,8 @@ relay-user ends or fails, calls go on as they did without it.
 
 `relay-user attach IFACE` is the daemon: it runs in the foreground, learns from Asterisk's manager \
 interface (AMI) which calls can be relayed, and serves a control socket. All other commands talk to \
-that daemon, but `relay-user qos`, which needs none: it gives calls their share of a slow line.";
+that daemon, but two that need none: `relay-user capture` copies packets from the kernel, and \
+`relay-user qos` gives calls their share of a slow line.";
 
 const AFTER_LONG_HELP: &str = "\
 WORDS
@@ -107,6 +109,7 @@ enum Task {
         request: Request,
     },
     Follow(Events),
+    Capture(capture::Capture),
     Qos(qos::Qos),
 }
 
@@ -146,6 +149,7 @@ enum Verb {
     Flush(Flush),
     Status(Status),
     Events(Events),
+    Capture(capture::Capture),
     Detach(Detach),
     Qos(qos::Qos),
 }
@@ -460,6 +464,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Verb::Flush(Flush { target, form }) => ask(target, form, Request::Flush),
         Verb::Status(Status { target, form }) => ask(target, form, Request::Status),
         Verb::Events(events) => Task::Follow(events),
+        Verb::Capture(capture) => match capture.fault() {
+            Some(fault) => return Err(unfit("capture", fault)),
+            None => Task::Capture(capture),
+        },
         Verb::Qos(qos) => Task::Qos(qos),
     };
     Ok(Invocation(task))
@@ -495,6 +503,7 @@ pub fn run(invocation: Invocation) -> ExitCode {
         Task::Attach(arguments) => attach(arguments).map(|()| String::new()),
         Task::Detach(arguments) => detach(arguments),
         Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
+        Task::Capture(arguments) => capture::run(&arguments).map(|()| String::new()),
         Task::Qos(arguments) => qos::run(&arguments),
         Task::Ask {
             target,

@@ -44,11 +44,27 @@ impl Now {
         let ago = Duration::from_nanos(self.monotonic.saturating_sub(monotonic));
         self.wall.checked_sub(ago).unwrap_or(self.wall)
     }
+
+    /// What the time of day would have been, since the Unix epoch, when the monotonic clock showed 0.
+    #[must_use]
+    pub fn origin(&self) -> Duration {
+        let since_epoch = self.wall.duration_since(SystemTime::UNIX_EPOCH);
+        since_epoch
+            .unwrap_or_default()
+            .saturating_sub(Duration::from_nanos(self.monotonic))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_origin_and_the_clock_make_the_time_of_day() {
+        let now = Now::read();
+        let day = SystemTime::UNIX_EPOCH + now.origin() + Duration::from_nanos(now.monotonic);
+        assert_eq!(day, now.wall);
+    }
 
     #[test]
     fn it_is_the_clock_that_the_kernel_shows() {

@@ -3,6 +3,7 @@
 //! The binary of this crate only parses arguments and calls in here.
 
 pub mod ami;
+pub mod capture;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -42,7 +42,7 @@ const TOOLS: &[Tool] = &[
     Tool {
         program: "tshark",
         package: "tshark",
-        purpose: "counts the same packets as the relay does",
+        purpose: "counts what the relay counts, and reads what it captures",
         tasks: &[Task::Test],
     },
     Tool {
