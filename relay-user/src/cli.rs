@@ -7,6 +7,7 @@ use std::{
     ffi::OsString,
     fmt,
     io::{self, Write as _},
+    net::SocketAddr,
     os::fd::AsFd as _,
     path::PathBuf,
     process::ExitCode,
@@ -223,6 +224,17 @@ struct Attach {
     /// Control socket [default: /run/relay-user/IFACE.sock]
     #[arg(long, value_name = "PATH", value_parser = config::path)]
     socket: Option<PathBuf>,
+    /// Serve Prometheus metrics at http://ADDRESS:PORT/metrics; a PORT alone is loopback's
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = config::listen_address)]
+    metrics: Option<SocketAddr>,
+    /// Serve a page of live calls to browsers, and nothing that changes them; a PORT alone is loopback's.
+    /// Whoever reaches it sees who talks with whom
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = config::listen_address)]
+    http: Option<SocketAddr>,
+    /// Name that --metrics and --http may be asked by, besides addresses, localhost and this host's own
+    /// name; may be repeated
+    #[arg(long = "allowed-host", value_name = "NAME", value_parser = config::host_name)]
+    allowed_hosts: Vec<String>,
     /// Log more: why things are done (-v), or everything (-vv)
     #[arg(short, long, action = ArgAction::Count)]
     verbose: u8,
@@ -538,6 +550,9 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
         ami_secret_file: arguments.ami_secret_file,
         // A table of the file's alone.
         qos_auto: None,
+        metrics: arguments.metrics,
+        http: arguments.http,
+        allowed_hosts: Some(arguments.allowed_hosts).filter(|names| !names.is_empty()),
     };
     daemon::run(config::load(
         arguments.interface,
@@ -824,6 +839,14 @@ mod tests {
                 "from 2 to 1048576",
             ),
             (&["attach", "eth0", "--ami", "pbx"], "not HOST:PORT"),
+            (
+                &["attach", "eth0", "--http", "pbx"],
+                "no address to listen on",
+            ),
+            (
+                &["attach", "eth0", "--allowed-host", "http://x"],
+                "no host name",
+            ),
             (&["attach", "../etc"], "cannot be the name of an interface"),
             (
                 &["attach", "eth0", "--ami-secret", "hunter2"],
