@@ -429,7 +429,10 @@ mod tests {
         let mut all: Vec<_> = (0..SUBSCRIBERS)
             .map(|_| bus.subscribe(None).expect("room"))
             .collect();
-        assert_eq!(bus.clone().subscribe(None).err(), Some(Crowded(SUBSCRIBERS)));
+        assert_eq!(
+            bus.clone().subscribe(None).err(),
+            Some(Crowded(SUBSCRIBERS))
+        );
         all.pop();
         assert!(bus.subscribe(None).is_ok());
     }

@@ -299,9 +299,9 @@ impl Families<'_, '_> {
     where
         V: EncodeGaugeValue,
     {
-        let mut family =
-            self.0
-                .encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
         for (labels, value) in rows {
             family.encode_family(&labels)?.encode_gauge(&value)?;
         }
@@ -327,4 +327,3 @@ impl Families<'_, '_> {
             )
     }
 }
-

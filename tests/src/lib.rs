@@ -6,6 +6,7 @@
 
 pub mod ami;
 pub mod asterisk;
+pub mod browser;
 pub mod bulk;
 pub mod capture;
 pub mod demo;
@@ -24,6 +25,7 @@ pub mod proof;
 pub mod relay;
 pub mod rtp;
 pub mod scenario;
+pub mod scene;
 pub mod sip;
 pub mod softphone;
 pub mod tables;

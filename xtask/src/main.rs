@@ -54,6 +54,8 @@ enum Xtask {
         #[arg(last = true)]
         harness: Vec<OsString>,
     },
+    /// Take the pictures of the documentation anew (needs root)
+    Screenshots,
     /// Measure packet rates (needs root)
     Bench {
         /// Arguments of the benchmark itself
@@ -100,6 +102,12 @@ fn run(command: Xtask) -> Result<ExitCode> {
             // be built with other features of its dependencies, and so would all of these.
             workspace::build(&["--workspace", "--all-targets"])?;
             test::run(args, harness)
+        }
+        Xtask::Screenshots => {
+            need_root("taking pictures")?;
+            setup::ensure(Task::Screenshots)?;
+            workspace::build(&["--release", "--package=relay-user", "--package=relay-tests"])?;
+            become_program("screenshots", vec![workspace::folder("docs/images").into()])
         }
         Xtask::Bench { args } => {
             need_root("the benchmark")?;

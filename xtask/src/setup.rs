@@ -15,6 +15,7 @@ pub(crate) enum Task {
     AsteriskDemo,
     Test,
     Bench,
+    Screenshots,
 }
 
 /// A program that is run at run time.
@@ -31,7 +32,13 @@ const TOOLS: &[Tool] = &[
         program: "ip",
         package: "iproute2",
         purpose: "makes the network namespaces",
-        tasks: &[Task::Demo, Task::AsteriskDemo, Task::Test, Task::Bench],
+        tasks: &[
+            Task::Demo,
+            Task::AsteriskDemo,
+            Task::Test,
+            Task::Bench,
+            Task::Screenshots,
+        ],
     },
     Tool {
         program: "bpftool",
@@ -44,6 +51,18 @@ const TOOLS: &[Tool] = &[
         package: "debootstrap",
         purpose: "installs the real Asterisk into a folder of its own",
         tasks: &[Task::AsteriskDemo, Task::Test],
+    },
+    Tool {
+        program: "chromium",
+        package: "chromium",
+        purpose: "shows the relay's page",
+        tasks: &[Task::Test, Task::Screenshots],
+    },
+    Tool {
+        program: "promtool",
+        package: "prometheus",
+        purpose: "checks the relay's metrics",
+        tasks: &[Task::Test],
     },
 ];
 

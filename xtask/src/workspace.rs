@@ -33,8 +33,13 @@ impl Profile {
 /// The cargo that runs this xtask, in the workspace's folder.
 pub(crate) fn cargo() -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    cargo.current_dir(folder(""));
     cargo
+}
+
+/// A folder of the workspace.
+pub(crate) fn folder(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
 /// Builds what `selection`, arguments of `cargo build`, says.

@@ -133,13 +133,8 @@ pub(crate) async fn serve<S>(
     }
 }
 
-async fn connection<S>(
-    name: &'static str,
-    limits: Limits,
-    stream: S,
-    routes: Router,
-    place: Place,
-) where
+async fn connection<S>(name: &'static str, limits: Limits, stream: S, routes: Router, place: Place)
+where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let routes = routes.layer(Extension(place.clone()));

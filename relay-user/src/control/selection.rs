@@ -64,7 +64,12 @@ impl Selection {
                 PairState::Offloaded => 2,
             }),
             Sort::Packets => chosen.sort_by_key(|pair| {
-                Reverse(pair.streams.iter().map(|stream| stream.packets).sum::<u64>())
+                Reverse(
+                    pair.streams
+                        .iter()
+                        .map(|stream| stream.packets)
+                        .sum::<u64>(),
+                )
             }),
         }
         let matching = chosen.len() as u64;
@@ -113,7 +118,12 @@ pub fn worst_first(a: &StreamReport, b: &StreamReport) -> Ordering {
 }
 
 fn worst_pair_first(a: &PairReport, b: &PairReport) -> Ordering {
-    let worst = |pair: &'_ PairReport| pair.streams.iter().min_by(|a, b| worst_first(a, b)).cloned();
+    let worst = |pair: &'_ PairReport| {
+        pair.streams
+            .iter()
+            .min_by(|a, b| worst_first(a, b))
+            .cloned()
+    };
     match (worst(a), worst(b)) {
         (Some(a), Some(b)) => worst_first(&a, &b),
         // A pair without streams stays with the PBX.

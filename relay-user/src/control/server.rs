@@ -66,12 +66,7 @@ async fn serve_within(
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(socket.listener()?)?;
     let ending = CancellationToken::new();
-    let routes = routes(Arc::new(Api::new(
-        commands,
-        events,
-        ending.clone(),
-        limits,
-    )));
+    let routes = routes(Arc::new(Api::new(commands, events, ending.clone(), limits)));
     let routes = |stream: &UnixStream| {
         // The socket's mode keeps others out already; this holds if somebody changes it.
         let allowed = stream
@@ -257,10 +252,13 @@ async fn events(
         Err(error) => return refuse(&error),
     };
     place.release();
-    let follow = stream::unfold((api, subscription), async |(api, (mut subscription, follower))| {
-        let text = told(&api, &mut subscription).await?;
-        Some((Ok::<_, Infallible>(text), (api, (subscription, follower))))
-    });
+    let follow = stream::unfold(
+        (api, subscription),
+        async |(api, (mut subscription, follower))| {
+            let text = told(&api, &mut subscription).await?;
+            Some((Ok::<_, Infallible>(text), (api, (subscription, follower))))
+        },
+    );
     let mut response = Response::new(Body::from_stream(follow));
     for (name, value) in [
         (header::CONTENT_TYPE, "text/event-stream"),
@@ -418,7 +416,10 @@ impl Api {
         }
     }
 
-    pub(crate) async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ApiError> {
+    pub(crate) async fn ask<T>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T, ApiError> {
         let ending = || {
             ApiError::new(
                 ErrorCode::Stopping,

@@ -98,7 +98,10 @@ mod tests {
             ),
             ("Application/OpenMetrics-Text", Format::OpenMetrics),
             ("application/openmetrics-text;q=0", Format::Prometheus),
-            ("text/html,application/xml;q=0.9,*/*;q=0.8", Format::Prometheus),
+            (
+                "text/html,application/xml;q=0.9,*/*;q=0.8",
+                Format::Prometheus,
+            ),
             ("*/*", Format::Prometheus),
             ("", Format::Prometheus),
         ] {

@@ -29,11 +29,7 @@ const PARTS: [(&str, &str, &str); 4] = [
         "text/javascript; charset=utf-8",
         include_str!("page/page.js"),
     ),
-    (
-        "/icon.svg",
-        "image/svg+xml",
-        include_str!("page/icon.svg"),
-    ),
+    ("/icon.svg", "image/svg+xml", include_str!("page/icon.svg")),
 ];
 
 /// The page, and the requests of the control API that change nothing.

@@ -14,8 +14,8 @@ use tokio::{
 use super::*;
 use crate::{
     control::{
-        client::{Client, ClientError, Events},
         MetricsReport,
+        client::{Client, ClientError, Events},
         model::{
             Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport, StreamStates,
         },
