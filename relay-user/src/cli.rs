@@ -100,7 +100,7 @@ pub struct Stop(clap::Error);
 /// The arguments, validated.
 #[derive(Debug)]
 enum Task {
-    Attach(Attach),
+    Attach(Box<Attach>),
     Detach(Detach),
     Ask {
         target: Target,
@@ -448,7 +448,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         request,
     };
     let task = match Arguments::try_parse_from(arguments).map_err(Stop)?.verb {
-        Verb::Attach(attach) => Task::Attach(attach),
+        Verb::Attach(attach) => Task::Attach(attach.into()),
         Verb::Detach(detach) => Task::Detach(detach),
         Verb::Add(Add {
             first,
@@ -504,7 +504,7 @@ impl Stop {
 /// Does what was asked, tells of it, and returns the exit code.
 pub fn run(invocation: Invocation) -> ExitCode {
     let outcome = match invocation.0 {
-        Task::Attach(arguments) => attach(arguments).map(|()| String::new()),
+        Task::Attach(arguments) => attach(*arguments).map(|()| String::new()),
         Task::Detach(arguments) => detach(arguments),
         Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
         Task::Qos(arguments) => qos::run(&arguments),

@@ -1,6 +1,6 @@
 //! The one clock that the controller and the datapath share, and the time of day.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -22,6 +22,34 @@ pub fn monotonic_now() -> u64 {
 #[must_use]
 pub fn utc_now() -> String {
     humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+}
+
+/// One moment on two clocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// [`monotonic_now`], ns.
+    pub monotonic: u64,
+    /// The time of day.
+    pub wall: SystemTime,
+}
+
+impl Now {
+    /// This moment.
+    #[must_use]
+    pub fn read() -> Self {
+        Self {
+            monotonic: monotonic_now(),
+            wall: SystemTime::now(),
+        }
+    }
+
+    /// The time of day of a moment on the monotonic clock, ns, as long as nobody set it in between.
+    #[must_use]
+    pub fn wall_time_of(&self, monotonic: u64) -> SystemTime {
+        // A moment that a driver saw may be later than this one was read.
+        let ago = Duration::from_nanos(self.monotonic.saturating_sub(monotonic));
+        self.wall.checked_sub(ago).unwrap_or(self.wall)
+    }
 }
 
 #[cfg(test)]

@@ -259,6 +259,29 @@ impl Collector for Streams {
             "stream_bytes",
             "Their bytes, Ethernet header included",
             self.rows(|stream| Some(stream.bytes)),
+        )?;
+        families.counter(
+            "stream_received_packets",
+            "RTP packets received of the stream's phone, whoever relayed them",
+            self.rows(|stream| Some(stream.reception.packets)),
+        )?;
+        families.gauge(
+            "stream_lost_packets",
+            "RTP packets of the stream's phone that did not arrive (RFC 3550 appendix A.3); one that comes late makes it smaller",
+            None,
+            self.rows(|stream| Some(stream.reception.lost)),
+        )?;
+        families.gauge(
+            "stream_jitter",
+            "Interarrival jitter (RFC 3550 appendix A.8); absent where the codec's clock rate is not known",
+            Some(Unit::Seconds),
+            self.rows(|stream| stream.reception.jitter_ms.map(|jitter| jitter / 1000.0)),
+        )?;
+        families.gauge(
+            "stream_mos",
+            "Mean opinion score, 1 to 4.5, estimated by the E-model (ITU-T G.107); absent where the codec has no published figures",
+            None,
+            self.rows(|stream| stream.reception.mos),
         )
     }
 }

@@ -30,13 +30,13 @@ const CALLS: [[&str; 2]; 6] = [
     ["carol", "trunk-berlin"],
     [WEAK, "dave"],
     ["erin", "reception"],
-    ["frank", HELD],
+    [HELD, "grace"],
     [TRANSCODED, "trunk-oslo"],
 ];
 /// The phone on a bad line.
 pub const WEAK: &str = "mobile-17";
 /// Who holds the call.
-pub const HELD: &str = "grace";
+pub const HELD: &str = "frank";
 /// Who talks another codec than the other side.
 pub const TRANSCODED: &str = "heidi";
 

@@ -47,6 +47,12 @@ const TOOLS: &[Tool] = &[
         tasks: &[Task::Test],
     },
     Tool {
+        program: "tshark",
+        package: "tshark",
+        purpose: "counts the same packets as the relay does",
+        tasks: &[Task::Test],
+    },
+    Tool {
         program: "debootstrap",
         package: "debootstrap",
         purpose: "installs the real Asterisk into a folder of its own",
@@ -65,6 +71,9 @@ const TOOLS: &[Tool] = &[
         tasks: &[Task::Test],
     },
 ];
+
+/// Programs that are taken out of their packages, because these would start a service.
+const UNPACKED: [&str; 1] = ["promtool"];
 
 /// Debian's compiler, its cargo and its library source. In bookworm they are kept as new as
 /// Firefox needs them, by the security suite.
@@ -168,7 +177,17 @@ fn install_tools(apt: &mut Option<Apt>, tools: &[&Tool]) -> Result<()> {
             packages.join(", ")
         );
     };
-    apt.install(&packages)?;
+    let (unpacked, installed): (Vec<_>, Vec<_>) = missing
+        .into_iter()
+        .partition(|tool| UNPACKED.contains(&tool.program));
+    let mut installed: Vec<_> = installed.iter().map(|tool| tool.package).collect();
+    installed.dedup();
+    if !installed.is_empty() {
+        apt.install(&installed)?;
+    }
+    for tool in unpacked {
+        apt.unpack(tool.package, tool.program, &workspace::tools()?)?;
+    }
     say("installed", &packages.join(", "));
     Ok(())
 }

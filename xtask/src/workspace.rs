@@ -53,6 +53,13 @@ pub(crate) fn build(selection: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Where programs are that only this workspace uses.
+pub(crate) fn tools() -> Result<PathBuf> {
+    let this = env::current_exe().context("cannot tell where this program is")?;
+    let folder = this.parent().context("this program is in no folder")?;
+    Ok(folder.with_file_name("tools"))
+}
+
 /// Where cargo puts the binary `name`: beside this program, wherever cargo's configuration and
 /// `CARGO_TARGET_DIR` made that be.
 pub(crate) fn binary(profile: Profile, name: &str) -> Result<PathBuf> {

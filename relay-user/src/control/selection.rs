@@ -105,28 +105,98 @@ fn has_words(pair: &PairReport, words: &[String]) -> bool {
     words.iter().all(|word| text.contains(word))
 }
 
-/// Orders streams by what needs a look first: suspended ones, then those that wait or are watched, then
-/// offloaded ones.
+/// Orders streams by what needs a look first: the most lost, in steps of a percent; of those, suspended
+/// ones, then those that wait, are watched, are offloaded; of those, the highest jitter.
 pub fn worst_first(a: &StreamReport, b: &StreamReport) -> Ordering {
-    let rank = |stream: &StreamReport| match stream.state {
+    let state = |stream: &StreamReport| match stream.state {
         StreamState::Suspended => 0,
         StreamState::Waiting => 1,
         StreamState::Watching => 2,
         StreamState::Offloaded => 3,
     };
-    rank(a).cmp(&rank(b))
+    let lost = |stream: &StreamReport| stream.reception.lost_percent.floor();
+    let jitter = |stream: &StreamReport| stream.reception.jitter_ms.unwrap_or_default();
+    lost(b)
+        .total_cmp(&lost(a))
+        .then_with(|| state(a).cmp(&state(b)))
+        .then_with(|| jitter(b).total_cmp(&jitter(a)))
 }
 
 fn worst_pair_first(a: &PairReport, b: &PairReport) -> Ordering {
-    let worst = |pair: &'_ PairReport| {
-        pair.streams
-            .iter()
-            .min_by(|a, b| worst_first(a, b))
-            .cloned()
-    };
+    fn worst(pair: &PairReport) -> Option<&StreamReport> {
+        pair.streams.iter().min_by(|a, b| worst_first(a, b))
+    }
     match (worst(a), worst(b)) {
-        (Some(a), Some(b)) => worst_first(&a, &b),
+        (Some(a), Some(b)) => worst_first(a, b),
         // A pair without streams stays with the PBX.
         (a, b) => a.is_some().cmp(&b.is_some()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pairs of the example in docs/api.md, with these changes.
+    fn list(changes: &[fn(&mut PairReport)]) -> PairList {
+        let description = include_str!("../../../docs/api.md");
+        let section = description.split("\n## A pair\n").nth(1).expect("section");
+        let example = section.split("```json\n").nth(1).expect("example");
+        let example = example.split("```").next().expect("end of example");
+        let mut pairs = Vec::new();
+        for (id, change) in (1..).zip(changes) {
+            let mut pair: PairReport = serde_json::from_str(example).expect("pair");
+            pair.id = id;
+            for stream in &mut pair.streams {
+                stream.reception.lost_percent = 0.0;
+            }
+            change(&mut pair);
+            pairs.push(pair);
+        }
+        pairs.into()
+    }
+
+    fn refuse(pair: &mut PairReport) {
+        pair.state = PairState::Refused;
+        pair.why = Some("leg A (PJSIP/Zoë-00000001) is on hold".to_owned());
+        pair.streams.clear();
+    }
+
+    fn selected(query: &str, all: &PairList) -> (Vec<u64>, u64) {
+        let query = format!("http://localhost/v1/pairs?{query}");
+        let selection =
+            axum::extract::Query::<Selection>::try_from_uri(&query.parse().expect("URI"));
+        let list = selection.expect("query").0.of(all);
+        (
+            list.pairs.iter().map(|pair| pair.id).collect(),
+            list.matching,
+        )
+    }
+
+    #[test]
+    fn a_query_selects_and_orders() {
+        let all = list(&[
+            |_| {},
+            |pair| pair.streams[0].reception.lost_percent = 7.5,
+            refuse,
+            |pair| pair.streams[1].state = StreamState::Suspended,
+            |pair| pair.streams[1].reception.lost_percent = 0.9,
+        ]);
+        assert_eq!(selected("", &all), (vec![1, 2, 3, 4, 5], 5));
+        assert_eq!(selected("sort=newest&limit=2", &all), (vec![5, 4], 5));
+        assert_eq!(selected("sort=worst", &all), (vec![3, 2, 4, 1, 5], 5));
+        assert_eq!(selected("state=refused", &all), (vec![3], 1));
+        assert_eq!(selected("filter=ZO%C3%8B++hold", &all), (vec![3], 1));
+        assert_eq!(selected("filter=192.0.2.11+refused", &all), (vec![3], 1));
+        assert_eq!(selected("filter=nobody&limit=0", &all), (vec![], 0));
+    }
+
+    #[test]
+    fn what_is_no_query_is_refused() {
+        for query in ["limit=-1", "sort=best", "state=gone", "filtr=x"] {
+            let uri = format!("http://localhost/v1/pairs?{query}").parse();
+            let read = axum::extract::Query::<Selection>::try_from_uri(&uri.expect("URI"));
+            assert!(read.is_err(), "{query}");
+        }
     }
 }

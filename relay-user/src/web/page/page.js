@@ -97,9 +97,7 @@ const histories = new Map();
 /** The samples of a stream, with this look's added. */
 function sampled(key, stream, time) {
   let history = histories.get(key);
-  const heard = stream.reception ?? null;
-  const packets = heard ? heard.packets : stream.packets;
-  const lost = heard ? heard.lost : 0;
+  const { packets, lost, jitter_ms: jitter } = stream.reception;
   if (!history) {
     history = { time, packets, lost, rates: [], losses: [], jitters: [] };
     histories.set(key, history);
@@ -111,7 +109,7 @@ function sampled(key, stream, time) {
     // Counters begin anew with each round of a stream.
     push(history.rates, came < 0 ? null : came / seconds);
     push(history.losses, came < 0 || came + missing === 0 ? null : (100 * missing) / (came + missing));
-    push(history.jitters, heard ? heard.jitter_ms : null);
+    push(history.jitters, jitter);
     Object.assign(history, { time, packets, lost });
   }
   return history;
@@ -154,7 +152,7 @@ function showStatus(status) {
     push(totals, rate);
     say($("rate"), whole.format(rate));
     const bits = (8 * Math.max(0, now.bytes - before.bytes)) / seconds;
-    say($("bandwidth"), `${fixed(bits / 1e6, 2)} Mbit/s in the kernel`);
+    say($("bandwidth"), `${fixed(bits / 1e6, 2)} Mbit/s`);
     draw($("rate-line"), totals, 1, true);
   }
   say($("offloaded"), whole.format(status.offloaded));
@@ -212,9 +210,10 @@ function streamRow() {
     return { value, svg, cell: make("td", "number", null, make("span", "measure", null, value, svg)) };
   };
   const row = {
-    from: make("td", "from route"), state: make("td", "state"), chip: make("span", "chip"), why: make("div", "why"),
+    from: make("td", "from"), name: make("b"), address: make("span"), state: make("td", "state"), chip: make("span", "chip"), why: make("div", "why"),
     rate: measure("packets/s"), loss: measure("lost"), jitter: measure("jitter"), mos: make("td", "number mos"),
   };
+  row.from.append(row.name, row.address);
   row.state.append(row.chip);
   row.line = make("tr", "stream", null, row.from, row.state, row.rate.cell, row.loss.cell, row.jitter.cell, row.mos);
   return row;
@@ -271,11 +270,9 @@ function showCall(call, pair, time) {
 
 function showStream(row, pair, stream, time) {
   const history = sampled(`${pair.id}:${stream.leg}`, stream, time);
-  const heard = stream.reception ?? null;
-  if (row.from.dataset.route !== `${stream.from} ${stream.to}`) {
-    row.from.dataset.route = `${stream.from} ${stream.to}`;
-    row.from.replaceChildren(make("b", "", stream.from), " → ", stream.to);
-  }
+  const heard = stream.reception;
+  say(row.name, plain(party(pair, stream.leg)));
+  say(row.address, stream.from);
   say(row.chip, stream.state);
   grade(row.chip, STATES[stream.state], "chip");
   row.chip.title = stream.why ?? "";
@@ -291,31 +288,31 @@ function showStream(row, pair, stream, time) {
   grade(row.rate.svg, STATES[stream.state], "");
   draw(row.rate.svg, history.rates, 1);
 
-  const loss = heard ? heard.lost_percent : null;
-  const lossGrade = loss === null || loss < 1 ? "" : loss < 5 ? "warn" : "bad";
-  say(row.loss.value, loss === null ? "–" : `${fixed(loss, loss < 10 ? 1 : 0)} %`);
+  const loss = heard.lost_percent;
+  const lossGrade = loss < 1 ? "" : loss < 5 ? "warn" : "bad";
+  say(row.loss.value, heard.packets === 0 ? "–" : `${fixed(loss, loss < 9.95 ? 1 : 0)} %`);
   grade(row.loss.value, lossGrade, "value");
   grade(row.loss.svg, lossGrade, "");
   draw(row.loss.svg, history.losses, 1);
 
-  const jitter = heard ? heard.jitter_ms : null;
+  const jitter = heard.jitter_ms;
   const jitterGrade = jitter === null || jitter < 20 ? "" : jitter < 50 ? "warn" : "bad";
   say(row.jitter.value, jitter === null ? "–" : `${fixed(jitter, 1)} ms`);
   grade(row.jitter.value, jitterGrade, "value");
   grade(row.jitter.svg, jitterGrade, "");
   draw(row.jitter.svg, history.jitters, 5);
 
-  const mos = heard ? heard.mos : null;
-  say(row.mos, mos === null ? "–" : fixed(mos, 1));
+  say(row.mos, heard.mos === null ? "–" : fixed(heard.mos, 1));
 }
 
 /** All that the API says of a stream, in words. */
 function facts(pair, stream) {
   const leg = pair.legs[stream.leg];
   const hop = stream.next_hop;
-  const heard = stream.reception ?? null;
+  const heard = stream.reception;
   const rows = [
     ["channel", leg?.channel],
+    ["goes to", stream.to],
     ["PBX receives at", leg?.local],
     ["PBX sends from", pair.legs[1 - stream.leg]?.sends_from],
     ["relayed", `${whole.format(stream.packets)} packets, ${short.format(stream.bytes)}B`],
@@ -323,16 +320,12 @@ function facts(pair, stream) {
     ["last packet", stream.silent_ms === null ? "none yet" : `${whole.format(stream.silent_ms)} ms ago`],
     ["came with DSCP", stream.marks.map((mark) => `${mark.dscp ?? "other"} ×${whole.format(mark.packets)}`).join(", ")],
     ["next hop", hop && [hop.destination_mac ?? "no MAC", ...hop.vlan.map((id) => `VLAN ${id}`), `MTU ${hop.mtu}`].join(", ")],
+    ["received", `${whole.format(heard.packets)} packets, ${whole.format(heard.lost)} lost, ${whole.format(heard.reordered)} reordered, ${whole.format(heard.duplicates)} duplicates`],
+    ["codec", [heard.codec, heard.payload_types.length ? `payload types ${heard.payload_types.join(", ")}` : null].filter(Boolean).join(", ")],
+    ["SSRC", heard.ssrc && `${heard.ssrc}, ${whole.format(heard.ssrc_changes)} changes`],
+    ["jitter", heard.jitter_mean_ms !== null && `${fixed(heard.jitter_mean_ms, 1)} ms mean, ${fixed(heard.jitter_max_ms, 1)} ms at most`],
+    ["largest gap", heard.packets > 1 && `${fixed(heard.largest_gap_ms, 0)} ms`],
   ];
-  if (heard) {
-    rows.push(
-      ["received", `${whole.format(heard.packets)} packets, ${whole.format(heard.lost)} lost, ${whole.format(heard.reordered)} reordered, ${whole.format(heard.duplicates)} duplicates`],
-      ["codec", heard.codec && `${heard.codec} (payload types ${heard.payload_types.join(", ")})`],
-      ["SSRC", heard.ssrc && `${heard.ssrc}, ${whole.format(heard.ssrc_changes)} changes`],
-      ["jitter", heard.jitter_ms !== null && `${fixed(heard.jitter_mean_ms, 1)} ms mean, ${fixed(heard.jitter_max_ms, 1)} ms at most`],
-      ["largest gap", heard.largest_gap_ms !== null && `${fixed(heard.largest_gap_ms, 0)} ms`],
-    );
-  }
   return rows.filter(([, value]) => value);
 }
 
