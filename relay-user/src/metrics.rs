@@ -89,11 +89,11 @@ impl Collector for Daemon {
                 1_u64,
             )],
         )?;
-        families.gauge(
+        families.value(
             "uptime",
             "Time since the daemon attached",
             Some(Unit::Seconds),
-            [(NONE, status.uptime_seconds)],
+            status.uptime_seconds,
         )?;
         let reasons = || {
             status.reasons.iter().map(|row| {
@@ -130,11 +130,11 @@ impl Collector for Daemon {
             ]
             .map(state),
         )?;
-        families.gauge(
+        families.value(
             "pairs_unproven",
             "Pairs that are relayed on the operator's word, without proof",
             None,
-            [(NONE, status.unproven)],
+            status.unproven,
         )?;
         let states = status.stream_states;
         families.gauge(
@@ -166,31 +166,21 @@ impl Collector for Daemon {
         )?;
         families.proof_times(proof_times)?;
         if let Some(ami) = &status.ami {
-            families.gauge(
-                "ami_up",
-                "1 while logged in to Asterisk's manager interface, else 0; absent without that feed",
-                None,
-                [(NONE, u64::from(ami.state == AmiState::Up))],
-            )?;
+            families.value("ami_up", "1 while logged in to Asterisk's manager interface, else 0; absent without that feed", None, u64::from(ami.state == AmiState::Up))?;
         }
-        families.gauge(
+        families.value(
             "lease_remaining",
             "Time that the datapath would go on relaying without the daemon",
             Some(Unit::Seconds),
-            [(NONE, status.lease_ms as f64 / 1000.0)],
+            status.lease_ms as f64 / 1000.0,
         )?;
-        families.gauge(
+        families.value(
             "map_entries",
             "Streams in the datapath's table",
             None,
-            [(NONE, status.streams)],
+            status.streams,
         )?;
-        families.gauge(
-            "map_entries_max",
-            "Streams that the datapath's table has room for; when it is full, further calls stay with the PBX",
-            None,
-            [(NONE, u64::from(status.max_streams))],
-        )
+        families.value("map_entries_max", "Streams that the datapath's table has room for; when it is full, further calls stay with the PBX", None, u64::from(status.max_streams))
     }
 }
 
@@ -286,8 +276,6 @@ impl Collector for Streams {
     }
 }
 
-const NONE: [(&str, Value<'_>); 0] = [];
-
 fn state((state, count): (&'static str, u64)) -> ([(&'static str, Value<'static>); 1], u64) {
     ([("state", state.into())], count)
 }
@@ -329,6 +317,19 @@ impl Families<'_, '_> {
             family.encode_family(&labels)?.encode_gauge(&value)?;
         }
         Ok(())
+    }
+
+    /// A gauge without labels.
+    fn value(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<Unit>,
+        value: impl EncodeGaugeValue,
+    ) -> fmt::Result {
+        self.0
+            .encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?
+            .encode_gauge(&value)
     }
 
     fn proof_times(&mut self, times: &ProofTimes) -> fmt::Result {

@@ -2,7 +2,7 @@
 //! (<https://chromedevtools.github.io/devtools-protocol/>). No port, no driver program whose version must fit.
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Cursor, Write as _},
     process::{ChildStdin, Command, Stdio},
     sync::mpsc,
     thread,
@@ -56,8 +56,8 @@ pub struct Screen {
 impl Screen {
     /// A laptop's, bright.
     pub const LAPTOP: Self = Self {
-        width: 1440,
-        height: 900,
+        width: 1280,
+        height: 800,
         scale: 1,
         phone: false,
         dark: false,
@@ -247,7 +247,7 @@ impl Browser {
     pub fn picture(&mut self) -> Result<Vec<u8>> {
         let picture = self.call("Page.captureScreenshot", json!({ "format": "png" }))?;
         let data = picture["data"].as_str().context("no picture")?;
-        Ok(STANDARD.decode(data)?)
+        smaller(&STANDARD.decode(data)?)
     }
 
     /// All that the browser has complained of until now: errors in the console, exceptions, violations of the content
@@ -316,4 +316,28 @@ impl Browser {
         };
         self.complaints.extend(complaint);
     }
+}
+
+/// The same picture in fewer bytes: Chromium compresses for speed, and keeps an alpha channel that is opaque.
+fn smaller(picture: &[u8]) -> Result<Vec<u8>> {
+    let mut decoder = png::Decoder::new(Cursor::new(picture));
+    decoder.set_transformations(png::Transformations::normalize_to_color8());
+    let mut reader = decoder.read_info()?;
+    let mut pixels = vec![0; reader.output_buffer_size().context("a picture too large")?];
+    let frame = reader.next_frame(&mut pixels)?;
+    let channels = frame.color_type.samples();
+    let opaque: Vec<u8> = pixels
+        .chunks_exact(channels)
+        .flat_map(|pixel| pixel[..3].to_vec())
+        .collect();
+    let mut written = Vec::new();
+    let mut encoder = png::Encoder::new(&mut written, frame.width, frame.height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    encoder.set_compression(png::Compression::High);
+    encoder.set_filter(png::Filter::NoFilter);
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(&opaque)?;
+    writer.finish()?;
+    Ok(written)
 }

@@ -21,6 +21,7 @@ pub mod pair;
 pub mod pbx;
 pub mod phone;
 pub mod program;
+pub mod promtool;
 pub mod proof;
 pub mod relay;
 pub mod rtp;

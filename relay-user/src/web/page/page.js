@@ -245,8 +245,9 @@ function showCall(call, pair, time) {
   say(call.parties, [0, 1].map((leg) => plain(party(pair, leg))).join(" ⇄ "));
   call.parties.title = pair.channels.join(" ⇄ ");
   call.toggle.setAttribute("aria-label", `Details of call ${pair.id}`);
-  say(call.why, pair.why ?? "");
-  call.why.hidden = !pair.why;
+  // Of a call without streams it stands in their place.
+  call.why.hidden = !pair.why || pair.streams.length === 0;
+  say(call.why, call.why.hidden ? "" : pair.why);
 
   const wanted = Math.max(1, pair.streams.length);
   if (call.rows.length !== wanted || call.empty !== (pair.streams.length === 0)) {
@@ -254,9 +255,9 @@ function showCall(call, pair, time) {
     call.empty = pair.streams.length === 0;
     const lines = call.rows.map((row) => row.line);
     if (call.empty) {
-      const cell = make("td", "note", "no stream is in the relay's care: the PBX relays this call");
-      cell.colSpan = 6;
-      lines.push(make("tr", "stream", null, cell));
+      call.alone = make("td", "why");
+      call.alone.colSpan = 6;
+      lines.push(make("tr", "stream", null, call.alone));
       call.rows = [null];
     }
     call.head.rowSpan = lines.length;
@@ -264,6 +265,7 @@ function showCall(call, pair, time) {
     call.body.replaceChildren(...lines);
     call.details = null;
   }
+  if (call.empty) say(call.alone, pair.why ?? "");
   pair.streams.forEach((stream, index) => showStream(call.rows[index], pair, stream, time));
   showDetails(call, pair);
 }
