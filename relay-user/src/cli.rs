@@ -8,6 +8,7 @@ use std::{
     ffi::OsString,
     fmt,
     io::{self, Write as _},
+    net::SocketAddr,
     os::fd::AsFd as _,
     path::PathBuf,
     process::ExitCode,
@@ -101,7 +102,7 @@ pub struct Stop(clap::Error);
 /// The arguments, validated.
 #[derive(Debug)]
 enum Task {
-    Attach(Attach),
+    Attach(Box<Attach>),
     Detach(Detach),
     Ask {
         target: Target,
@@ -227,6 +228,17 @@ struct Attach {
     /// Control socket [default: /run/relay-user/IFACE.sock]
     #[arg(long, value_name = "PATH", value_parser = config::path)]
     socket: Option<PathBuf>,
+    /// Serve Prometheus metrics at http://ADDRESS:PORT/metrics; a PORT alone is loopback's
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = config::listen_address)]
+    metrics: Option<SocketAddr>,
+    /// Serve a page of live calls to browsers, and nothing that changes them; a PORT alone is loopback's.
+    /// Whoever reaches it sees who talks with whom
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = config::listen_address)]
+    http: Option<SocketAddr>,
+    /// Name that --metrics and --http may be asked by, besides addresses, localhost and this host's own
+    /// name; may be repeated
+    #[arg(long = "allowed-host", value_name = "NAME", value_parser = config::host_name)]
+    allowed_hosts: Vec<String>,
     /// Log more: why things are done (-v), or everything (-vv)
     #[arg(short, long, action = ArgAction::Count)]
     verbose: u8,
@@ -440,7 +452,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         request,
     };
     let task = match Arguments::try_parse_from(arguments).map_err(Stop)?.verb {
-        Verb::Attach(attach) => Task::Attach(attach),
+        Verb::Attach(attach) => Task::Attach(attach.into()),
         Verb::Detach(detach) => Task::Detach(detach),
         Verb::Add(Add {
             first,
@@ -500,7 +512,7 @@ impl Stop {
 /// Does what was asked, tells of it, and returns the exit code.
 pub fn run(invocation: Invocation) -> ExitCode {
     let outcome = match invocation.0 {
-        Task::Attach(arguments) => attach(arguments).map(|()| String::new()),
+        Task::Attach(arguments) => attach(*arguments).map(|()| String::new()),
         Task::Detach(arguments) => detach(arguments),
         Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
         Task::Capture(arguments) => capture::run(&arguments).map(|()| String::new()),
@@ -547,6 +559,9 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
         ami_secret_file: arguments.ami_secret_file,
         // A table of the file's alone.
         qos_auto: None,
+        metrics: arguments.metrics,
+        http: arguments.http,
+        allowed_hosts: Some(arguments.allowed_hosts).filter(|names| !names.is_empty()),
     };
     daemon::run(config::load(
         arguments.interface,
@@ -833,6 +848,14 @@ mod tests {
                 "from 2 to 1048576",
             ),
             (&["attach", "eth0", "--ami", "pbx"], "not HOST:PORT"),
+            (
+                &["attach", "eth0", "--http", "pbx"],
+                "no address to listen on",
+            ),
+            (
+                &["attach", "eth0", "--allowed-host", "http://x"],
+                "no host name",
+            ),
             (&["attach", "../etc"], "cannot be the name of an interface"),
             (
                 &["attach", "eth0", "--ami-secret", "hunter2"],

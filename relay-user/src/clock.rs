@@ -1,4 +1,4 @@
-//! The one clock that the controller and the datapath share.
+//! The one clock that the controller and the datapath share, and the time of day.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,6 +16,12 @@ pub fn monotonic_now() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock");
     let (seconds, nanoseconds) = (now.tv_sec().cast_unsigned(), now.tv_nsec().cast_unsigned());
     seconds * 1_000_000_000 + nanoseconds
+}
+
+/// The time of day in UTC as RFC 3339 writes it, with milliseconds.
+#[must_use]
+pub fn utc_now() -> String {
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
 }
 
 /// One moment on two clocks.
