@@ -866,6 +866,18 @@ mod tests {
                 "cannot be used with",
             ),
             (&["events", "--since", "now"], "--since"),
+            (&["capture", "-w", "x"], "<ID>"),
+            (&["capture", "0", "-w", "x"], "0 is not in 1.."),
+            (&["capture", "3", "--all", "-w", "x"], "cannot be used with"),
+            (&["capture", "--all"], "--write <FILE>"),
+            (
+                &["capture", "--all", "-w", "x", "--snap", "20"],
+                "28..=2048",
+            ),
+            (
+                &["capture", "--all", "-w", "x", "--sample", "0"],
+                "--sample",
+            ),
             (&["lst"], "list"),
         ] {
             let error = parsed(arguments).expect_err(fragment);

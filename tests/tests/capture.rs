@@ -599,6 +599,16 @@ fn refused(host: &Host, arguments: &[&str]) -> String {
 }
 
 #[test]
+fn without_a_relay_nothing_is_captured() {
+    let host = Host::new("pbx").expect("a machine");
+    let said = refused(&host, &["--all", "-w", "-"]);
+    assert!(
+        said.contains("the relay is attached to no interface"),
+        "{said}"
+    );
+}
+
+#[test]
 fn the_file_is_new_and_private() {
     let wire = Wire::new("generic");
     let host = &wire.net.pbx;
