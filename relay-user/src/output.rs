@@ -259,6 +259,12 @@ pub fn status(status: &StatusReport, style: Style) -> String {
         "AMI",
         status.ami.as_ref().map_or_else(|| "not used".into(), ami),
     );
+    if let Some(address) = status.metrics {
+        facts.add("metrics", format_args!("http://{address}/metrics"));
+    }
+    if let Some(address) = status.http {
+        facts.add("page", format_args!("http://{address}/"));
+    }
     facts.add(
         "pairs",
         format_args!(

@@ -202,7 +202,7 @@ async fn exposed(
     if streams > MOST_STREAMS {
         return Err(invalid(&format_args!("{streams} streams are too many")));
     }
-    let report = api.ask(|reply| Command::Metrics { reply }).await?;
+    let report = api.metrics().await?;
     let pairs = match streams {
         0 => None,
         _ => Some(api.pairs().await?),

@@ -32,7 +32,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Command, Reply,
+    Command, MetricsReport, Reply,
     connection::{self, LIMITS, Limits, Place},
     model::{AddRequest, ApiError, ErrorBody, ErrorCode, PairList, StatusReport},
     selection::Selection,
@@ -101,6 +101,7 @@ pub(crate) struct Api {
     followers: Arc<Semaphore>,
     pairs: Recent<Arc<PairList>>,
     status: Recent<StatusReport>,
+    metrics: Recent<MetricsReport>,
 }
 
 /// An answer of the controller's that serves several clients.
@@ -376,7 +377,14 @@ impl Api {
             followers: Arc::new(Semaphore::new(limits.followers)),
             pairs: Recent::new(),
             status: Recent::new(),
+            metrics: Recent::new(),
         }
+    }
+
+    /// What metrics are made of.
+    pub(crate) async fn metrics(&self) -> Result<MetricsReport, ApiError> {
+        let ask = self.ask(|reply| Command::Metrics { reply });
+        self.metrics.get(self.limits.freshness, ask).await
     }
 
     /// All pairs, in the order of their numbers.
@@ -416,10 +424,7 @@ impl Api {
         }
     }
 
-    pub(crate) async fn ask<T>(
-        &self,
-        command: impl FnOnce(Reply<T>) -> Command,
-    ) -> Result<T, ApiError> {
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ApiError> {
         let ending = || {
             ApiError::new(
                 ErrorCode::Stopping,
