@@ -40,6 +40,12 @@ const TOOLS: &[Tool] = &[
         tasks: &[Task::Test],
     },
     Tool {
+        program: "ethtool",
+        package: "ethtool",
+        purpose: "switches the offloads that `relay-user doctor` looks at",
+        tasks: &[Task::Test],
+    },
+    Tool {
         program: "debootstrap",
         package: "debootstrap",
         purpose: "installs the real Asterisk into a folder of its own",

@@ -149,7 +149,7 @@ async fn endpoints(session: &mut Session) -> Result<(BTreeSet<String>, &'static 
 fn named(answer: &Answer, field: &str, name: impl Fn(&str) -> Option<&str>) -> BTreeSet<String> {
     let values = answer.items.iter().filter_map(|item| item.get(field));
     values
-        .filter_map(|value| name(value))
+        .filter_map(name)
         .filter(|name| is_argument(name))
         .map(str::to_owned)
         .collect()

@@ -80,11 +80,10 @@ fn chosen(modes: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::chosen;
 
     #[test]
     fn the_mode_in_brackets_is_in_force() {
-        let chosen = |text| super::chosen(text);
         assert_eq!(
             chosen("none [integrity] confidentiality\n").as_deref(),
             Some("integrity")
