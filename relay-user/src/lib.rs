@@ -22,5 +22,7 @@ pub mod pair;
 pub mod priority;
 pub mod privileges;
 pub mod qos;
+pub mod quality;
+pub mod reception;
 pub mod registry;
 pub mod secret;

@@ -160,6 +160,10 @@ fn a_state_tells_when_the_phone_was_seen_and_by_whom() {
         let what = reason.name();
         assert_eq!(state.last_seen == now, is_phones, "{what}");
         assert_eq!(state.last_passed == now, is_phones, "{what}");
+        // Also what is none of the datapath's, or a stream that comes back from the PBX would seem to have
+        // lost it.
+        let is_received = is_phones || matches!(reason, Reason::LeaseOver | Reason::Suspended);
+        assert_eq!(state.reception.packets, u32::from(is_received), "{what}");
         let noted = before.noted + u32::from(reason == Reason::AwaitingEcho);
         assert_eq!(state.noted, noted + u32::from(is_phones), "{what}");
         assert_eq!(state.last_rtcp == now, reason == Reason::Rtcp, "{what}");
@@ -169,6 +173,7 @@ fn a_state_tells_when_the_phone_was_seen_and_by_whom() {
     let fields = (relayed.last_seen, relayed.last_passed, relayed.noted);
     assert_eq!(fields, (now, before.last_passed, before.noted));
     assert_eq!((relayed.packets, relayed.last_rtcp), (1, 0));
+    assert_eq!(relayed.reception.packets, 1);
 }
 
 /// Each packet of the phone counts by its mark: three values apart, all others together.

@@ -46,6 +46,12 @@ const TOOLS: &[Tool] = &[
         tasks: &[Task::Test],
     },
     Tool {
+        program: "tshark",
+        package: "tshark",
+        purpose: "counts the same packets as the relay does",
+        tasks: &[Task::Test],
+    },
+    Tool {
         program: "debootstrap",
         package: "debootstrap",
         purpose: "installs the real Asterisk into a folder of its own",
