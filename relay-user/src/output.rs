@@ -1,5 +1,6 @@
 //! What the commands print for people. Programs take `--json`.
 
+pub mod doctor;
 pub mod qos;
 
 use std::{

@@ -632,6 +632,7 @@ mod tests {
         documented::<PairList>("Several pairs");
         documented::<StatusReport>("The status");
         documented::<Detached>("Detaching");
+        documented::<crate::doctor::Report>("The doctor");
         documented::<ErrorBody>("Errors");
     }
 

@@ -36,7 +36,8 @@ pub use self::{
     events::Events,
     load::{OBJECT, load, load_observer, load_tc, load_xdp},
     pins::{
-        attached_mode, check_unserved, ensure_bpffs, owns, relayed_past_queues, remove_leftovers,
+        attached_mode, check_unserved, ensure_bpffs, has_bpffs, owns, relayed_past_queues,
+        remove_leftovers,
     },
     qdisc::{root_qdisc, shapes},
     tap::{Selection, Tap, TapError},
