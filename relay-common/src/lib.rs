@@ -8,6 +8,7 @@
 
 mod abi;
 pub mod arp;
+pub mod capture;
 pub mod checksum;
 pub mod classify;
 mod digest;

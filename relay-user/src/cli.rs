@@ -1,5 +1,6 @@
 //! The command line: what is typed, what it means, and how it ends.
 
+mod capture;
 mod doctor;
 mod qos;
 
@@ -8,6 +9,7 @@ use std::{
     ffi::OsString,
     fmt,
     io::{self, Write as _},
+    net::SocketAddr,
     os::fd::AsFd as _,
     path::PathBuf,
     process::ExitCode,
@@ -51,8 +53,9 @@ relay-user ends or fails, calls go on as they did without it.
 
 `relay-user attach IFACE` is the daemon: it runs in the foreground, learns from Asterisk's manager \
 interface (AMI) which calls can be relayed, and serves a control socket. All other commands talk to \
-that daemon, but two that need none: `relay-user qos` gives calls their share of a slow line, and \
-`relay-user doctor` looks for what keeps the relay from working.";
+that daemon, but for three that need none: `relay-user doctor` looks for what keeps the relay from \
+working, `relay-user capture` copies packets from the kernel, and `relay-user qos` gives calls their \
+share of a slow line.";
 
 const AFTER_LONG_HELP: &str = "\
 WORDS
@@ -103,7 +106,7 @@ pub struct Stop(clap::Error);
 /// The arguments, validated.
 #[derive(Debug)]
 enum Task {
-    Attach(Attach),
+    Attach(Box<Attach>),
     Detach(Detach),
     Ask {
         target: Target,
@@ -111,6 +114,7 @@ enum Task {
         request: Request,
     },
     Follow(Events),
+    Capture(capture::Capture),
     Doctor(doctor::Doctor),
     Qos(qos::Qos),
 }
@@ -151,6 +155,7 @@ enum Verb {
     Flush(Flush),
     Status(Status),
     Events(Events),
+    Capture(capture::Capture),
     Detach(Detach),
     Doctor(doctor::Doctor),
     Qos(qos::Qos),
@@ -229,6 +234,17 @@ struct Attach {
     /// Control socket [default: /run/relay-user/IFACE.sock]
     #[arg(long, value_name = "PATH", value_parser = config::path)]
     socket: Option<PathBuf>,
+    /// Serve Prometheus metrics at http://ADDRESS:PORT/metrics; a PORT alone is loopback's
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = config::listen_address)]
+    metrics: Option<SocketAddr>,
+    /// Serve a page of live calls to browsers, and nothing that changes them; a PORT alone is loopback's.
+    /// Whoever reaches it sees who talks with whom
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = config::listen_address)]
+    http: Option<SocketAddr>,
+    /// Name that --metrics and --http may be asked by, besides addresses, localhost and this host's own
+    /// name; may be repeated
+    #[arg(long = "allowed-host", value_name = "NAME", value_parser = config::host_name)]
+    allowed_hosts: Vec<String>,
     /// Log more: why things are done (-v), or everything (-vv)
     #[arg(short, long, action = ArgAction::Count)]
     verbose: u8,
@@ -442,7 +458,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         request,
     };
     let task = match Arguments::try_parse_from(arguments).map_err(Stop)?.verb {
-        Verb::Attach(attach) => Task::Attach(attach),
+        Verb::Attach(attach) => Task::Attach(attach.into()),
         Verb::Detach(detach) => Task::Detach(detach),
         Verb::Add(Add {
             first,
@@ -466,6 +482,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Verb::Flush(Flush { target, form }) => ask(target, form, Request::Flush),
         Verb::Status(Status { target, form }) => ask(target, form, Request::Status),
         Verb::Events(events) => Task::Follow(events),
+        Verb::Capture(capture) => match capture.fault() {
+            Some(fault) => return Err(unfit("capture", fault)),
+            None => Task::Capture(capture),
+        },
         Verb::Doctor(doctor) => Task::Doctor(doctor),
         Verb::Qos(qos) => Task::Qos(qos),
     };
@@ -499,9 +519,10 @@ impl Stop {
 /// Does what was asked, tells of it, and returns the exit code.
 pub fn run(invocation: Invocation) -> ExitCode {
     let outcome = match invocation.0 {
-        Task::Attach(arguments) => attach(arguments).map(|()| String::new()),
+        Task::Attach(arguments) => attach(*arguments).map(|()| String::new()),
         Task::Detach(arguments) => detach(arguments),
         Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
+        Task::Capture(arguments) => capture::run(&arguments).map(|()| String::new()),
         // A problem that it finds is no failure of its own.
         Task::Doctor(arguments) => return doctor::run(arguments),
         Task::Qos(arguments) => qos::run(&arguments),
@@ -539,6 +560,9 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
         ami_secret_file: arguments.ami_secret_file,
         // A table of the file's alone.
         qos_auto: None,
+        metrics: arguments.metrics,
+        http: arguments.http,
+        allowed_hosts: Some(arguments.allowed_hosts).filter(|names| !names.is_empty()),
     };
     daemon::run(config::load(
         arguments.interface,
@@ -837,6 +861,14 @@ mod tests {
                 "from 2 to 1048576",
             ),
             (&["attach", "eth0", "--ami", "pbx"], "not HOST:PORT"),
+            (
+                &["attach", "eth0", "--http", "pbx"],
+                "no address to listen on",
+            ),
+            (
+                &["attach", "eth0", "--allowed-host", "http://x"],
+                "no host name",
+            ),
             (&["attach", "../etc"], "cannot be the name of an interface"),
             (
                 &["attach", "eth0", "--ami-secret", "hunter2"],
@@ -847,6 +879,18 @@ mod tests {
                 "cannot be used with",
             ),
             (&["events", "--since", "now"], "--since"),
+            (&["capture", "-w", "x"], "<ID>"),
+            (&["capture", "0", "-w", "x"], "0 is not in 1.."),
+            (&["capture", "3", "--all", "-w", "x"], "cannot be used with"),
+            (&["capture", "--all"], "--write <FILE>"),
+            (
+                &["capture", "--all", "-w", "x", "--snap", "20"],
+                "28..=2048",
+            ),
+            (
+                &["capture", "--all", "-w", "x", "--sample", "0"],
+                "--sample",
+            ),
             (&["lst"], "list"),
         ] {
             let error = parsed(arguments).expect_err(fragment);

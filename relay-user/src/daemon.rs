@@ -38,6 +38,7 @@ use crate::{
         auto::{Auto, AutoSettings},
         classifier::Classifier,
     },
+    web::{Hosts, Listeners},
 };
 
 /// Commands of clients that wait for the controller.
@@ -55,7 +56,7 @@ const QUESTIONS: usize = 1024;
 /// # Errors
 /// Whatever keeps the relay from starting or from going on, with its remedy. Nothing is left behind
 /// in the kernel.
-pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
+pub fn run(mut settings: AttachSettings) -> anyhow::Result<()> {
     privileges::check()?;
     let interfaces = Interfaces::read()?;
     let interface = interfaces.named(&settings.interface)?.clone();
@@ -72,11 +73,13 @@ pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
             interface.name
         );
     }
+    // A port below 1024 needs a capability that is given up next.
+    let listeners = Listeners::bind(&mut settings)?;
     datapath::ensure_bpffs()?;
     // Capabilities belong to a thread: before the event loop starts any.
     privileges::keep_for_attaching()?;
     let runtime = event_loop()?;
-    let outcome = runtime.block_on(attach(settings, &interface, choice));
+    let outcome = runtime.block_on(attach(settings, listeners, &interface, choice));
     // A name lookup that hangs must not keep the process.
     runtime.shutdown_background();
     logging::tell_rest();
@@ -161,6 +164,7 @@ fn needs_tc(settings: &AttachSettings, layer: LinkLayer, shaper: Option<&str>) -
 
 async fn attach(
     mut settings: AttachSettings,
+    listeners: Listeners,
     interface: &Interface,
     choice: Choice,
 ) -> anyhow::Result<()> {
@@ -206,6 +210,8 @@ async fn attach(
     let stop = CancellationToken::new();
     let bus = EventBus::new();
     let (commands_in, commands) = mpsc::channel(COMMANDS);
+    let hosts = Hosts::new(&settings.allowed_hosts)?;
+    let web = listeners.serve(hosts, &commands_in, &bus, &stop)?;
     let server = tokio::spawn(server::serve(
         socket,
         commands_in,
@@ -271,6 +277,9 @@ async fn attach(
         feed.await.context("the AMI feed failed")?;
     }
     server.await.context("the control server failed")??;
+    for server in web {
+        server.await.context("a web server failed")?;
+    }
     resolver.await.context("the next hop resolver failed")??;
     outcome
 }

@@ -260,6 +260,12 @@ pub fn status(status: &StatusReport, style: Style) -> String {
         "AMI",
         status.ami.as_ref().map_or_else(|| "not used".into(), ami),
     );
+    if let Some(address) = status.metrics {
+        facts.add("metrics", format_args!("http://{address}/metrics"));
+    }
+    if let Some(address) = status.http {
+        facts.add("page", format_args!("http://{address}/"));
+    }
     facts.add(
         "pairs",
         format_args!(
@@ -506,7 +512,7 @@ fn text(text: &str) -> Cell {
 
 /// Without control characters. Channel names and causes come from the network, and must neither
 /// break a line nor drive the reader's terminal.
-fn clean(text: &str) -> Cow<'_, str> {
+pub(crate) fn clean(text: &str) -> Cow<'_, str> {
     // U+202A–U+202E and U+2066–U+2069 reorder what stands around them.
     let unfit =
         |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');

@@ -6,6 +6,7 @@
 
 pub mod ami;
 pub mod asterisk;
+pub mod browser;
 pub mod bulk;
 pub mod capture;
 pub mod demo;
@@ -20,10 +21,12 @@ pub mod pair;
 pub mod pbx;
 pub mod phone;
 pub mod program;
+pub mod promtool;
 pub mod proof;
 pub mod relay;
 pub mod rtp;
 pub mod scenario;
+pub mod scene;
 pub mod sip;
 pub mod softphone;
 pub mod tables;

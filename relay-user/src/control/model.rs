@@ -8,6 +8,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    clock,
     datapath::AttachMode,
     dscp::Dscp,
     pair::{Leg, Pair, PairError, PayloadTypes, Proof},
@@ -80,6 +81,31 @@ pub enum StreamState {
     Offloaded,
     /// The kernel has stopped relaying it.
     Suspended,
+}
+
+/// How many streams there are of each [`StreamState`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamStates {
+    /// In state `waiting`.
+    pub waiting: u64,
+    /// In state `watching`.
+    pub watching: u64,
+    /// In state `offloaded`.
+    pub offloaded: u64,
+    /// In state `suspended`.
+    pub suspended: u64,
+}
+
+impl StreamStates {
+    /// Counts one more.
+    pub const fn count(&mut self, state: StreamState) {
+        *match state {
+            StreamState::Waiting => &mut self.waiting,
+            StreamState::Watching => &mut self.watching,
+            StreamState::Offloaded => &mut self.offloaded,
+            StreamState::Suspended => &mut self.suspended,
+        } += 1;
+    }
 }
 
 /// A pair: what it joins, and how it fares.
@@ -240,13 +266,32 @@ pub struct NextHopReport {
 /// Several pairs: the answer to a list and to a flush.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PairList {
-    /// In the order of their numbers.
+    /// In the order of their numbers, or in the one asked for.
     pub pairs: Vec<PairReport>,
+    /// How many there are of those asked for; `pairs` has no more than were asked for.
+    pub matching: u64,
+    /// When the pairs were looked at, in UTC as RFC 3339 writes it, with milliseconds.
+    pub time: String,
+}
+
+impl From<Vec<PairReport>> for PairList {
+    /// Of pairs as they are now.
+    fn from(pairs: Vec<PairReport>) -> Self {
+        let matching = pairs.len() as u64;
+        let time = clock::utc_now();
+        Self {
+            pairs,
+            matching,
+            time,
+        }
+    }
 }
 
 /// The daemon, its interface and its counters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusReport {
+    /// When this was looked at, in UTC as RFC 3339 writes it, with milliseconds.
+    pub time: String,
     /// Version of `relay-user`.
     pub version: String,
     /// Version of the layout shared with the kernel program.
@@ -288,6 +333,12 @@ pub struct StatusReport {
     pub refused: u64,
     /// Pairs that the datapath has without proof, of whatever state.
     pub unproven: u64,
+    /// Streams by state. Those that wait are known, but not in the table yet.
+    pub stream_states: StreamStates,
+    /// Where metrics are served; none where they are not.
+    pub metrics: Option<SocketAddr>,
+    /// Where the page is served; none where it is not.
+    pub http: Option<SocketAddr>,
     /// The AMI feed; none when the daemon runs without it.
     pub ami: Option<AmiReport>,
     /// Packets by what the datapath did with them, in the order of the reasons' numbers.
@@ -384,7 +435,7 @@ pub enum ErrorCode {
     InvalidRequest,
     /// Addresses or payload types that no pair can have.
     InvalidPair,
-    /// The client is neither root nor the daemon's own user.
+    /// The client is neither root nor the daemon's own user, or the page of another site.
     Forbidden,
     /// No pair has this number.
     UnknownPair,
@@ -400,6 +451,8 @@ pub enum ErrorCode {
     Loop,
     /// The request's body is too long.
     BodyTooLarge,
+    /// The request is for a host that this may not be asked by.
+    WrongHost,
     /// No route leads to a remote address.
     Unreachable,
     /// Possible, but not in this version.
@@ -416,7 +469,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code, in the order of their statuses.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::InvalidRequest,
         Self::InvalidPair,
         Self::Forbidden,
@@ -427,6 +480,7 @@ impl ErrorCode {
         Self::Duplicate,
         Self::Loop,
         Self::BodyTooLarge,
+        Self::WrongHost,
         Self::Unreachable,
         Self::Unsupported,
         Self::Internal,
@@ -445,6 +499,7 @@ impl ErrorCode {
             Self::RequestTimeout => 408,
             Self::Duplicate | Self::Loop => 409,
             Self::BodyTooLarge => 413,
+            Self::WrongHost => 421,
             Self::Unreachable | Self::Unsupported => 422,
             Self::Internal => 500,
             Self::Stopping => 503,

@@ -14,9 +14,13 @@ use tokio::{
 use super::*;
 use crate::{
     control::{
+        MetricsReport,
         client::{Client, ClientError, Events},
-        model::{Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport},
+        model::{
+            Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport, StreamStates,
+        },
     },
+    controller::proof_time::ProofTimes,
     datapath::AttachMode,
     events::{KEPT, SUBSCRIBERS, Subject, TransitionKind},
     pair::{Leg, PayloadTypes, Proof},
@@ -150,6 +154,7 @@ fn report(id: u64, pair: &Pair) -> PairReport {
 
 fn status_report() -> StatusReport {
     StatusReport {
+        time: "2026-01-31T09:30:00.120Z".into(),
         version: "0.1.0".into(),
         abi: 2,
         pid: 1,
@@ -170,6 +175,9 @@ fn status_report() -> StatusReport {
         waiting: 0,
         refused: 0,
         unproven: 0,
+        stream_states: StreamStates::default(),
+        metrics: None,
+        http: None,
         ami: None,
         reasons: Vec::new(),
         refusals: Vec::new(),
@@ -203,6 +211,13 @@ async fn controller(mut commands: mpsc::Receiver<Command>) {
             Command::Flush { reply } => reply.send(Ok(vec![known()])).is_ok(),
             Command::List { reply } => reply.send(Ok(vec![known(), known()])).is_ok(),
             Command::Status { reply } => reply.send(Ok(status_report())).is_ok(),
+            Command::Metrics { reply } => reply
+                .send(Ok(MetricsReport {
+                    status: status_report(),
+                    events: Vec::new(),
+                    proof_times: ProofTimes::default(),
+                }))
+                .is_ok(),
             Command::Detach { reply } => reply
                 .send(Ok(Detached {
                     interface: "eth0".into(),
@@ -779,6 +794,47 @@ async fn events_end_with_the_daemon_after_its_last() {
     }
     assert_eq!(told(&mut events).await, None);
     served.server.await.expect("task").expect("server");
+}
+
+#[tokio::test]
+async fn one_answer_of_the_controller_serves_many_and_is_cut_to_the_limit() {
+    let limits = Limits {
+        pairs: 1,
+        freshness: Duration::from_secs(3600),
+        ..LIMITS
+    };
+    let (commands, mut received) = mpsc::channel(4);
+    let served = Served::new(limits, commands);
+    let (answers, ()) = tokio::join!(
+        async {
+            tokio::join!(
+                served.raw(b"GET /v1/pairs?limit=9 HTTP/1.1\r\nhost: x\r\n\r\n"),
+                served.raw(b"GET /v1/pairs HTTP/1.1\r\nhost: x\r\n\r\n"),
+                served.raw(b"GET /v1/pairs?sort=newest HTTP/1.1\r\nhost: x\r\n\r\n"),
+            )
+        },
+        async {
+            let Some(Command::List { reply }) = received.recv().await else {
+                panic!("no list is asked for")
+            };
+            let pairs = vec![report(7, &pair(30000)), report(8, &pair(30000))];
+            reply.send(Ok(pairs)).expect("somebody waits");
+        }
+    );
+    assert!(
+        received.try_recv().is_err(),
+        "the controller is asked twice"
+    );
+    for (answer, id) in [(answers.0, 7), (answers.1, 7), (answers.2, 8)] {
+        let body = answer.split("\r\n\r\n").nth(1).expect(&answer);
+        let list: PairList = serde_json::from_str(body).expect(body);
+        let ids: Vec<_> = list.pairs.iter().map(|pair| pair.id).collect();
+        assert_eq!((ids, list.matching), (vec![id], 2));
+    }
+    let answer = served
+        .raw(b"GET /v1/pairs?sort=best HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await;
+    assert_eq!(refusal(&answer), (400, "invalid_request".to_owned()));
 }
 
 #[test]
