@@ -56,6 +56,17 @@ pub enum Feed {
     Ami,
 }
 
+impl Feed {
+    /// As in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::Ami => "ami",
+        }
+    }
+}
+
 /// What became of a pair as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -6,6 +6,7 @@ mod events;
 pub(crate) mod links;
 pub(crate) mod load;
 pub(crate) mod maps;
+mod pinned_maps;
 pub(crate) mod pins;
 mod qdisc;
 pub(crate) mod tc;
@@ -34,6 +35,7 @@ pub use self::{
     error::DatapathError,
     events::Events,
     load::{OBJECT, load, load_observer, load_tc, load_xdp},
+    pinned_maps::{PinnedMaps, pinned_interfaces},
     pins::{
         attached_mode, check_unserved, ensure_bpffs, owns, relayed_past_queues, remove_leftovers,
     },
