@@ -14,6 +14,7 @@ pub mod packet;
 mod parse;
 pub mod proof;
 pub mod reason;
+pub mod reception;
 pub mod relay;
 mod rewrite;
 mod state;

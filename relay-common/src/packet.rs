@@ -127,8 +127,11 @@ pub trait Tables {
     /// The deadline in `LEASE`, ns.
     fn lease(&self) -> u64;
 
-    /// `CLOCK_MONOTONIC_COARSE`, ns.
+    /// `CLOCK_MONOTONIC_COARSE`, ns: up to a timer tick behind, and next to free.
     fn now(&self) -> u64;
+
+    /// `CLOCK_MONOTONIC`, ns. It reads the hardware's clock.
+    fn now_precise(&self) -> u64;
 
     /// Tells the controller, if the ring buffer has room.
     fn report(&self, event: &Event);

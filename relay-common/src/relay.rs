@@ -8,6 +8,7 @@ use crate::{
     parse::{Parsed, parse},
     proof::{note, renumbered, suspend},
     reason::{Reason, Verdict},
+    reception::receive,
     rewrite::{Rewrite, rewrite},
     state::{load, store},
     stream::{Address, Event, MARKS, State, Stream, StreamKey, event, mode, ticks},
@@ -122,7 +123,19 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
         return Err(Reason::OtherHost.into());
     }
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
-    let now = tables.now();
+    let now = tables.now_precise();
+    let (at, length) = payload(&parsed);
+    let is_own = parsed.source.is(&stream.source) && parsed.source_port == stream.source_port;
+    let rtp = if is_own {
+        rtp(packet, at, length)
+    } else {
+        Err(Reason::UnexpectedSource)
+    };
+    // Also what is none of the datapath's: a stream that comes back from the PBX would seem to have
+    // lost all that the PBX relayed.
+    if let Ok(rtp) = &rtp {
+        receive(state, now, packet.length(), rtp);
+    }
     if now >= tables.lease() {
         return Err(Reason::LeaseOver.into());
     }
@@ -132,7 +145,7 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
         return Err(Reason::Suspended.into());
     }
     let now_ticks = nonzero(ticks(now));
-    if !parsed.source.is(&stream.source) || parsed.source_port != stream.source_port {
+    if !is_own {
         let event = Event {
             kind: event::UNEXPECTED_SOURCE,
             slot: stream.slot,
@@ -144,8 +157,7 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
         report_at_times(state, now_ticks, &event, tables);
         return Err(Reason::UnexpectedSource.into());
     }
-    let (at, length) = payload(&parsed);
-    let rtp = match rtp(packet, at, length) {
+    let rtp = match rtp {
         Ok(rtp) => rtp,
         Err(reason) => {
             if reason == Reason::Rtcp {

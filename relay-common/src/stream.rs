@@ -12,11 +12,12 @@ use core::{
 use crate::{
     abi::abi,
     checksum::Sum,
+    reception::Reception,
     wire::{Be16, Mac, Rtp, protocol},
 };
 
 /// Version of every layout here.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Payload types that a stream can relay.
 pub const PAYLOAD_TYPES: usize = 8;
@@ -465,7 +466,7 @@ abi! {
     ///
     /// The first 64 bytes are what a relayed packet touches.
     #[derive(Default)]
-    pub struct State(224, align 8) {
+    pub struct State(328, align 8) {
         /// Controller: the round of proof that counts; 0 when the stream is taken back.
         pub epoch: u32,
         /// Observer, or the controller where no proof is asked for: `epoch` once it is proven.
@@ -524,6 +525,8 @@ abi! {
         /// Receiver: the stream's RTP packets by the DSCP that they came with, in the order in which
         /// the values were first seen; the last entry counts all values that found no other.
         pub marks: [Mark; MARKS],
+        /// Receiver: how the phone's packets arrive.
+        pub reception: Reception,
     }
 }
 
@@ -593,7 +596,7 @@ abi! {
     /// What the ring buffer `EVENTS` carries: rare facts. The controller finds out by [`State`] what
     /// a full ring buffer did not take.
     pub struct Event(40, align 8) {
-        /// `CLOCK_MONOTONIC_COARSE`, ns.
+        /// `CLOCK_MONOTONIC`, ns, or up to a timer tick before.
         pub time: u64,
         /// One of [`event`].
         pub kind: u32,

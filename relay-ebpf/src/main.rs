@@ -6,7 +6,7 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_F_MMAPABLE, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
-    helpers::{bpf_ktime_get_coarse_ns, bpf_redirect},
+    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_redirect},
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
@@ -103,6 +103,12 @@ impl Tables for Maps {
         // Behind by one timer tick at most, and without a read of the hardware clock.
         // SAFETY: a helper without arguments.
         unsafe { bpf_ktime_get_coarse_ns() }
+    }
+
+    #[inline(always)]
+    fn now_precise(&self) -> u64 {
+        // SAFETY: as above.
+        unsafe { bpf_ktime_get_ns() }
     }
 
     #[inline(always)]

@@ -1,5 +1,7 @@
 //! The one clock that the controller and the datapath share.
 
+use std::time::{Duration, SystemTime};
+
 use nix::time::{ClockId, clock_gettime};
 
 /// `CLOCK_MONOTONIC` in nanoseconds: what the lease is written in, and what ticks are made of.
@@ -14,6 +16,34 @@ pub fn monotonic_now() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock");
     let (seconds, nanoseconds) = (now.tv_sec().cast_unsigned(), now.tv_nsec().cast_unsigned());
     seconds * 1_000_000_000 + nanoseconds
+}
+
+/// One moment on two clocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// [`monotonic_now`], ns.
+    pub monotonic: u64,
+    /// The time of day.
+    pub wall: SystemTime,
+}
+
+impl Now {
+    /// This moment.
+    #[must_use]
+    pub fn read() -> Self {
+        Self {
+            monotonic: monotonic_now(),
+            wall: SystemTime::now(),
+        }
+    }
+
+    /// The time of day of a moment on the monotonic clock, ns, as long as nobody set it in between.
+    #[must_use]
+    pub fn wall_time_of(&self, monotonic: u64) -> SystemTime {
+        // A moment that a driver saw may be later than this one was read.
+        let ago = Duration::from_nanos(self.monotonic.saturating_sub(monotonic));
+        self.wall.checked_sub(ago).unwrap_or(self.wall)
+    }
 }
 
 #[cfg(test)]

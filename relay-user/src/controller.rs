@@ -12,13 +12,13 @@ use std::{
 
 use relay_common::{
     reason,
-    stream::{ABI_VERSION, Address, State, Stream, StreamKey, ticks},
+    stream::{ABI_VERSION, Address, State, Stream, StreamKey},
 };
 use tokio::sync::mpsc;
 
 use crate::{
     ami::{CallId, FeedCommand},
-    clock,
+    clock::{self, Now},
     config::AttachSettings,
     control::{
         Command, Reply,
@@ -531,7 +531,7 @@ impl Controller {
 
     fn pair_report(&self, id: u64) -> Option<PairReport> {
         self.registry
-            .report(id, self.state(), ticks(clock::monotonic_now()))
+            .report(id, self.state(), Now::read())
     }
 
     fn reports(&self) -> Vec<PairReport> {

@@ -22,6 +22,8 @@ pub mod pair;
 pub mod priority;
 pub mod privileges;
 pub mod qos;
+pub mod quality;
+pub mod reception;
 pub mod registry;
 pub mod secret;
 pub mod snapshot;

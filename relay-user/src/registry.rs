@@ -20,6 +20,7 @@ use relay_common::{
 
 use crate::{
     ami::CallId,
+    clock::Now,
     control::model::{
         ApiError, ErrorCode, Feed, LegReport, MarkReport, NextHopReport, PairReport, PairState,
         ProofReport, StreamReport, StreamState,
@@ -28,6 +29,7 @@ use crate::{
     next_hop::{Macs, NextHop, NextHopError, Notice, Path, Resolution},
     pair::{Leg, Pair, PayloadTypes, Proof},
     priority::Priority,
+    reception,
 };
 
 /// What the controller has to do, in this order.
@@ -1022,8 +1024,8 @@ impl Registry {
         census
     }
 
-    /// A pair as the API shows it. `state` reads a slot, `now` is in ticks.
-    pub fn report(&self, id: u64, state: impl Fn(u32) -> State, now: u32) -> Option<PairReport> {
+    /// A pair as the API shows it. `state` reads a slot.
+    pub fn report(&self, id: u64, state: impl Fn(u32) -> State, now: Now) -> Option<PairReport> {
         let entry = self.entries.get(&id)?;
         let (feed, call, channels) = match &entry.origin {
             Origin::Api => (Feed::Api, None, &[][..]),
@@ -1061,12 +1063,13 @@ impl Registry {
                     silent_ms: (counted.last_seen != 0 && stream_state != StreamState::Suspended)
                         .then(|| {
                             // The datapath's clock may be a tick ahead.
-                            let ticks = now.wrapping_sub(counted.last_seen) as i32;
+                            let ticks = ticks(now.monotonic).wrapping_sub(counted.last_seen) as i32;
                             ticks_to_ms(ticks.max(0).cast_unsigned())
                         }),
                     packets: counted.packets,
                     bytes: counted.bytes,
                     marks: marks(&counted),
+                    reception: reception::report(&counted.reception, now),
                     next_hop: match &stream.way.resolution {
                         Resolution::Known(next_hop) => Some(next_hop_report(next_hop)),
                         _ => None,
@@ -1406,6 +1409,14 @@ mod tests {
     use super::*;
     use crate::pair::PayloadTypes;
 
+    /// A moment of the datapath's clock, in ticks.
+    fn at(ticks: u64) -> Now {
+        Now {
+            monotonic: ticks << 20,
+            wall: std::time::SystemTime::UNIX_EPOCH,
+        }
+    }
+
     fn registry(max_streams: u32) -> Registry {
         with_priority(max_streams, None)
     }
@@ -1550,7 +1561,7 @@ mod tests {
         );
         assert_eq!((stream.dscp, stream.keepalive), (46, 0));
 
-        let report = registry.report(id, offloaded, 0).expect("report");
+        let report = registry.report(id, offloaded, at(0)).expect("report");
         assert_eq!((report.state, report.why), (PairState::Offloaded, None));
         assert_eq!(report.streams[0].packets, 7);
     }
@@ -1567,7 +1578,7 @@ mod tests {
             matches!(changes.as_slice(), [Change::Install(spec), Change::Offload { .. }] if spec.local.port == 10_001),
             "only the stream towards the known leg: {changes:?}"
         );
-        let report = registry.report(id, offloaded, 0).expect("report");
+        let report = registry.report(id, offloaded, at(0)).expect("report");
         assert_eq!(report.state, PairState::Waiting);
         assert!(report.why.expect("why").contains("192.0.2.12"));
 
@@ -1678,7 +1689,7 @@ mod tests {
             .iter()
             .filter(|change| matches!(change, Change::Unwatch(_)));
         assert_eq!(unwatched.count(), 2, "every watch is ended");
-        let report = registry.report(id, offloaded, 0).expect("still known");
+        let report = registry.report(id, offloaded, at(0)).expect("still known");
         assert_eq!(report.why.as_deref(), Some("leg A on hold"));
         assert_eq!(report.legs[1].channel.as_deref(), Some("PJSIP/b"));
         assert!(report.streams.is_empty());
@@ -1729,7 +1740,7 @@ mod tests {
             ..State::default()
         };
         let words = |state: State| {
-            let report = registry.report(id, |_| state, 2000).expect("report");
+            let report = registry.report(id, |_| state, at(2000)).expect("report");
             assert_eq!(report.state, PairState::Waiting);
             assert_eq!(
                 report.streams[0].silent_ms,
@@ -1803,7 +1814,7 @@ mod tests {
         );
         assert!(registry.turns(id, state).is_empty(), "told once");
         registry.explain(id, "talk-back");
-        let report = registry.report(id, state, 0).expect("report");
+        let report = registry.report(id, state, at(0)).expect("report");
         assert_eq!(report.why.as_deref(), Some("talk-back"));
         assert_eq!(report.streams[1].why, None);
 
@@ -1880,7 +1891,7 @@ mod tests {
             assert_eq!(changes, [], "it goes on as it is");
         }
         assert!(!after.is_ami(api) && after.is_ami(ami));
-        let report = after.report(ami, state, 0).expect("adopted");
+        let report = after.report(ami, state, at(0)).expect("adopted");
         assert_eq!((report.state, report.call), (PairState::Offloaded, None));
         after.adopted();
         let offer = |pair| Claim {
@@ -1949,7 +1960,7 @@ mod tests {
             });
             let expected: &[u32] = if own.is_none() { &[AFTER; 2] } else { &[] };
             assert_eq!(Vec::from_iter(written), expected, "{own:?}");
-            let report = after.report(id, state, 0).expect("adopted");
+            let report = after.report(id, state, at(0)).expect("adopted");
             let shown = own.unwrap_or(AFTER);
             assert_eq!(report.priority.map_or(0, Priority::value), shown);
         }

@@ -9,6 +9,7 @@ use std::{
 use relay_common::{
     packet::Tables,
     reason::Reason,
+    reception::Reception,
     stream::{Counter, Event, OutLeg, State, Stream, StreamKey, StreamSpec},
 };
 
@@ -55,6 +56,9 @@ pub fn later(mut state: State, ticks: u32) -> State {
             *time = time.wrapping_add(ticks);
         }
     }
+    if state.reception.arrival != 0 {
+        state.reception.arrival += u64::from(ticks) << 20;
+    }
     state
 }
 
@@ -64,6 +68,14 @@ pub fn timeless(mut state: State) -> State {
     for time in times(&mut state) {
         *time = u32::from(*time != 0);
     }
+    state.reception = Reception {
+        arrival: u64::from(state.reception.arrival != 0),
+        jitter: 0,
+        jitter_max: 0,
+        jitter_sum: 0,
+        gap_max: 0,
+        ..state.reception
+    };
     state
 }
 
@@ -170,6 +182,10 @@ impl Tables for MemoryTables {
     }
 
     fn now(&self) -> u64 {
+        self.now.get()
+    }
+
+    fn now_precise(&self) -> u64 {
         self.now.get()
     }
 

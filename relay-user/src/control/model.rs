@@ -94,7 +94,7 @@ pub enum StreamState {
 }
 
 /// A pair: what it joins, and how it fares.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PairReport {
     /// The pair's number, unique as long as the daemon runs.
     pub id: u64,
@@ -137,7 +137,7 @@ pub struct LegReport {
 }
 
 /// One direction of a pair.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StreamReport {
     /// The leg it comes in on: 0 for the first, 1 for the second.
     pub leg: u8,
@@ -161,8 +161,58 @@ pub struct StreamReport {
     pub bytes: u64,
     /// The phone's RTP packets by the DSCP that they came with, the most frequent first.
     pub marks: Vec<MarkReport>,
+    /// How the phone's packets arrive.
+    pub reception: ReceptionReport,
     /// How it leaves the host; none until that is resolved.
     pub next_hop: Option<NextHopReport>,
+}
+
+/// How the RTP packets of a stream arrive from its phone, whether the kernel relays them or the PBX
+/// does, since the pair was last offered.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ReceptionReport {
+    /// Packets received, duplicates included.
+    pub packets: u64,
+    /// Their bytes, Ethernet header included.
+    pub bytes: u64,
+    /// Packets that did not arrive (RFC 3550 appendix A.3).
+    pub lost: u64,
+    /// Of the packets expected, percent.
+    pub lost_percent: f64,
+    /// Packets that had arrived before.
+    pub duplicates: u64,
+    /// Packets that arrived after a later one.
+    pub reordered: u64,
+    /// Times that the sequence numbers began anew, without a new SSRC.
+    pub restarts: u64,
+    /// Interarrival jitter now (RFC 3550 appendix A.8), milliseconds; none where the clock rate is
+    /// not known.
+    pub jitter_ms: Option<f64>,
+    /// Its mean over all packets in sequence; none before the second.
+    pub jitter_mean_ms: Option<f64>,
+    /// The highest that it was.
+    pub jitter_max_ms: Option<f64>,
+    /// Clock rate of the latest packet's codec, Hz; none where it is not known.
+    pub clock_rate: Option<u32>,
+    /// Longest time between two packets in sequence within a talkspurt, milliseconds.
+    pub largest_gap_ms: f64,
+    /// When the latest packet in sequence came (RFC 3339, UTC); none before the first.
+    pub last_arrival: Option<String>,
+    /// Synchronisation source, as eight hexadecimal digits behind `0x`; none before the first packet.
+    pub ssrc: Option<String>,
+    /// Times that it changed.
+    pub ssrc_changes: u64,
+    /// Payload type of the latest packet.
+    pub payload_type: Option<u8>,
+    /// Those that came, at most four.
+    pub payload_types: Vec<u8>,
+    /// Name of the codec, where the payload type is a static one (RFC 3551).
+    pub codec: Option<String>,
+    /// Packets with the marker.
+    pub markers: u64,
+    /// Mean opinion score, 1 to 4.5, estimated by the E-model (ITU-T G.107) from loss, mean jitter and
+    /// codec; none where the codec has no published figures.
+    pub mos: Option<f64>,
 }
 
 /// Packets that came with one DSCP.
@@ -199,7 +249,7 @@ pub struct NextHopReport {
 }
 
 /// Several pairs: the answer to a list and to a flush.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PairList {
     /// In the order of their numbers.
     pub pairs: Vec<PairReport>,

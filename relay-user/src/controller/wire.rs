@@ -15,6 +15,7 @@ use crate::{
     control::model::PairState,
     events::TransitionKind,
     pair::Pair,
+    reception::Sample,
     registry::{Origin, Turn},
 };
 
@@ -58,6 +59,8 @@ struct Vigil {
     silent: [bool; 2],
     /// Entries of the maps that look for a stream at any local address, by leg.
     scouts: [Option<StreamSpec>; 2],
+    /// The last look at a stream whose clock rate is not known, by leg.
+    samples: [Option<Sample>; 2],
 }
 
 impl Watch {
@@ -75,6 +78,7 @@ impl Watch {
                 stranger_told: None,
                 silent: [false; 2],
                 scouts: [None; 2],
+                samples: [None; 2],
             },
         );
     }
@@ -289,6 +293,7 @@ impl Controller {
             };
             let state = self.datapath.state(spec.slot);
             self.scout(id, leg, &spec, &state, age);
+            self.learn_clock(id, leg, spec.slot, &state);
             offloaded[leg] = state.mode() == mode::OFFLOADED;
             if state.mode() == mode::SUSPENDED {
                 // The datapath does not look at its packets.
@@ -335,6 +340,22 @@ impl Controller {
             }
         } else if let Some(scout) = vigil.scouts[leg].take() {
             self.withdraw(&[scout]);
+        }
+    }
+
+    /// Finds out the clock rate of a payload type that signalling gave its meaning, for the datapath
+    /// to measure jitter by.
+    fn learn_clock(&mut self, id: u64, leg: usize, slot: u32, state: &State) {
+        let Some(vigil) = self.wire.pairs.get_mut(&id) else {
+            return;
+        };
+        let sample = Sample::of(&state.reception);
+        let earlier = std::mem::replace(&mut vigil.samples[leg], sample);
+        if let Some((payload_type, clock)) = sample
+            .zip(earlier)
+            .and_then(|(sample, earlier)| sample.clock_since(&earlier))
+        {
+            self.datapath.set_clock(slot, payload_type, clock);
         }
     }
 

@@ -269,6 +269,16 @@ impl StateMap {
         self.set_epoch(slot, epoch);
     }
 
+    pub(super) fn set_clock(&self, slot: u32, payload_type: u8, clock: u32) {
+        let state = self.slot(slot);
+        // SAFETY: inside the mapping. These fields are the controller's alone; the datapath takes the
+        // clock for that of another payload type until the second is written.
+        unsafe {
+            (&raw mut (*state).reception.clock).write_volatile(clock);
+            (&raw mut (*state).reception.clock_type).write_volatile(payload_type);
+        }
+    }
+
     pub(super) fn reset(&self, slot: u32) {
         self.set_epoch(slot, 0);
         // SAFETY: inside the mapping. No entry of a map names the slot yet, so that the datapath

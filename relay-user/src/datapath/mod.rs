@@ -453,6 +453,12 @@ impl Datapath {
         self.maps.state.reset(slot);
     }
 
+    /// Sets the clock of a payload type that has no fixed one, in the unit of
+    /// [`clock_of`](relay_common::reception::clock_of).
+    pub fn set_clock(&self, slot: u32, payload_type: u8, clock: u32) {
+        self.maps.state.set_clock(slot, payload_type, clock);
+    }
+
     /// Takes a stream back; effective on the next packet, without a system call.
     pub fn take_back(&self, slot: u32) {
         self.maps.state.set_epoch(slot, 0);

@@ -1,0 +1,671 @@
+//! How a phone's packets arrive: loss, order and jitter, as RFC 3550 appendix A has them.
+//!
+//! Every RTP packet of the stream's own source is counted, whether the kernel relays it or the PBX
+//! does, so that a call is measured from its first packet on.
+
+use crate::{
+    abi::abi,
+    relay::u32_of,
+    state::{load, store},
+    stream::State,
+    wire::Rtp,
+};
+
+/// Payload types of one stream that are told apart.
+pub const TYPES: usize = 4;
+
+/// A sequence number that jumps by less is one after a loss (`MAX_DROPOUT` of RFC 3550 appendix A.1).
+const DROPOUT_MAX: u32 = 3000;
+
+/// One that falls back by less is late (RFC 3550 has 100; these are the packets that are remembered).
+const MISORDER_MAX: u32 = u64::BITS;
+
+/// Of [`Reception::clock`]: 2^8 ns.
+const CLOCK_SHIFT: u32 = 8;
+
+/// Of jitter: 2^6 ns, and in [`Reception::jitter`] a sixteenth of that.
+const JITTER_SHIFT: u32 = 6;
+
+/// Of gaps: 2^10 ns.
+const GAP_SHIFT: u32 = 10;
+
+/// The longest deviation that counts as jitter, in its unit: 8.6 s. Sixteen of them fit 32 bits.
+const DEVIATION_MAX: u64 = 1 << 27;
+
+/// No payload type.
+const NONE: u8 = 0xff;
+
+abi! {
+    /// How the packets of a stream arrived. Every field is the receiver's, but for the controller's
+    /// `clock` and `clock_type`.
+    pub struct Reception(104, align 8) {
+        /// When the latest packet in sequence came: `CLOCK_MONOTONIC`, ns; 0 before the first.
+        pub arrival: u64,
+        /// Bytes received, whole frames without their check sequence.
+        pub bytes: u64,
+        /// Sum of `jitter` over the `measured` packets.
+        pub jitter_sum: u64,
+        /// The 64 sequence numbers up to `highest`: a bit is set where the packet came, the lowest
+        /// one for `highest` itself.
+        pub window: u64,
+        /// Packets received, duplicates included.
+        pub packets: u32,
+        /// Synchronisation source (SSRC).
+        pub source: u32,
+        /// RTP timestamp of the latest packet in sequence.
+        pub timestamp: u32,
+        /// Extended sequence number of the first packet: 2^16 and the number itself, or less where an
+        /// earlier one came later.
+        pub first: u32,
+        /// Highest extended sequence number.
+        pub highest: u32,
+        /// Packets expected before `first`: of earlier sources, and before restarts.
+        pub expected_before: u32,
+        /// Packets whose sequence number had come before.
+        pub duplicates: u32,
+        /// Packets that came after one of a higher number.
+        pub late: u32,
+        /// Interarrival jitter (RFC 3550 appendix A.8), in units of 4 ns.
+        pub jitter: u32,
+        /// The highest of the `measured` packets, in the same unit.
+        pub jitter_max: u32,
+        /// Packets in `jitter_sum`: those in sequence, within a talkspurt.
+        pub measured: u32,
+        /// Longest time between two packets in sequence, within a talkspurt; in units of 1.024 µs.
+        pub gap_max: u32,
+        /// Time that one unit of the timestamp takes, for packets of `clock_type`, in units of 2^-8 ns;
+        /// 0 while it is not known. See [`clock`].
+        pub clock: u32,
+        /// Sequence number that would follow a jump, and 2^16 so that 0 is none.
+        pub jump: u32,
+        /// Packets with the marker.
+        pub markers: u32,
+        /// Changes of the synchronisation source.
+        pub source_changes: u16,
+        /// Restarts of the sequence within one source.
+        pub restarts: u16,
+        /// Payload types that came, in the order in which they first did; 0xff for none. The last entry
+        /// is overwritten once there are more.
+        pub types: [u8; TYPES],
+        /// That of the latest packet; 0xff before the first.
+        pub payload_type: u8,
+        /// The payload type that `clock` is of; 0xff for none.
+        pub clock_type: u8,
+        /// Always 0.
+        pub padding: [u8; 2],
+    }
+}
+
+impl Default for Reception {
+    fn default() -> Self {
+        Self {
+            types: [NONE; TYPES],
+            payload_type: NONE,
+            clock_type: NONE,
+            ..zerocopy::FromZeros::new_zeroed()
+        }
+    }
+}
+
+/// Notes that an RTP packet of the stream's own source has come, at `now` (`CLOCK_MONOTONIC`, ns).
+#[inline(always)]
+pub(crate) fn receive(state: *mut State, now: u64, bytes: usize, rtp: &Rtp) {
+    let packets = load!(state, reception.packets);
+    store!(state, packets.wrapping_add(1), reception.packets);
+    let total = load!(state, reception.bytes).wrapping_add(bytes as u64);
+    store!(state, total, reception.bytes);
+    let packet = Arrived {
+        now,
+        sequence: u32::from(rtp.sequence.get()),
+        timestamp: u32_of(rtp.timestamp),
+        marker: rtp.marker_type >> 7 != 0,
+        payload_type: rtp.marker_type & 0x7f,
+    };
+    if packet.marker {
+        let markers = load!(state, reception.markers).wrapping_add(1);
+        store!(state, markers, reception.markers);
+    }
+    note_type(state, packet.payload_type);
+    let source = u32_of(rtp.ssrc);
+    if packets == 0 || source != load!(state, reception.source) {
+        if packets != 0 {
+            close(state);
+            let changes = load!(state, reception.source_changes).saturating_add(1);
+            store!(state, changes, reception.source_changes);
+        }
+        store!(state, source, reception.source);
+        begin(state, &packet);
+    } else {
+        place(state, &packet);
+    }
+    store!(state, packet.payload_type, reception.payload_type);
+}
+
+/// What matters of a packet.
+struct Arrived {
+    now: u64,
+    sequence: u32,
+    timestamp: u32,
+    marker: bool,
+    payload_type: u8,
+}
+
+/// Extended sequence numbers begin here, so that an earlier packet that comes later has one too.
+const CYCLE: u32 = 1 << 16;
+
+/// The sequence begins, or begins anew, with this packet.
+#[inline(always)]
+fn begin(state: *mut State, packet: &Arrived) {
+    store!(state, CYCLE | packet.sequence, reception.first);
+    store!(state, CYCLE | packet.sequence, reception.highest);
+    store!(state, 1, reception.window);
+    store!(state, 0, reception.jump);
+    store!(state, 0, reception.jitter);
+    refer(state, packet);
+}
+
+/// The sequence so far has ended.
+#[inline(always)]
+fn close(state: *mut State) {
+    let expected = load!(state, reception.highest)
+        .wrapping_sub(load!(state, reception.first))
+        .wrapping_add(1);
+    let before = load!(state, reception.expected_before).wrapping_add(expected);
+    store!(state, before, reception.expected_before);
+}
+
+/// Finds the place of a packet in its sequence (RFC 3550 appendix A.1).
+#[inline(always)]
+fn place(state: *mut State, packet: &Arrived) {
+    let highest = load!(state, reception.highest);
+    let ahead = packet.sequence.wrapping_sub(highest) & 0xffff;
+    let behind = highest.wrapping_sub(packet.sequence) & 0xffff;
+    let window = load!(state, reception.window);
+    if behind < MISORDER_MAX {
+        let bit = 1 << behind;
+        if window & bit != 0 {
+            let duplicates = load!(state, reception.duplicates).wrapping_add(1);
+            store!(state, duplicates, reception.duplicates);
+            return;
+        }
+        store!(state, window | bit, reception.window);
+        let late = load!(state, reception.late).wrapping_add(1);
+        store!(state, late, reception.late);
+        let number = highest.wrapping_sub(behind);
+        if number < load!(state, reception.first) {
+            store!(state, number, reception.first);
+        }
+        measure(state, packet, false);
+    } else if ahead < DROPOUT_MAX {
+        let kept = if ahead < MISORDER_MAX {
+            window << ahead
+        } else {
+            0
+        };
+        store!(state, kept | 1, reception.window);
+        store!(state, highest.wrapping_add(ahead), reception.highest);
+        store!(state, 0, reception.jump);
+        measure(state, packet, true);
+        refer(state, packet);
+    } else if load!(state, reception.jump) == CYCLE | packet.sequence {
+        // Two in a row, far from all before: the sender has begun anew.
+        close(state);
+        let restarts = load!(state, reception.restarts).saturating_add(1);
+        store!(state, restarts, reception.restarts);
+        begin(state, packet);
+    } else {
+        // Lost is only what was expected, and this one was not.
+        let before = load!(state, reception.expected_before).wrapping_add(1);
+        store!(state, before, reception.expected_before);
+        let next = packet.sequence.wrapping_add(1) & 0xffff;
+        store!(state, CYCLE | next, reception.jump);
+    }
+}
+
+/// What follows is measured from this packet.
+#[inline(always)]
+fn refer(state: *mut State, packet: &Arrived) {
+    store!(state, packet.now, reception.arrival);
+    store!(state, packet.timestamp, reception.timestamp);
+}
+
+/// Adds a packet to jitter and gaps (RFC 3550 section 6.4.1 and appendix A.8).
+///
+/// Unlike there, where each packet is compared with the one that came before it, a late one is no
+/// measure for the next: its delay would count twice. And mean and maxima leave out what begins a
+/// talkspurt, before which a pause is nothing that went wrong. Wireshark does the same.
+#[inline(always)]
+fn measure(state: *mut State, packet: &Arrived, in_sequence: bool) {
+    let elapsed = packet
+        .now
+        .wrapping_sub(load!(state, reception.arrival))
+        .cast_signed()
+        .max(0);
+    let before = load!(state, reception.payload_type);
+    let regular = in_sequence
+        && !packet.marker
+        && !is_comfort_noise(packet.payload_type)
+        && !is_comfort_noise(before);
+    if regular {
+        let gap = (elapsed >> GAP_SHIFT).min(i64::from(u32::MAX)) as u32;
+        if gap > load!(state, reception.gap_max) {
+            store!(state, gap, reception.gap_max);
+        }
+    }
+    let units = packet
+        .timestamp
+        .wrapping_sub(load!(state, reception.timestamp))
+        .cast_signed();
+    let unit = clock(state, packet.payload_type);
+    // All packets of an event have one timestamp (RFC 4733 section 2.2.1), and their clock may be
+    // another than that of the voice around them.
+    if units == 0 || unit == 0 || unit != clock(state, before) {
+        return;
+    }
+    let spacing = (i64::from(units) * i64::from(unit)) >> CLOCK_SHIFT;
+    let deviation = (elapsed - spacing).unsigned_abs() >> JITTER_SHIFT;
+    let deviation = deviation.min(DEVIATION_MAX) as u32;
+    let jitter = load!(state, reception.jitter);
+    let jitter = jitter.wrapping_add(deviation).wrapping_sub((jitter + 8) >> 4);
+    store!(state, jitter, reception.jitter);
+    if !regular {
+        return;
+    }
+    if jitter > load!(state, reception.jitter_max) {
+        store!(state, jitter, reception.jitter_max);
+    }
+    let sum = load!(state, reception.jitter_sum).wrapping_add(u64::from(jitter));
+    store!(state, sum, reception.jitter_sum);
+    let measured = load!(state, reception.measured).wrapping_add(1);
+    store!(state, measured, reception.measured);
+}
+
+#[inline(always)]
+fn note_type(state: *mut State, payload_type: u8) {
+    let mut index = 0;
+    while index < TYPES {
+        let known = load!(state, reception.types[index]);
+        if known == payload_type {
+            return;
+        }
+        if known == NONE || index == TYPES - 1 {
+            store!(state, payload_type, reception.types[index]);
+            return;
+        }
+        index += 1;
+    }
+}
+
+/// RFC 3389, and the number that it had before.
+#[inline(always)]
+const fn is_comfort_noise(payload_type: u8) -> bool {
+    matches!(payload_type, 13 | 19)
+}
+
+/// Time that one unit of the timestamp takes, in units of 2^-8 ns; 0 where it is not known.
+#[inline(always)]
+fn clock(state: *mut State, payload_type: u8) -> u32 {
+    let fixed = fixed_clock(payload_type);
+    if fixed == 0 && payload_type == load!(state, reception.clock_type) {
+        load!(state, reception.clock)
+    } else {
+        fixed
+    }
+}
+
+/// Time that one unit of the timestamp takes in a clock of `rate` Hz, in units of 2^-8 ns.
+#[inline(always)]
+#[must_use]
+pub const fn clock_of(rate: u32) -> u32 {
+    ((1_000_000_000 << CLOCK_SHIFT) + rate as u64 / 2).div_euclid(rate as u64) as u32
+}
+
+/// The clock of a payload type that has a fixed one (RFC 3551 section 6), in the unit of [`clock_of`];
+/// 0 for all others.
+#[inline(always)]
+#[must_use]
+pub const fn fixed_clock(payload_type: u8) -> u32 {
+    const { assert!(clock_of(8000) == 32_000_000) };
+    match payload_type {
+        6 => const { clock_of(16_000) },
+        10 | 11 => const { clock_of(44_100) },
+        16 => const { clock_of(11_025) },
+        17 => const { clock_of(22_050) },
+        14 | 25..=34 => const { clock_of(90_000) },
+        0..=19 => const { clock_of(8_000) },
+        _ => 0,
+    }
+}
+
+impl Reception {
+    /// Packets that should have come by now.
+    #[must_use]
+    pub const fn expected(&self) -> u64 {
+        if self.packets == 0 {
+            return 0;
+        }
+        let sequence = self.highest.wrapping_sub(self.first) as u64 + 1;
+        self.expected_before as u64 + sequence
+    }
+
+    /// Packets that have not come.
+    #[must_use]
+    pub const fn lost(&self) -> u64 {
+        let came = self.packets.saturating_sub(self.duplicates) as u64;
+        self.expected().saturating_sub(came)
+    }
+
+    /// Clock of the latest packet's payload type, Hz; none where it is not known.
+    #[must_use]
+    pub const fn clock_rate(&self) -> Option<u32> {
+        let fixed = fixed_clock(self.payload_type);
+        let clock = if fixed != 0 {
+            fixed
+        } else if self.payload_type == self.clock_type {
+            self.clock
+        } else {
+            0
+        };
+        if clock == 0 {
+            return None;
+        }
+        // The unit of `clock_of` is its own inverse.
+        Some(clock_of(clock))
+    }
+
+    /// Interarrival jitter, ns.
+    #[must_use]
+    pub const fn jitter(&self) -> u64 {
+        (self.jitter as u64) << (JITTER_SHIFT - 4)
+    }
+
+    /// The highest jitter, ns.
+    #[must_use]
+    pub const fn jitter_max(&self) -> u64 {
+        (self.jitter_max as u64) << (JITTER_SHIFT - 4)
+    }
+
+    /// The mean of the jitter after each packet, ns; none before the second packet.
+    #[must_use]
+    pub const fn jitter_mean(&self) -> Option<u64> {
+        match self.jitter_sum.checked_div(self.measured as u64) {
+            Some(mean) => Some(mean << (JITTER_SHIFT - 4)),
+            None => None,
+        }
+    }
+
+    /// The longest time between two packets in sequence, ns.
+    #[must_use]
+    pub const fn gap_max(&self) -> u64 {
+        (self.gap_max as u64) << GAP_SHIFT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use std::vec::Vec;
+
+    use super::*;
+    use crate::wire::Be16;
+
+    const MS: u64 = 1_000_000;
+
+    /// A stream of PCMU, 20 ms a packet.
+    struct Phone {
+        state: State,
+        now: u64,
+        source: u32,
+        payload_type: u8,
+    }
+
+    impl Phone {
+        fn new() -> Self {
+            Self {
+                state: State::default(),
+                now: 1_000 * MS,
+                source: 0xfeed_f00d,
+                payload_type: 0,
+            }
+        }
+
+        fn reception(&self) -> &Reception {
+            &self.state.reception
+        }
+
+        /// A packet that comes `after` ms after the one before.
+        fn send(&mut self, after: u64, sequence: u16, timestamp: u32, marker: bool) -> &mut Self {
+            let halves = |word: u32| [Be16::new((word >> 16) as u16), Be16::new(word as u16)];
+            let rtp = Rtp {
+                version_count: 0x80,
+                marker_type: u8::from(marker) << 7 | self.payload_type,
+                sequence: Be16::new(sequence),
+                timestamp: halves(timestamp),
+                ssrc: halves(self.source),
+            };
+            self.now += after * MS;
+            receive(&raw mut self.state, self.now, 214, &rtp);
+            self
+        }
+
+        /// The packet of this number, in time.
+        fn number(&mut self, number: u32) -> &mut Self {
+            self.send(20, number as u16, number * 160, false)
+        }
+
+        fn numbers(&mut self, numbers: impl IntoIterator<Item = u32>) -> &mut Self {
+            for number in numbers {
+                self.number(number);
+            }
+            self
+        }
+    }
+
+    fn counts(reception: &Reception) -> [u64; 5] {
+        [
+            reception.packets.into(),
+            reception.expected(),
+            reception.lost(),
+            reception.late.into(),
+            reception.duplicates.into(),
+        ]
+    }
+
+    #[test]
+    fn what_does_not_come_is_lost_across_the_wrap() {
+        let mut phone = Phone::new();
+        let kept = (65_500..65_600).filter(|number| !matches!(number, 65_510..=65_512 | 65_536));
+        phone.numbers(kept);
+        assert_eq!(counts(phone.reception()), [96, 100, 4, 0, 0]);
+        assert_eq!(phone.reception().bytes, 96 * 214);
+        assert_eq!(phone.reception().gap_max(), 20 * MS / 1024 * 1024);
+    }
+
+    #[test]
+    fn the_first_wrap_and_many_more_are_counted() {
+        let mut phone = Phone::new();
+        phone.numbers(0..200_000);
+        assert_eq!(counts(phone.reception()), [200_000, 200_000, 0, 0, 0]);
+    }
+
+    #[test]
+    fn late_packets_and_duplicates_are_no_loss() {
+        let mut phone = Phone::new();
+        phone.numbers([10, 12, 11, 13, 13, 11, 14]);
+        assert_eq!(counts(phone.reception()), [7, 5, 0, 1, 2]);
+    }
+
+    #[test]
+    fn what_was_sent_before_the_first_packet_that_came_counts_too() {
+        let mut phone = Phone::new();
+        // Across the wrap at that.
+        phone.numbers([65_537, 65_535, 65_536, 65_538]);
+        assert_eq!(counts(phone.reception()), [4, 4, 0, 2, 0]);
+    }
+
+    #[test]
+    fn a_packet_is_remembered_for_64_numbers() {
+        let mut phone = Phone::new();
+        phone.numbers(0..100).number(99 - 63);
+        assert_eq!(counts(phone.reception()), [101, 100, 0, 0, 1]);
+        // Too old to be told from another sequence: neither lost nor expected.
+        phone.number(99 - 64);
+        assert_eq!(counts(phone.reception()), [102, 101, 0, 0, 1]);
+    }
+
+    #[test]
+    fn two_packets_far_from_the_others_are_a_restart() {
+        let mut phone = Phone::new();
+        phone.numbers(0..10).numbers(30_000..30_010);
+        let reception = phone.reception();
+        assert_eq!(counts(reception), [20, 20, 0, 0, 0]);
+        assert_eq!((reception.restarts, reception.source_changes), (1, 0));
+    }
+
+    #[test]
+    fn one_packet_far_from_the_others_is_a_stray() {
+        let mut phone = Phone::new();
+        phone.numbers(0..10).number(30_000).numbers(10..20);
+        let reception = phone.reception();
+        assert_eq!(counts(reception), [21, 21, 0, 0, 0]);
+        assert_eq!(reception.restarts, 0);
+    }
+
+    #[test]
+    fn a_jump_just_short_of_a_restart_is_loss() {
+        let mut phone = Phone::new();
+        phone.number(0).number(2999);
+        assert_eq!(counts(phone.reception()), [2, 3000, 2998, 0, 0]);
+    }
+
+    #[test]
+    fn a_new_source_begins_anew_and_loses_nothing_of_the_old() {
+        let mut phone = Phone::new();
+        phone.numbers([0, 1, 3]);
+        phone.source = 7;
+        phone.numbers(500..510);
+        let reception = phone.reception();
+        assert_eq!(counts(reception), [13, 14, 1, 0, 0]);
+        assert_eq!((reception.source, reception.source_changes), (7, 1));
+    }
+
+    /// RFC 3550 appendix A.8 in floating point: |D| of each packet, ms, and J after the last.
+    fn jitter_of(deviations: &[f64]) -> f64 {
+        deviations
+            .iter()
+            .fold(0.0, |jitter, deviation| jitter + (deviation - jitter) / 16.0)
+    }
+
+    #[track_caller]
+    fn is_near(nanoseconds: u64, milliseconds: f64) {
+        let measured = nanoseconds as f64 / 1e6;
+        assert!(
+            (measured - milliseconds).abs() < 0.0001 + milliseconds * 0.001,
+            "{measured} for {milliseconds}"
+        );
+    }
+
+    #[test]
+    fn jitter_follows_the_appendix() {
+        let mut phone = Phone::new();
+        phone.number(0);
+        let mut deviations = Vec::new();
+        let mut all = Vec::new();
+        for (number, after) in [20, 25, 15, 20, 3, 37, 20].into_iter().enumerate() {
+            let number = number as u32 + 1;
+            phone.send(after, number as u16, number * 160, false);
+            deviations.push((after as f64 - 20.0).abs());
+            all.push(jitter_of(&deviations));
+        }
+        let reception = phone.reception();
+        is_near(reception.jitter(), jitter_of(&deviations));
+        is_near(
+            reception.jitter_mean().expect("measured"),
+            all.iter().sum::<f64>() / 7.0,
+        );
+        is_near(
+            reception.jitter_max(),
+            all.iter().copied().fold(0.0, f64::max),
+        );
+        assert_eq!(reception.clock_rate(), Some(8000));
+    }
+
+    #[test]
+    fn what_is_lost_is_no_jitter() {
+        let mut phone = Phone::new();
+        phone.number(0).send(60, 3, 480, false);
+        assert_eq!(phone.reception().jitter(), 0);
+        is_near(phone.reception().gap_max(), 60.0);
+    }
+
+    #[test]
+    fn a_late_packet_is_compared_but_nothing_is_compared_with_it() {
+        let mut phone = Phone::new();
+        phone.number(0).number(1);
+        // 3 in its time, 2 with it, and 4 in its time again.
+        phone.send(40, 3, 480, false).send(1, 2, 320, false);
+        phone.send(19, 4, 640, false);
+        is_near(phone.reception().jitter(), jitter_of(&[0.0, 0.0, 21.0, 0.0]));
+        assert_eq!(phone.reception().measured, 3);
+    }
+
+    #[test]
+    fn a_pause_before_a_talkspurt_is_no_gap() {
+        let mut phone = Phone::new();
+        phone.numbers(0..5).send(3000, 5, 24_640, true).number(6);
+        let reception = phone.reception();
+        is_near(reception.gap_max(), 20.0);
+        assert_eq!(reception.markers, 1);
+    }
+
+    #[test]
+    fn events_do_not_disturb_the_jitter_of_the_voice() {
+        let mut phone = Phone::new();
+        phone.numbers(0..5);
+        phone.payload_type = 101;
+        for sequence in 5..9 {
+            phone.send(20, sequence, 800, false);
+        }
+        phone.payload_type = 0;
+        phone.numbers(9..12);
+        let reception = phone.reception();
+        assert_eq!(reception.jitter(), 0);
+        assert_eq!(reception.types, [0, 101, NONE, NONE]);
+        assert_eq!(counts(reception), [12, 12, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_dynamic_payload_type_is_measured_once_its_clock_is_known() {
+        let mut phone = Phone::new();
+        phone.payload_type = 111;
+        phone.send(20, 0, 0, false).send(25, 1, 960, false);
+        assert_eq!(phone.reception().jitter_mean(), None);
+        assert_eq!(phone.reception().clock_rate(), None);
+        phone.state.reception.clock = clock_of(48_000);
+        phone.state.reception.clock_type = 111;
+        phone.send(20, 2, 1920, false).send(25, 3, 2880, false);
+        is_near(phone.reception().jitter(), jitter_of(&[0.0, 5.0]));
+        assert_eq!(phone.reception().clock_rate(), Some(48_000));
+    }
+
+    #[test]
+    fn the_longest_deviation_does_not_overflow() {
+        let mut phone = Phone::new();
+        phone.number(0);
+        for number in 1..200_u32 {
+            phone.send(600_000, number as u16, number * 160, false);
+        }
+        assert!(phone.reception().jitter() > 8_000 * MS);
+        is_near(phone.reception().gap_max(), 600_000.0);
+    }
+
+    #[test]
+    fn rates_come_back_from_their_clocks() {
+        for rate in [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 90_000] {
+            assert_eq!(clock_of(clock_of(rate)), rate);
+        }
+        assert_eq!(fixed_clock(9), clock_of(8_000), "G722, by RFC 3551 4.5.2");
+        assert_eq!(fixed_clock(96), 0);
+    }
+}
