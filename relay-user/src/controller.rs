@@ -10,10 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use relay_common::{
-    reason,
-    stream::{ABI_VERSION, Address, State, Stream, StreamKey},
-};
+use relay_common::stream::{ABI_VERSION, Address, State, Stream, StreamKey};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -24,7 +21,7 @@ use crate::{
         Command, Reply,
         model::{
             AmiReport, AmiState, ApiError, Detached, ErrorCode, Feed, PairReport, PairState,
-            ReasonReport, RefusalReport, StatusReport, StreamState, Verdict,
+            RefusalReport, StatusReport, StreamState,
         },
     },
     datapath::{AttachMode, Datapath, DatapathError},
@@ -33,6 +30,7 @@ use crate::{
     pair::Pair,
     priority::Priority,
     registry::{Change, Origin, Policy, Refusal, Registry},
+    stats,
 };
 
 /// How far ahead the lease is pushed: what passes at most, after the controller froze or died, until
@@ -530,8 +528,7 @@ impl Controller {
     }
 
     fn pair_report(&self, id: u64) -> Option<PairReport> {
-        self.registry
-            .report(id, self.state(), Now::read())
+        self.registry.report(id, self.state(), Now::read())
     }
 
     fn reports(&self) -> Vec<PairReport> {
@@ -570,19 +567,7 @@ impl Controller {
             refused: census.refused,
             unproven: census.unproven,
             ami: self.ami.clone(),
-            reasons: counters
-                .into_iter()
-                .map(|(reason, counter)| ReasonReport {
-                    reason: reason.name().to_owned(),
-                    verdict: match reason.verdict() {
-                        reason::Verdict::Send => Verdict::Relayed,
-                        reason::Verdict::Pass => Verdict::Passed,
-                        reason::Verdict::Drop => Verdict::Dropped,
-                    },
-                    packets: counter.packets,
-                    bytes: counter.bytes,
-                })
-                .collect(),
+            reasons: stats::reasons(&counters),
             refusals: self
                 .refusals
                 .iter()

@@ -27,3 +27,6 @@ pub mod reception;
 pub mod registry;
 pub mod secret;
 pub mod snapshot;
+pub mod source;
+pub mod stats;
+pub mod top;

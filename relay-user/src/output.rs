@@ -69,6 +69,25 @@ impl Style {
         table
     }
 
+    /// The same without lines, however wide.
+    fn columns(self, header: &[&str]) -> Table {
+        let mut table = Self::PLAIN.table(header);
+        if self.colour {
+            table.enforce_styling();
+        }
+        table
+    }
+
+    /// Columns of the terminal; 80 where there is none.
+    fn width(self) -> usize {
+        let terminal = self
+            .lines
+            .then(|| ratatui::crossterm::terminal::size().ok());
+        terminal
+            .flatten()
+            .map_or(80, |(width, _)| usize::from(width))
+    }
+
     fn paint(self, cell: Cell, colour: Color) -> Cell {
         if self.colour { cell.fg(colour) } else { cell }
     }
@@ -138,7 +157,7 @@ fn text(text: &str) -> Cell {
 
 /// Without control characters. Channel names and causes come from the network, and must neither
 /// break a line nor drive the reader's terminal.
-fn clean(text: &str) -> Cow<'_, str> {
+pub(crate) fn clean(text: &str) -> Cow<'_, str> {
     // U+202A–U+202E and U+2066–U+2069 reorder what stands around them.
     let unfit =
         |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');

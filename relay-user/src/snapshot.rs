@@ -5,11 +5,11 @@ use std::{collections::HashMap, time::Duration};
 
 use relay_common::{
     reason::Reason,
-    stream::{Address, Counter, State, Stream, StreamKey, StreamSpec, mode, ticks},
+    stream::{Address, Counter, State, Stream, StreamKey, StreamSpec, mode},
 };
 
 use crate::{
-    clock::monotonic_now,
+    clock::Now,
     control::model::{PairReport, PairState, StreamState},
     datapath::{DatapathError, PinnedMaps},
     dscp::Dscp,
@@ -26,9 +26,9 @@ pub const LEASE_OVER: &str = "the lease is over: every packet goes to the PBX";
 pub struct Snapshot {
     /// Interface of the instance.
     pub interface: String,
-    /// When it was taken: `CLOCK_MONOTONIC`, ns.
-    pub taken: u64,
-    /// Until when anything is relayed, on the same clock.
+    /// When it was taken.
+    pub taken: Now,
+    /// Until when anything is relayed: `CLOCK_MONOTONIC`, ns.
     pub lease: u64,
     /// Size of the table of streams.
     pub max_streams: u32,
@@ -53,7 +53,7 @@ impl Snapshot {
     /// # Errors
     /// [`DatapathError::Map`].
     pub fn take(maps: &PinnedMaps) -> Result<Self, DatapathError> {
-        let taken = monotonic_now();
+        let taken = Now::read();
         let streams = maps
             .streams()?
             .iter()
@@ -79,7 +79,7 @@ impl Snapshot {
     /// Milliseconds that the lease still runs; 0 when it is over.
     #[must_use]
     pub const fn lease_ms(&self) -> u64 {
-        self.lease.saturating_sub(self.taken) / 1_000_000
+        self.lease.saturating_sub(self.taken.monotonic) / 1_000_000
     }
 
     /// What the datapath does with a stream.
@@ -126,10 +126,9 @@ impl Snapshot {
                 let _ = registry.adopt(heirloom, ways);
             }
         }
-        let now = ticks(self.taken);
         registry
             .ids()
-            .filter_map(|id| registry.report(id, state, now))
+            .filter_map(|id| registry.report(id, state, self.taken))
             .map(|pair| self.under_lease(pair))
             .collect()
     }
@@ -239,8 +238,12 @@ mod tests {
                     new_source: locals[out],
                     new_destination: remotes[out],
                     next_hop: relay_common::stream::NextHop {
-                        destination_mac: Mac { bytes: [2, 0, 0, 0, 0, 9] },
-                        source_mac: Mac { bytes: [2, 0, 0, 0, 0, 1] },
+                        destination_mac: Mac {
+                            bytes: [2, 0, 0, 0, 0, 9],
+                        },
+                        source_mac: Mac {
+                            bytes: [2, 0, 0, 0, 0, 1],
+                        },
                         known: 1,
                         mtu: 1500,
                         ..Default::default()
@@ -264,7 +267,10 @@ mod tests {
     fn snapshot(streams: Vec<Sample>) -> Snapshot {
         Snapshot {
             interface: "eth0".into(),
-            taken: 10_000_000_000,
+            taken: Now {
+                monotonic: 10_000_000_000,
+                wall: std::time::SystemTime::UNIX_EPOCH,
+            },
             lease: 12_000_000_000,
             max_streams: 64,
             streams,
@@ -293,13 +299,17 @@ mod tests {
         assert_eq!(nine.state, PairState::Waiting);
         assert_eq!(nine.streams[0].state, StreamState::Offloaded);
         assert_eq!(nine.streams[1].state, StreamState::Watching);
-        assert!(nine.why.as_deref().is_some_and(|why| why.starts_with("proof 0/8")));
+        assert!(
+            nine.why
+                .as_deref()
+                .is_some_and(|why| why.starts_with("proof 0/8"))
+        );
     }
 
     #[test]
     fn nothing_is_relayed_without_a_lease() {
         let mut late = snapshot(streams(7, 0).to_vec());
-        late.lease = late.taken;
+        late.lease = late.taken.monotonic;
         let pairs = late.pairs();
         assert_eq!(pairs[0].state, PairState::Waiting);
         assert_eq!(pairs[0].why.as_deref(), Some(LEASE_OVER));

@@ -5,6 +5,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use relay_common::reason;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -344,6 +345,16 @@ pub enum Verdict {
     Dropped,
 }
 
+impl From<reason::Verdict> for Verdict {
+    fn from(verdict: reason::Verdict) -> Self {
+        match verdict {
+            reason::Verdict::Send => Self::Relayed,
+            reason::Verdict::Pass => Self::Passed,
+            reason::Verdict::Drop => Self::Dropped,
+        }
+    }
+}
+
 /// Packets the datapath saw, by reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReasonReport {
@@ -587,6 +598,7 @@ mod tests {
         documented::<PairReport>("A pair");
         documented::<PairList>("Several pairs");
         documented::<StatusReport>("The status");
+        documented::<crate::stats::StatsReport>("Statistics");
         documented::<Detached>("Detaching");
         documented::<ErrorBody>("Errors");
     }

@@ -17,8 +17,8 @@ use std::{
 
 use aya::maps::MapInfo;
 use aya_obj::generated::{
-    BPF_F_AFTER, BPF_F_BEFORE, BPF_F_RDONLY, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd,
-    bpf_link_type,
+    BPF_F_AFTER, BPF_F_BEFORE, BPF_F_RDONLY, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE,
+    bpf_attach_type, bpf_cmd, bpf_link_type,
 };
 use nix::libc;
 

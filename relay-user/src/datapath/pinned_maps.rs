@@ -83,7 +83,10 @@ impl PinnedMaps {
         };
         let [streams, state, counters, lease] = READ.map(open);
         let (streams, state, counters, lease) = (streams?, state?, counters?, lease?);
-        let max_streams = streams.info().map_err(failed(names::STREAMS))?.max_entries();
+        let max_streams = streams
+            .info()
+            .map_err(failed(names::STREAMS))?
+            .max_entries();
         let expected = maps::layouts(max_streams)?;
         for (name, map) in READ.into_iter().zip([&streams, &state, &counters, &lease]) {
             let found = maps::layout(name, &map.info().map_err(failed(name))?);
@@ -143,7 +146,9 @@ impl PinnedMaps {
         loop {
             let mut next = 0_u32;
             let mut batch = Batch {
-                from: position.as_ref().map_or(0, |at| ptr::from_ref(at).addr() as u64),
+                from: position
+                    .as_ref()
+                    .map_or(0, |at| ptr::from_ref(at).addr() as u64),
                 to: ptr::from_mut(&mut next).addr() as u64,
                 keys: keys.as_mut_ptr().addr() as u64,
                 values: values.as_mut_ptr().addr() as u64,
@@ -159,7 +164,12 @@ impl PinnedMaps {
                 Err(source) => return Err(failed_call(source)),
             };
             let count = (batch.count as usize).min(BATCH);
-            streams.extend(keys[..count].iter().copied().zip(values[..count].iter().copied()));
+            streams.extend(
+                keys[..count]
+                    .iter()
+                    .copied()
+                    .zip(values[..count].iter().copied()),
+            );
             if done {
                 return Ok(streams);
             }

@@ -1,6 +1,6 @@
 //! What a row can be sorted and filtered by.
 
-use std::{fmt, str::FromStr};
+use std::fmt;
 
 /// A property of a row, by the name that people type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,14 @@ impl Column {
         }
     }
 
+    /// The one of this name, in whatever case.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|column| column.name().eq_ignore_ascii_case(name))
+    }
+
     /// Whether it is a number, which can be compared.
     #[must_use]
     pub const fn is_number(self) -> bool {
@@ -119,20 +127,5 @@ impl Column {
 impl fmt::Display for Column {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-/// A name that no column has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct NoColumn;
-
-impl FromStr for Column {
-    type Err = NoColumn;
-
-    fn from_str(text: &str) -> Result<Self, NoColumn> {
-        Self::ALL
-            .into_iter()
-            .find(|column| column.name().eq_ignore_ascii_case(text))
-            .ok_or(NoColumn)
     }
 }

@@ -75,7 +75,9 @@ pub enum FilterError {
     #[error("`{0}`: there is no state `{1}`; there are {states}", states = STATES.map(RowState::name).join(", "))]
     State(String, String),
     /// Nothing to compare with.
-    #[error("`{0}`: nothing follows the comparison; write a condition such as loss>1 or state=waiting")]
+    #[error(
+        "`{0}`: nothing follows the comparison; write a condition such as loss>1 or state=waiting"
+    )]
     Missing(String),
 }
 
@@ -133,9 +135,7 @@ impl FromStr for Term {
         if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_alphabetic()) {
             return Ok(word());
         }
-        let column: Column = key
-            .parse()
-            .map_err(|_| FilterError::Key(told(), key.to_owned()))?;
+        let column = Column::named(key).ok_or_else(|| FilterError::Key(told(), key.to_owned()))?;
         let value = &rest[operator.len()..];
         if value.is_empty() {
             return Err(FilterError::Missing(told()));
@@ -157,10 +157,7 @@ impl FromStr for Term {
         };
         let value = value.to_lowercase();
         if column == Column::State && !STATES.iter().any(|state| state.name() == value) {
-            return Err(FilterError::State(
-                told(),
-                value.escape_debug().to_string(),
-            ));
+            return Err(FilterError::State(told(), value.escape_debug().to_string()));
         }
         Ok(Self::Text(column, equality, value))
     }
@@ -180,8 +177,12 @@ impl Term {
                     Column::Why,
                 ];
                 row.pair.to_string() == *word
-                    || columns.into_iter().any(|column| contains(row, column, word))
-                    || row.local.is_some_and(|local| local.to_string().contains(word))
+                    || columns
+                        .into_iter()
+                        .any(|column| contains(row, column, word))
+                    || row
+                        .local
+                        .is_some_and(|local| local.to_string().contains(word))
                     || is_leg(row, word)
                     || row.pair_state.name().contains(word)
             }
@@ -275,7 +276,14 @@ mod tests {
             let filter: Filter = word.parse().expect(word);
             assert!(filter.matches(&row()), "{word}");
         }
-        for word in ["70", "192.0.2.111", "bob", "proof bob", "offloaded", "10000=192.0.2.12"] {
+        for word in [
+            "70",
+            "192.0.2.111",
+            "bob",
+            "proof bob",
+            "offloaded",
+            "10000=192.0.2.12",
+        ] {
             let filter: Filter = word.parse().expect(word);
             assert!(!filter.matches(&row()), "{word}");
         }
@@ -311,7 +319,12 @@ mod tests {
             let filter: Filter = text.parse().expect(text);
             assert_eq!(filter.matches(&row()), expected, "{text}");
         }
-        assert!("rate>1".parse::<Filter>().expect("filter").asks_for(Column::Rate));
+        assert!(
+            "rate>1"
+                .parse::<Filter>()
+                .expect("filter")
+                .asks_for(Column::Rate)
+        );
     }
 
     #[test]
@@ -322,7 +335,10 @@ mod tests {
             ("loss>nan", "not a number"),
             ("loss>", "nothing follows"),
             ("state>waiting", "only be compared with = and !="),
-            ("state=wating", "offloaded, watching, waiting, suspended, refused"),
+            (
+                "state=wating",
+                "offloaded, watching, waiting, suspended, refused",
+            ),
             ("a state=x\u{1b}", "\\u{1b}"),
         ] {
             let error = text.parse::<Filter>().expect_err(text).to_string();

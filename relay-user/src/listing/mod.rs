@@ -2,12 +2,14 @@
 
 mod column;
 mod filter;
+mod grade;
 mod order;
 mod row;
 
 pub use self::{
     column::Column,
     filter::{Filter, FilterError},
+    grade::Grade,
     order::{Order, OrderError},
     row::{Row, RowState},
 };
@@ -25,7 +27,9 @@ pub fn arranged(pairs: Vec<PairReport>, filter: &Filter, order: Order) -> Vec<Pa
             if !rows.iter().any(|row| filter.matches(row)) {
                 return None;
             }
-            let first = rows.into_iter().min_by(|one, other| order.compare(one, other))?;
+            let first = rows
+                .into_iter()
+                .min_by(|one, other| order.compare(one, other))?;
             Some((first, pair))
         })
         .collect();

@@ -35,9 +35,8 @@ impl FromStr for Order {
             Some(name) => (true, name),
             None => (false, text),
         };
-        let column = name
-            .parse()
-            .map_err(|_| OrderError(text.escape_debug().to_string()))?;
+        let column =
+            Column::named(name).ok_or_else(|| OrderError(text.escape_debug().to_string()))?;
         Ok(Self { column, descending })
     }
 }
@@ -64,9 +63,11 @@ impl Order {
             }
         };
         let known = if self.column.is_number() {
-            present(one.number(self.column), other.number(self.column), |a, b| {
-                directed(a.total_cmp(b))
-            })
+            present(
+                one.number(self.column),
+                other.number(self.column),
+                |a, b| directed(a.total_cmp(b)),
+            )
         } else {
             match self.column {
                 Column::From => present(one.from, other.from, |a, b| directed(a.cmp(b))),
@@ -104,10 +105,13 @@ mod tests {
         assert_eq!(order.column, Column::Loss);
         assert!(order.descending && !order.reversed().descending);
         for column in Column::ALL {
-            assert_eq!(column.name().parse(), Ok(column));
+            assert_eq!(Column::named(column.name()), Some(column));
         }
         let error = "lost".parse::<Order>().expect_err("no column").to_string();
-        assert!(error.contains("`lost`") && error.contains("loss, jitter, mos"), "{error}");
+        assert!(
+            error.contains("`lost`") && error.contains("loss, jitter, mos"),
+            "{error}"
+        );
         assert!("".parse::<Order>().is_err());
         assert!("-".parse::<Order>().is_err());
     }

@@ -81,7 +81,7 @@ pub struct Row {
     /// The PBX's name of the call.
     pub call: Option<Arc<str>>,
     /// Codec of the last packet.
-    pub codec: Option<Arc<str>>,
+    pub codec: Option<Cow<'static, str>>,
     /// Why it is not offloaded, in words.
     pub why: Option<Arc<str>>,
     /// Packets relayed in the kernel.
@@ -131,6 +131,7 @@ impl Row {
     fn stream(&self, pair: &PairReport, stream: &StreamReport) -> Self {
         let leg = usize::from(stream.leg);
         let channel = pair.channels.get(leg);
+        let reception = &stream.reception;
         Self {
             leg: Some(stream.leg),
             state: stream.state.into(),
@@ -140,6 +141,12 @@ impl Row {
             channel: channel.map(|channel| channel.as_str().into()),
             why: stream.why.as_deref().map(Into::into),
             packets: stream.packets,
+            received: reception.packets,
+            // Of nothing that came, nothing is known.
+            loss: (reception.packets != 0).then_some(reception.lost_percent),
+            jitter: reception.jitter_ms,
+            mos: reception.mos,
+            codec: reception.codec.clone().map(Cow::Owned),
             silent_ms: stream.silent_ms,
             ..self.clone()
         }
@@ -159,6 +166,18 @@ impl Row {
             Column::Silent => self.silent_ms.map(|silent| silent as f64),
             _ => None,
         }
+    }
+
+    /// The same with as many digits as matter, or `-`.
+    #[must_use]
+    pub fn figure(&self, column: Column) -> String {
+        let digits = match column {
+            Column::Loss | Column::Mos => 2,
+            Column::Jitter => 1,
+            _ => 0,
+        };
+        self.number(column)
+            .map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
     }
 
     /// The value of a column that is text.

@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn events_are_one_aligned_line_each() {
-        let description = include_str!("../../docs/api.md");
+        let description = include_str!("../../../docs/api.md");
         let section = description.split("\n## Events\n").nth(1).expect("section");
         let block = section.split("```json\n").nth(1).expect("block");
         let lines = block.split("```").next().expect("end").lines();
@@ -133,5 +133,4 @@ mod tests {
             assert!(!colour.contains("[2J") || !colour.contains("\u{1b}[2J"));
         }
     }
-
 }

@@ -1,23 +1,30 @@
 //! Pairs: what `list`, `show`, `add` and `remove` print.
 
-use std::fmt::Write as _;
+use std::borrow::Cow;
 
-use comfy_table::{Cell, Color};
+use comfy_table::{Cell, CellAlignment, Color};
 
 use super::{Facts, Style, clean, drawn, number, text};
 use crate::{
-    control::model::{
-        LegReport, MarkReport, NextHopReport, PairReport, PairState, StreamReport, StreamState,
-    },
+    control::model::{LegReport, MarkReport, NextHopReport, PairReport, PairState, StreamReport},
     dscp,
+    listing::{Column, Grade, Row, RowState},
     pair::Proof,
 };
 
-/// Every pair, a line each.
+/// Every pair: a line each or, on a terminal, a line for each stream, which fits 80 columns.
 pub fn pairs(pairs: &[PairReport], style: Style) -> String {
     if pairs.is_empty() {
         return "no pairs\n".to_owned();
     }
+    if style.lines {
+        by_stream(pairs, style)
+    } else {
+        by_pair(pairs, style)
+    }
+}
+
+fn by_pair(pairs: &[PairReport], style: Style) -> String {
     let mut table = style.table(&[
         "ID",
         "FEED",
@@ -25,31 +32,131 @@ pub fn pairs(pairs: &[PairReport], style: Style) -> String {
         "FIRST LEG",
         "SECOND LEG",
         "PACKETS",
+        "LOSS %",
+        "JITTER MS",
+        "MOS",
         "WHY",
     ]);
     for pair in pairs {
-        let legs = pair.legs.iter().map(|report| {
-            // Between the addresses, or a narrow terminal would break them in the middle.
-            if style.lines {
-                leg(report).replace('=', "=\n")
-            } else {
-                leg(report)
-            }
-        });
+        let legs = pair.legs.iter().map(leg);
         // A call that was never offered has no addresses to be known by.
         let channels = pair.channels.iter().skip(pair.legs.len());
         let mut legs = legs.chain(channels.map(|channel| clean(channel).into_owned()));
+        let rows = Row::of_pair(pair);
+        // The phones of both legs.
+        let both = |column| {
+            let values: Vec<_> = rows.iter().map(|row| row.figure(column)).collect();
+            let unknown = values.iter().all(|value| value == "-");
+            Cell::new(if unknown {
+                "-".to_owned()
+            } else {
+                values.join("/")
+            })
+            .set_alignment(CellAlignment::Right)
+        };
         table.add_row([
             number(pair.id),
-            Cell::new(feed(pair.feed)),
+            Cell::new(pair.feed.name()),
             pair_state(pair.state, style),
             Cell::new(legs.next().unwrap_or_else(|| "-".into())),
             Cell::new(legs.next().unwrap_or_else(|| "-".into())),
             number(packets(pair)),
+            both(Column::Loss),
+            both(Column::Jitter),
+            both(Column::Mos),
             text(pair.why.as_deref().unwrap_or_default()),
         ]);
     }
     drawn(&table)
+}
+
+fn by_stream(pairs: &[PairReport], style: Style) -> String {
+    let mut table = style.columns(&[
+        "ID",
+        "STATE",
+        "FEED",
+        "FROM",
+        "PACKETS",
+        "LOSS %",
+        "JITTER MS",
+        "MOS",
+        "CHANNEL",
+    ]);
+    // What stands below the rows of each pair.
+    let mut notes = Vec::new();
+    for pair in pairs {
+        let rows = Row::of_pair(pair);
+        for (index, row) in rows.iter().enumerate() {
+            let first = index == 0;
+            let from = row
+                .from
+                .map_or_else(|| "-".to_owned(), |from| from.to_string());
+            table.add_row([
+                if first {
+                    number(pair.id)
+                } else {
+                    Cell::new("")
+                },
+                row_state(
+                    if rows.len() == 1 {
+                        pair.state.into()
+                    } else {
+                        row.state
+                    },
+                    style,
+                ),
+                Cell::new(if first { pair.feed.name() } else { "" }),
+                Cell::new(from),
+                number(row.packets),
+                measured(row, Column::Loss, style),
+                measured(row, Column::Jitter, style),
+                measured(row, Column::Mos, style),
+                text(row.channel.as_deref().unwrap_or_default()),
+            ]);
+        }
+        notes.push((rows.len(), pair.why.as_deref()));
+    }
+    let width = style.width();
+    let lines = drawn(&table);
+    let mut lines = lines.lines();
+    let mut screen = lines
+        .next()
+        .map(|header| header.to_owned() + "\n")
+        .unwrap_or_default();
+    for (rows, why) in notes {
+        for line in lines.by_ref().take(rows) {
+            screen.push_str(line);
+            screen.push('\n');
+        }
+        for line in why.into_iter().flat_map(|why| wrapped(why, width)) {
+            screen.push_str(&line);
+            screen.push('\n');
+        }
+    }
+    screen
+}
+
+/// A reason below the row that it is about.
+fn wrapped(why: &str, width: usize) -> Vec<String> {
+    let options = textwrap::Options::new(width.max(20))
+        .initial_indent("      ")
+        .subsequent_indent("      ");
+    textwrap::wrap(&clean(why), options)
+        .into_iter()
+        .map(Cow::into_owned)
+        .collect()
+}
+
+fn measured(row: &Row, column: Column, style: Style) -> Cell {
+    let cell = Cell::new(row.figure(column)).set_alignment(CellAlignment::Right);
+    match row
+        .number(column)
+        .and_then(|value| Grade::of(column, value))
+    {
+        Some(Grade::Fair) => style.paint(cell, Color::Yellow),
+        Some(Grade::Bad) => style.paint(cell, Color::Red),
+        Some(Grade::Good) | None => cell,
+    }
 }
 
 /// One pair, whole.
@@ -60,7 +167,7 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
     if let Some(why) = &pair.why {
         facts.add("why", why);
     }
-    facts.add("feed", feed(pair.feed));
+    facts.add("feed", pair.feed.name());
     if let Some(call) = &pair.call {
         facts.add("call", call);
     }
@@ -89,30 +196,116 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
     if pair.streams.is_empty() {
         return facts.drawn();
     }
-    let mut table = style.table(&[
-        "FROM", "TO", "STATE", "PROOF", "PACKETS", "BYTES", "CAME AS", "NEXT HOP",
-    ]);
-    for stream in &pair.streams {
-        table.add_row([
-            Cell::new(stream.from),
-            Cell::new(stream.to),
-            stream_state(stream, style),
-            text(&stream.proof.map_or_else(
-                || "-".into(),
-                |proof| format!("{}/{}", proof.equal, proof.of),
-            )),
-            number(stream.packets),
-            number(stream.bytes),
-            text(&marks(&stream.marks)),
-            text(
-                &stream
-                    .next_hop
-                    .as_ref()
-                    .map_or_else(|| "not known yet".into(), next_hop),
-            ),
-        ]);
-    }
-    format!("{}\n{}", facts.drawn(), drawn(&table))
+    format!("{}\n{}", facts.drawn(), streams(&pair.streams, style))
+}
+
+/// Both streams beside each other, a figure in each line.
+fn streams(streams: &[StreamReport], style: Style) -> String {
+    let header = ["STREAM", "FROM FIRST", "FROM SECOND"];
+    let mut table = style.table(&header[..=streams.len().min(2)]);
+    let mut add = |name: &str, value: &dyn Fn(&StreamReport) -> String| {
+        let values = streams.iter().map(|stream| text(&value(stream)));
+        table.add_row(std::iter::once(Cell::new(name)).chain(values));
+    };
+    let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    add("from", &|stream| stream.from.to_string());
+    add("to", &|stream| stream.to.to_string());
+    add("state", &|stream| {
+        RowState::from(stream.state).name().to_owned()
+    });
+    add("proof", &|stream| {
+        or_dash(
+            stream
+                .proof
+                .map(|proof| format!("{}/{}", proof.equal, proof.of)),
+        )
+    });
+    add("packets relayed", &|stream| stream.packets.to_string());
+    add("bytes relayed", &|stream| stream.bytes.to_string());
+    add("packets received", &|stream| {
+        stream.reception.packets.to_string()
+    });
+    add("bytes received", &|stream| {
+        stream.reception.bytes.to_string()
+    });
+    add("lost", &|stream| {
+        let reception = &stream.reception;
+        format!("{} ({:.3} %)", reception.lost, reception.lost_percent)
+    });
+    add("duplicates", &|stream| {
+        stream.reception.duplicates.to_string()
+    });
+    add("reordered", &|stream| {
+        stream.reception.reordered.to_string()
+    });
+    add("restarts", &|stream| stream.reception.restarts.to_string());
+    let jitter = |value: Option<f64>| or_dash(value.map(|value| format!("{value:.3} ms")));
+    add("jitter", &|stream| jitter(stream.reception.jitter_ms));
+    add("jitter, mean", &|stream| {
+        jitter(stream.reception.jitter_mean_ms)
+    });
+    add("jitter, highest", &|stream| {
+        jitter(stream.reception.jitter_max_ms)
+    });
+    add("longest gap", &|stream| {
+        format!("{:.1} ms", stream.reception.largest_gap_ms)
+    });
+    add("MOS, estimated", &|stream| {
+        or_dash(stream.reception.mos.map(|mos| format!("{mos:.2}")))
+    });
+    add("codec", &|stream| or_dash(stream.reception.codec.clone()));
+    add("clock rate", &|stream| {
+        or_dash(stream.reception.clock_rate.map(|rate| format!("{rate} Hz")))
+    });
+    add("payload type", &|stream| {
+        or_dash(stream.reception.payload_type.map(|now| now.to_string()))
+    });
+    add("payload types seen", &|stream| {
+        let types = &stream.reception.payload_types;
+        let types: Vec<_> = types.iter().map(ToString::to_string).collect();
+        or_dash((!types.is_empty()).then(|| types.join(", ")))
+    });
+    add("SSRC", &|stream| or_dash(stream.reception.ssrc.clone()));
+    add("SSRC changes", &|stream| {
+        stream.reception.ssrc_changes.to_string()
+    });
+    add("markers", &|stream| stream.reception.markers.to_string());
+    add("last packet", &|stream| {
+        or_dash(stream.reception.last_arrival.clone())
+    });
+    add("silent", &|stream| {
+        or_dash(stream.silent_ms.map(|silent| format!("{silent} ms")))
+    });
+    add("came as", &|stream| marks(&stream.marks));
+    let hop = |value: fn(&NextHopReport) -> String| {
+        move |stream: &StreamReport| {
+            stream
+                .next_hop
+                .as_ref()
+                .map_or_else(|| "not known yet".to_owned(), value)
+        }
+    };
+    add(
+        "to MAC",
+        &hop(|hop| hop.destination_mac.clone().unwrap_or_else(|| "-".into())),
+    );
+    add(
+        "from MAC",
+        &hop(|hop| hop.source_mac.clone().unwrap_or_else(|| "-".into())),
+    );
+    add(
+        "VLAN",
+        &hop(|hop| {
+            let tags: Vec<_> = hop.vlan.iter().map(ToString::to_string).collect();
+            if tags.is_empty() {
+                "-".to_owned()
+            } else {
+                tags.join(", ")
+            }
+        }),
+    );
+    add("MTU", &hop(|hop| hop.mtu.to_string()));
+    drawn(&table)
 }
 
 /// The shares of the DSCP that a phone's packets came with, in percent.
@@ -158,43 +351,21 @@ fn leg(leg: &LegReport) -> String {
     format!("{}={}", leg.local, leg.remote)
 }
 
-fn next_hop(hop: &NextHopReport) -> String {
-    let mut line = match (&hop.source_mac, &hop.destination_mac) {
-        (Some(source), Some(destination)) => format!("{source} > {destination}"),
-        _ => "without Ethernet".to_owned(),
-    };
-    for vlan in &hop.vlan {
-        let _ = write!(line, ", VLAN {vlan}");
-    }
-    let _ = write!(line, ", MTU {}", hop.mtu);
-    line
+fn pair_state(state: PairState, style: Style) -> Cell {
+    row_state(state.into(), style)
 }
 
 fn pair_state_name(state: PairState) -> &'static str {
-    match state {
-        PairState::Offloaded => "offloaded",
-        PairState::Waiting => "waiting",
-        PairState::Refused => "refused",
-    }
+    RowState::from(state).name()
 }
 
-fn pair_state(state: PairState, style: Style) -> Cell {
+fn row_state(state: RowState, style: Style) -> Cell {
     let colour = match state {
-        PairState::Offloaded => Color::Green,
-        PairState::Waiting => Color::Yellow,
-        PairState::Refused => Color::Red,
+        RowState::Offloaded => Color::Green,
+        RowState::Waiting | RowState::Watching => Color::Yellow,
+        RowState::Suspended | RowState::Refused => Color::Red,
     };
-    style.paint(Cell::new(pair_state_name(state)), colour)
-}
-
-fn stream_state(stream: &StreamReport, style: Style) -> Cell {
-    let (name, colour) = match stream.state {
-        StreamState::Waiting => ("waiting", Color::Yellow),
-        StreamState::Watching => ("watching", Color::Yellow),
-        StreamState::Offloaded => ("offloaded", Color::Green),
-        StreamState::Suspended => ("suspended", Color::Red),
-    };
-    style.paint(Cell::new(name), colour)
+    style.paint(Cell::new(state.name()), colour)
 }
 
 #[cfg(test)]
@@ -223,6 +394,9 @@ mod tests {
                 "FIRST LEG",
                 "SECOND LEG",
                 "PACKETS",
+                "LOSS %",
+                "JITTER MS",
+                "MOS",
                 "WHY"
             ]
         );
@@ -234,11 +408,14 @@ mod tests {
                 "offloaded",
                 "192.0.2.1:10000=192.0.2.11:30000",
                 "192.0.2.1:10002=192.0.2.12:30002",
-                "3003"
+                "3003",
+                "0.20/0.00",
+                "0.4/0.1",
+                "4.40/4.41"
             ]
         );
         assert_eq!(rows[2][2], "waiting");
-        assert_eq!(rows[2][6], "no neighbour");
+        assert_eq!(rows[2][9], "no neighbour");
         assert_eq!(
             rows[3],
             [
@@ -248,6 +425,9 @@ mod tests {
                 "PJSIP/alice-00000001",
                 "PJSIP/bob-00000002",
                 "0",
+                "-",
+                "-",
+                "-",
                 "no neighbour"
             ]
         );
@@ -270,11 +450,28 @@ mod tests {
             "call           0e0f7c4e-6d5e-4b6e-9d3b-0b8f6d0a7c11",
             "first leg      192.0.2.1:10000=192.0.2.11:30000 (PJSIP/alice-00000001)",
             "payload types  0, 101:96",
-            "02:00:00:00:00:01 > 02:00:00:00:00:0c, VLAN 100, MTU 1500",
-            "321000",
-            "8/8",
         ] {
             assert!(text.contains(fragment), "{fragment} in {text}");
+        }
+        let rows = rows(&text);
+        for row in [
+            ["to", "192.0.2.12:30002", "192.0.2.11:30000"],
+            ["state", "offloaded", "offloaded"],
+            ["proof", "8/8", "8/8"],
+            ["bytes relayed", "321000", "321642"],
+            ["packets received", "1512", "1515"],
+            ["lost", "3 (0.198 %)", "0 (0.000 %)"],
+            ["reordered", "1", "0"],
+            ["jitter, highest", "2.117 ms", "0.940 ms"],
+            ["longest gap", "61.2 ms", "23.6 ms"],
+            ["MOS, estimated", "4.40", "4.41"],
+            ["payload types seen", "0, 101", "0, 96"],
+            ["SSRC", "0x1f2e3d4c", "0x8a01b2c3"],
+            ["came as", "ef 100%", "cs0 99%, ef 0%"],
+            ["to MAC", "02:00:00:00:00:0c", "02:00:00:00:00:0b"],
+            ["VLAN", "100", "-"],
+        ] {
+            assert!(rows.contains(&row.to_vec()), "{row:?} in {text}");
         }
         let mut waiting: PairReport = example("A pair");
         waiting.proof = Proof::None;
@@ -307,27 +504,72 @@ mod tests {
         assert_eq!(removed(&[], Style::PLAIN), "there was no pair to remove\n");
     }
 
+    const TERMINAL: Style = Style {
+        lines: true,
+        colour: false,
+    };
+
     #[test]
     fn only_a_terminal_gets_lines_and_only_with_colour_escapes() {
-        let report = [example::<PairReport>("A pair")];
-        let plain = pairs(&report, Style::PLAIN);
+        let report = example::<PairReport>("A pair");
+        let drawn = |style| pairs(std::slice::from_ref(&report), style) + &pair(&report, style);
+        let plain = drawn(Style::PLAIN);
         assert!(!plain.contains(['\u{1b}', '─']), "{plain}");
-        let lines = pairs(
-            &report,
-            Style {
-                lines: true,
-                colour: false,
-            },
-        );
+        let lines = drawn(TERMINAL);
         assert!(lines.contains('─') && !lines.contains('\u{1b}'), "{lines}");
-        let colour = pairs(
-            &report,
-            Style {
-                lines: true,
-                colour: true,
-            },
-        );
+        let colour = drawn(Style {
+            colour: true,
+            ..TERMINAL
+        });
         assert!(colour.contains('\u{1b}'), "{colour}");
+    }
+
+    #[test]
+    fn on_a_terminal_each_stream_has_a_line_and_the_reason_its_own() {
+        let mut waiting: PairReport = example("A pair");
+        waiting.state = PairState::Waiting;
+        waiting.why = Some(
+            "proof 3/8: nothing came out of the PBX yet, for whatever reason it may have had"
+                .into(),
+        );
+        waiting.streams[1].reception.lost_percent = 12.5;
+        for leg in &mut waiting.channels {
+            leg.clear();
+        }
+        let text = pairs(&[waiting, example("A pair")], TERMINAL);
+        let table = rows(&text);
+        assert_eq!(
+            table[1],
+            [
+                "7",
+                "offloaded",
+                "ami",
+                "192.0.2.11:30000",
+                "1500",
+                "0.20",
+                "0.4",
+                "4.40"
+            ]
+        );
+        assert_eq!(
+            table[2],
+            [
+                "offloaded",
+                "192.0.2.12:30002",
+                "1503",
+                "12.50",
+                "0.1",
+                "4.41"
+            ]
+        );
+        assert_eq!(
+            table[3][0],
+            "proof 3/8: nothing came out of the PBX yet, for whatever reason it may have"
+        );
+        assert_eq!(table[4], ["had"]);
+        assert_eq!(table[5].last(), Some(&"PJSIP/alice-00000001"));
+        let wide = |line: &&str| line.len() > 80;
+        assert!(!text.lines().take(5).any(|line| wide(&line)), "{text}");
     }
 
     #[test]
@@ -346,5 +588,4 @@ mod tests {
             assert!(!text.contains("\nID  FEED"), "{text:?}");
         }
     }
-
 }
