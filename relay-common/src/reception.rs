@@ -266,7 +266,9 @@ fn measure(state: *mut State, packet: &Arrived, in_sequence: bool) {
     let deviation = (elapsed - spacing).unsigned_abs() >> JITTER_SHIFT;
     let deviation = deviation.min(DEVIATION_MAX) as u32;
     let jitter = load!(state, reception.jitter);
-    let jitter = jitter.wrapping_add(deviation).wrapping_sub((jitter + 8) >> 4);
+    let jitter = jitter
+        .wrapping_add(deviation)
+        .wrapping_sub((jitter + 8) >> 4);
     store!(state, jitter, reception.jitter);
     if !regular {
         return;
@@ -552,9 +554,9 @@ mod tests {
 
     /// RFC 3550 appendix A.8 in floating point: |D| of each packet, ms, and J after the last.
     fn jitter_of(deviations: &[f64]) -> f64 {
-        deviations
-            .iter()
-            .fold(0.0, |jitter, deviation| jitter + (deviation - jitter) / 16.0)
+        deviations.iter().fold(0.0, |jitter, deviation| {
+            jitter + (deviation - jitter) / 16.0
+        })
     }
 
     #[track_caller]
@@ -606,7 +608,10 @@ mod tests {
         // 3 in its time, 2 with it, and 4 in its time again.
         phone.send(40, 3, 480, false).send(1, 2, 320, false);
         phone.send(19, 4, 640, false);
-        is_near(phone.reception().jitter(), jitter_of(&[0.0, 0.0, 21.0, 0.0]));
+        is_near(
+            phone.reception().jitter(),
+            jitter_of(&[0.0, 0.0, 21.0, 0.0]),
+        );
         assert_eq!(phone.reception().measured, 3);
     }
 

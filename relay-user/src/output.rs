@@ -80,9 +80,7 @@ impl Style {
 
     /// Columns of the terminal; 80 where there is none.
     fn width(self) -> usize {
-        let terminal = self
-            .lines
-            .then(|| ratatui::crossterm::terminal::size().ok());
+        let terminal = self.lines.then(|| crossterm::terminal::size().ok());
         terminal
             .flatten()
             .map_or(80, |(width, _)| usize::from(width))

@@ -27,6 +27,7 @@ pub mod scenario;
 pub mod sip;
 pub mod softphone;
 pub mod tables;
+pub mod terminal;
 pub mod topology;
 pub mod transit;
 pub mod tun;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ratatui::crossterm::terminal;
+use crossterm::terminal;
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep_until},

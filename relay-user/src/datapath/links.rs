@@ -310,8 +310,7 @@ struct PinnedObject {
     flags: u32,
 }
 
-/// Opens a pinned map for reading alone: the kernel lets nobody write through the descriptor, nor map it
-/// into memory to be written (bpf_map_mmap() in kernel/bpf/syscall.c).
+/// Opens a pinned map for reading alone: nobody can write through the descriptor.
 pub(super) fn open_read_only(path: &Path) -> io::Result<OwnedFd> {
     let name = name_of(path)?;
     let mut get = PinnedObject {

@@ -176,7 +176,7 @@ impl LeaseMap {
         mapped(names::LEASE, map, size_of::<Lease>()).map(Self)
     }
 
-    /// Of a map that may only be read.
+    /// To be read only.
     pub(super) fn read_only(map: &MapData) -> Result<Self, DatapathError> {
         mapped_read_only(names::LEASE, map, size_of::<Lease>()).map(Self)
     }
@@ -204,7 +204,7 @@ fn mapped(name: &'static str, map: &MapData, length: usize) -> Result<MmapRaw, D
         .map_err(|source| DatapathError::Mmap { map: name, source })
 }
 
-/// The same for a map that may only be read. Whoever writes there is killed by the kernel.
+/// The same, to be read only: whoever writes there is killed by the kernel.
 fn mapped_read_only(
     name: &'static str,
     map: &MapData,
@@ -229,7 +229,7 @@ impl StateMap {
         Ok(Self { memory, entries })
     }
 
-    /// Of a map that may only be read.
+    /// To be read only.
     pub(super) fn read_only(map: &MapData, entries: u32) -> Result<Self, DatapathError> {
         let length = entries as usize * size_of::<State>();
         let memory = mapped_read_only(names::STATE, map, length)?;

@@ -78,6 +78,11 @@ impl PinnedMaps {
         let files = files(&directory)?;
         let open = |name| -> Result<MapData, DatapathError> {
             let path = directory.join(name);
+            // Only what may be written can be mapped, if only to be read: of another file, mmap(2) clears
+            // the flag VM_SHARED, which bpf_map_mmap() asks for (do_mmap() in mm/mmap.c).
+            if [names::STATE, names::LEASE].contains(&name) {
+                return MapData::from_pin(&path).map_err(failed(name));
+            }
             let descriptor = open_read_only(&path).map_err(error(&path))?;
             MapData::from_fd(descriptor).map_err(failed(name))
         };

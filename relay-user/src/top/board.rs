@@ -131,13 +131,13 @@ impl Board {
     /// Sorts by another column or the other way.
     pub fn sort(&mut self, order: Order) {
         self.order = order;
-        self.arrange();
+        self.arrange(self.position());
     }
 
     /// Shows other rows.
     pub fn filter(&mut self, filter: Filter) {
         self.filter = filter;
-        self.arrange();
+        self.arrange(self.position());
     }
 
     /// Rows in order, as far as the filter lets them through.
@@ -277,20 +277,22 @@ impl Board {
                 rows.push(row.clone());
             }
         }
+        // Before they change: the indices are those of the rows as they were.
+        let place = self.position();
         self.rows = rows;
-        self.arrange();
+        self.arrange(place);
     }
 
-    fn arrange(&mut self) {
+    /// Sorts and filters. Where the chosen row is gone, what is in its place is chosen.
+    fn arrange(&mut self, place: Option<usize>) {
         let mut shown: Vec<usize> = (0..self.rows.len())
             .filter(|index| self.filter.matches(&self.rows[*index]))
             .collect();
         shown.sort_by(|one, other| self.order.compare(&self.rows[*one], &self.rows[*other]));
-        // The place of one that is gone.
-        let place = self.position().unwrap_or_default();
         self.shown = shown;
         if self.position().is_none() {
-            self.choose(place.min(self.shown.len().saturating_sub(1)));
+            let last = self.shown.len().saturating_sub(1);
+            self.choose(place.unwrap_or_default().min(last));
         }
     }
 }

@@ -17,7 +17,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use ratatui::crossterm::event::{self, Event};
+use crossterm::event::{self, Event};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
