@@ -167,11 +167,11 @@ pub(crate) fn clean(text: &str) -> Cow<'_, str> {
 }
 
 #[cfg(test)]
-mod examples {
+pub(crate) mod examples {
     //! What docs/api.md shows, and tables taken apart.
 
     /// The examples of docs/api.md, so that the two descriptions of one thing agree.
-    pub(super) fn example<T: serde::de::DeserializeOwned>(heading: &str) -> T {
+    pub(crate) fn example<T: serde::de::DeserializeOwned>(heading: &str) -> T {
         let description = include_str!("../../docs/api.md");
         let section = description
             .split("\n## ")
@@ -181,7 +181,7 @@ mod examples {
         serde_json::from_str(block.split("```").next().expect("end")).expect("example")
     }
 
-    pub(super) fn rows(text: &str) -> Vec<Vec<&str>> {
+    pub(crate) fn rows(text: &str) -> Vec<Vec<&str>> {
         text.lines()
             .map(|line| {
                 line.split("  ")

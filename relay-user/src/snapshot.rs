@@ -199,7 +199,7 @@ impl Snapshot {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use relay_common::{
         stream::{Endpoint, PayloadType, feed},
         wire::Mac,
@@ -216,7 +216,7 @@ mod tests {
     }
 
     /// Both streams of a pair, with the same proof and next hop.
-    fn streams(pair: u64, first_slot: u32) -> [Sample; 2] {
+    pub(crate) fn streams(pair: u64, first_slot: u32) -> [Sample; 2] {
         let port = 10_000 + 4 * pair;
         let locals = [0, 2].map(|more| endpoint(&format!("192.0.2.1:{}", port + more)));
         let remotes = [11, 12].map(|host| endpoint(&format!("192.0.2.{host}:{port}")));
@@ -264,7 +264,7 @@ mod tests {
         })
     }
 
-    fn snapshot(streams: Vec<Sample>) -> Snapshot {
+    pub(crate) fn snapshot(streams: Vec<Sample>) -> Snapshot {
         Snapshot {
             interface: "eth0".into(),
             taken: Now {

@@ -1,6 +1,6 @@
 //! By what rows are sorted.
 
-use std::{cmp::Ordering, str::FromStr};
+use std::{cmp::Ordering, fmt, str::FromStr};
 
 use super::{Column, Row};
 
@@ -26,6 +26,13 @@ impl Default for Order {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("there is no column `{0}`: sort by one of {all}, with `-` before it for the largest first", all = Column::names(|_| true))]
 pub struct OrderError(String);
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sign = if self.descending { "-" } else { "" };
+        write!(f, "{sign}{}", self.column)
+    }
+}
 
 impl FromStr for Order {
     type Err = OrderError;

@@ -70,8 +70,12 @@ fn by_pair(pairs: &[PairReport], style: Style) -> String {
     drawn(&table)
 }
 
+/// Columns of a terminal from which on the channels are shown too: 79 for the rest, and their own.
+const WITH_CHANNELS: usize = 110;
+
 fn by_stream(pairs: &[PairReport], style: Style) -> String {
-    let mut table = style.columns(&[
+    let width = style.width();
+    let mut header = vec![
         "ID",
         "STATE",
         "FEED",
@@ -80,8 +84,12 @@ fn by_stream(pairs: &[PairReport], style: Style) -> String {
         "LOSS %",
         "JITTER MS",
         "MOS",
-        "CHANNEL",
-    ]);
+    ];
+    let with_channels = width >= WITH_CHANNELS;
+    if with_channels {
+        header.push("CHANNEL");
+    }
+    let mut table = style.columns(&header);
     // What stands below the rows of each pair.
     let mut notes = Vec::new();
     for pair in pairs {
@@ -91,32 +99,27 @@ fn by_stream(pairs: &[PairReport], style: Style) -> String {
             let from = row
                 .from
                 .map_or_else(|| "-".to_owned(), |from| from.to_string());
-            table.add_row([
+            let mut cells = vec![
                 if first {
                     number(pair.id)
                 } else {
                     Cell::new("")
                 },
-                row_state(
-                    if rows.len() == 1 {
-                        pair.state.into()
-                    } else {
-                        row.state
-                    },
-                    style,
-                ),
+                row_state(row.state, style),
                 Cell::new(if first { pair.feed.name() } else { "" }),
                 Cell::new(from),
                 number(row.packets),
                 measured(row, Column::Loss, style),
                 measured(row, Column::Jitter, style),
                 measured(row, Column::Mos, style),
-                text(row.channel.as_deref().unwrap_or_default()),
-            ]);
+            ];
+            if with_channels {
+                cells.push(text(row.channel.as_deref().unwrap_or_default()));
+            }
+            table.add_row(cells);
         }
         notes.push((rows.len(), pair.why.as_deref()));
     }
-    let width = style.width();
     let lines = drawn(&table);
     let mut lines = lines.lines();
     let mut screen = lines
@@ -533,9 +536,6 @@ mod tests {
                 .into(),
         );
         waiting.streams[1].reception.lost_percent = 12.5;
-        for leg in &mut waiting.channels {
-            leg.clear();
-        }
         let text = pairs(&[waiting, example("A pair")], TERMINAL);
         let table = rows(&text);
         assert_eq!(
@@ -567,9 +567,7 @@ mod tests {
             "proof 3/8: nothing came out of the PBX yet, for whatever reason it may"
         );
         assert_eq!(table[4], ["have had"]);
-        assert_eq!(table[5].last(), Some(&"PJSIP/alice-00000001"));
-        let wide = |line: &&str| line.len() > 80;
-        assert!(!text.lines().take(5).any(|line| wide(&line)), "{text}");
+        assert!(text.lines().all(|line| line.len() <= 80), "{text}");
     }
 
     #[test]

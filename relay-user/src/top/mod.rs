@@ -9,6 +9,8 @@ pub mod daemon;
 pub mod history;
 pub mod layout;
 pub mod screen;
+#[cfg(test)]
+mod tests;
 
 use std::{
     io::{self, IsTerminal as _},

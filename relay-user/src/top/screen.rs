@@ -272,7 +272,7 @@ fn facts(rows: Vec<(&'static str, Line<'static>)>, palette: Palette) -> Paragrap
     let lines: Vec<Line<'static>> = rows
         .into_iter()
         .map(|(name, value)| {
-            let mut line = Line::from(Span::styled(format!("{name:14}"), palette.quiet()));
+            let mut line = Line::from(Span::styled(format!("{name:15}"), palette.quiet()));
             line.extend(value.spans);
             line
         })
