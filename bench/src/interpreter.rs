@@ -7,7 +7,10 @@ use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya_obj::{Object, generated::bpf_insn};
-use relay_common::stream::{Counter, Lease, StreamKey};
+use relay_common::{
+    capture::Capture,
+    stream::{Counter, Lease, StreamKey},
+};
 use relay_tests::{fixture::Hook, tables::Entry};
 use relay_user::datapath::{OBJECT, names};
 use zerocopy::IntoBytes as _;
@@ -37,6 +40,7 @@ const STACK_SIZE: usize = 512;
 /// Kernel functions by their number (include/uapi/linux/bpf.h).
 mod helper {
     pub(super) const MAP_LOOKUP_ELEM: i32 = 1;
+    pub(super) const KTIME_GET_NS: i32 = 5;
     pub(super) const L4_CSUM_REPLACE: i32 = 11;
     pub(super) const REDIRECT: i32 = 23;
     pub(super) const SKB_PULL_DATA: i32 = 39;
@@ -96,6 +100,7 @@ pub(crate) fn trace(hook: Hook, stream: Entry, frame: &[u8], now: u64) -> Result
             names::STATE => stream.state.as_bytes().to_vec(),
             names::LEASE => Lease { deadline: u64::MAX }.as_bytes().to_vec(),
             names::COUNTERS => vec![0; size_of::<Counter>()],
+            names::CAPTURE => vec![0; size_of::<Capture>()],
             _ => map.data().to_vec(),
         };
         memory.push((handle, content));
@@ -214,7 +219,7 @@ impl Machine {
             helper::MAP_LOOKUP_ELEM => return self.look_up(),
             helper::L4_CSUM_REPLACE | helper::SKB_PULL_DATA | helper::CSUM_UPDATE => 0,
             helper::RINGBUF_OUTPUT => 0,
-            helper::KTIME_GET_COARSE_NS => self.now,
+            helper::KTIME_GET_NS | helper::KTIME_GET_COARSE_NS => self.now,
             // TC_ACT_REDIRECT
             helper::REDIRECT => 7,
             other => bail!("unknown kernel function {other}"),

@@ -16,6 +16,7 @@ use nix::{
     unistd::Pid,
 };
 use relay_common::{
+    capture::{Capture, SNAP_MAX},
     reason::Reason,
     stream::{Endpoint, State, StreamSpec, VlanTag, ticks},
 };
@@ -72,6 +73,8 @@ struct Relay {
     hook: Hook,
     entry: Entry,
     reason: Reason,
+    /// Whether the packet is captured, as received and as sent.
+    captured: bool,
 }
 
 impl Subject {
@@ -137,12 +140,44 @@ fn cases() -> Result<Vec<Case>> {
                     hook,
                     entry,
                     reason,
+                    captured: false,
                 })),
                 samples: vec![],
             });
         }
+        cases.push(captured(hook)?);
     }
     Ok(cases)
+}
+
+/// A packet that is relayed, while everything is captured whole.
+fn captured(hook: Hook) -> Result<Case> {
+    let (stream, packet) = fixture::cycle(Family::V4);
+    let entry = fixture::offloaded(StreamSpec { proof: 8, ..stream });
+    let mut kernel = Kernel::load(hook, SLOTS)?;
+    kernel.set(&[entry])?;
+    kernel.set_capture(Capture {
+        until: u64::MAX,
+        snap: SNAP_MAX as u32,
+        sample: u32::MAX,
+        ..Capture::default()
+    })?;
+    let mut after = packet.clone();
+    after.hop_limit -= REPEAT as u8;
+    let hook_name = if hook == Hook::Tc { "TC" } else { "XDP" };
+    Ok(Case {
+        name: format!("{hook_name}, relayed, IPv4, captured"),
+        frame: packet.bytes(),
+        after: after.bytes(),
+        subject: Subject::Relay(Box::new(Relay {
+            kernel,
+            hook,
+            entry,
+            reason: Reason::Relayed,
+            captured: true,
+        })),
+        samples: vec![],
+    })
 }
 
 /// Streams, a packet for each, and what becomes of it.
@@ -288,6 +323,16 @@ impl Case {
             } = program::test_run(program, &self.frame, &mut after, REPEAT, 0)
                 .context("BPF_PROG_TEST_RUN")?;
             time += one;
+            if let Subject::Relay(relay) = &mut self.subject
+                && relay.captured
+            {
+                // A full ring buffer would cost less.
+                let captured = relay.kernel.take_captured()?.len();
+                ensure!(
+                    captured == 2 * REPEAT as usize,
+                    "{captured} packets captured"
+                );
+            }
             let right = length == after.len() && after == self.after;
             ensure!(
                 right,
@@ -327,7 +372,11 @@ impl Case {
             hook,
             entry,
             reason,
-        } = &mut **relay;
+            captured: false,
+        } = &mut **relay
+        else {
+            return Ok(None);
+        };
         let now = kernel::now()?;
         let state = flowing(entry, now);
         let flowing = Entry { state, ..*entry };

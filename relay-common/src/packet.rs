@@ -3,6 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
+    capture::{Capture, Kept, SNAP_MAX},
     checksum::{self, ClassChange, PartialChecksum, Sum, UdpChange},
     reason::Reason,
     stream::{Event, OutLeg, State, Stream, StreamKey},
@@ -100,6 +101,9 @@ pub trait Packet {
         Err(Reason::RetagFailed)
     }
 
+    /// Copies its first bytes, `most` and [`SNAP_MAX`] at most; returns how many.
+    fn copy(&self, to: &mut [u8; SNAP_MAX], most: u32) -> u32;
+
     /// Sets the priority that it has at a queueing discipline, where there is one on its way out.
     #[inline(always)]
     fn prioritize(&mut self, _priority: u32) {}
@@ -138,6 +142,18 @@ pub trait Tables {
 
     /// Adds a packet of `bytes` to `COUNTERS`.
     fn count(&self, reason: Reason, bytes: usize);
+
+    /// `CAPTURE`, shared with the process that captures.
+    fn capture(&self) -> Option<*const Capture>;
+
+    /// This CPU's `KEPT`.
+    fn kept(&self) -> Option<*mut Kept>;
+
+    /// Puts header and bytes of what is kept into `CAPTURED`; `false` where that is full.
+    fn hand_over(&self, kept: &Kept) -> bool;
+
+    /// Any number.
+    fn random(&self) -> u32;
 }
 
 /// A frame in memory, for the host: tests, fuzzing, benchmarks.
@@ -174,5 +190,11 @@ impl Packet for Frame<'_> {
 
     fn partial_checksum(&self) -> PartialChecksum {
         self.partial_checksum
+    }
+
+    fn copy(&self, to: &mut [u8; SNAP_MAX], most: u32) -> u32 {
+        let length = self.bytes.len().min(most as usize).min(SNAP_MAX);
+        to[..length].copy_from_slice(&self.bytes[..length]);
+        length as u32
     }
 }

@@ -4,6 +4,7 @@
 //! each RTP packet of the PBX's up in those notes. docs/proof.md explains it to operators.
 
 use crate::{
+    capture::{self, side},
     digest::digest,
     packet::{Packet, Tables},
     parse::parse,
@@ -81,9 +82,12 @@ pub(crate) fn note<P: Packet + ?Sized>(
 #[inline(always)]
 pub fn observe<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Reason> {
     let bytes = packet.length();
-    let reason = judge(packet, tables)?;
-    tables.count(reason, bytes);
-    Some(reason)
+    let reason = judge(packet, tables);
+    if let Some(reason) = reason {
+        tables.count(reason, bytes);
+    }
+    capture::conclude(packet, tables, reason);
+    reason
 }
 
 #[inline(always)]
@@ -95,6 +99,7 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
         sent_from(&key, to, tables);
         return None;
     };
+    capture::keep(packet, tables, side::PBX, out.pair, out.leg);
     let state = tables.state(out.slot)?;
     let now = tables.now();
     if now >= tables.lease() {

@@ -39,7 +39,7 @@ abi! {
     /// How the packets of a stream arrived. Every field is the receiver's, but for the controller's
     /// `clock` and `clock_type`.
     pub struct Reception(104, align 8) {
-        /// When the latest packet in sequence came: `CLOCK_MONOTONIC`, ns; 0 before the first.
+        /// When the latest packet came: `CLOCK_MONOTONIC`, ns; 0 before the first.
         pub arrival: u64,
         /// Bytes received, whole frames without their check sequence.
         pub bytes: u64,
@@ -52,7 +52,7 @@ abi! {
         pub packets: u32,
         /// Synchronisation source (SSRC).
         pub source: u32,
-        /// RTP timestamp of the latest packet in sequence.
+        /// RTP timestamp of the latest packet.
         pub timestamp: u32,
         /// Extended sequence number of the first packet: 2^16 and the number itself, or less where an
         /// earlier one came later.
@@ -69,9 +69,9 @@ abi! {
         pub jitter: u32,
         /// The highest of the `measured` packets, in the same unit.
         pub jitter_max: u32,
-        /// Packets in `jitter_sum`: those in sequence, within a talkspurt.
+        /// Packets in `jitter_sum`: those within a talkspurt.
         pub measured: u32,
-        /// Longest time between two packets in sequence, within a talkspurt; in units of 1.024 µs.
+        /// Longest time between two packets within a talkspurt, in units of 1.024 µs.
         pub gap_max: u32,
         /// Time that one unit of the timestamp takes, for packets of `clock_type`, in units of 2^-8 ns;
         /// 0 while it is not known. See [`clock`].
@@ -186,16 +186,16 @@ fn place(state: *mut State, packet: &Arrived) {
         if window & bit != 0 {
             let duplicates = load!(state, reception.duplicates).wrapping_add(1);
             store!(state, duplicates, reception.duplicates);
-            return;
+        } else {
+            store!(state, window | bit, reception.window);
+            let late = load!(state, reception.late).wrapping_add(1);
+            store!(state, late, reception.late);
+            let number = highest.wrapping_sub(behind);
+            if number < load!(state, reception.first) {
+                store!(state, number, reception.first);
+            }
         }
-        store!(state, window | bit, reception.window);
-        let late = load!(state, reception.late).wrapping_add(1);
-        store!(state, late, reception.late);
-        let number = highest.wrapping_sub(behind);
-        if number < load!(state, reception.first) {
-            store!(state, number, reception.first);
-        }
-        measure(state, packet, false);
+        measure(state, packet);
     } else if ahead < DROPOUT_MAX {
         let kept = if ahead < MISORDER_MAX {
             window << ahead
@@ -205,8 +205,7 @@ fn place(state: *mut State, packet: &Arrived) {
         store!(state, kept | 1, reception.window);
         store!(state, highest.wrapping_add(ahead), reception.highest);
         store!(state, 0, reception.jump);
-        measure(state, packet, true);
-        refer(state, packet);
+        measure(state, packet);
     } else if load!(state, reception.jump) == CYCLE | packet.sequence {
         // Two in a row, far from all before: the sender has begun anew.
         close(state);
@@ -229,24 +228,22 @@ fn refer(state: *mut State, packet: &Arrived) {
     store!(state, packet.timestamp, reception.timestamp);
 }
 
-/// Adds a packet to jitter and gaps (RFC 3550 section 6.4.1 and appendix A.8).
+/// Compares a packet with the one that came before it, in order or not, as RFC 3550 section 6.4.1 and
+/// appendix A.8 do.
 ///
-/// Unlike there, where each packet is compared with the one that came before it, a late one is no
-/// measure for the next: its delay would count twice. And mean and maxima leave out what begins a
-/// talkspurt, before which a pause is nothing that went wrong. Wireshark does the same.
+/// Mean and maxima leave out what begins a talkspurt, as Wireshark does: a pause is nothing that went
+/// wrong.
 #[inline(always)]
-fn measure(state: *mut State, packet: &Arrived, in_sequence: bool) {
+fn measure(state: *mut State, packet: &Arrived) {
     let elapsed = packet
         .now
         .wrapping_sub(load!(state, reception.arrival))
         .cast_signed()
         .max(0);
     let before = load!(state, reception.payload_type);
-    let regular = in_sequence
-        && !packet.marker
-        && !is_comfort_noise(packet.payload_type)
-        && !is_comfort_noise(before);
-    if regular {
+    let is_regular =
+        !packet.marker && !is_comfort_noise(packet.payload_type) && !is_comfort_noise(before);
+    if is_regular {
         let gap = (elapsed >> GAP_SHIFT).min(i64::from(u32::MAX)) as u32;
         if gap > load!(state, reception.gap_max) {
             store!(state, gap, reception.gap_max);
@@ -256,10 +253,10 @@ fn measure(state: *mut State, packet: &Arrived, in_sequence: bool) {
         .timestamp
         .wrapping_sub(load!(state, reception.timestamp))
         .cast_signed();
+    refer(state, packet);
     let unit = clock(state, packet.payload_type);
-    // All packets of an event have one timestamp (RFC 4733 section 2.2.1), and their clock may be
-    // another than that of the voice around them.
-    if units == 0 || unit == 0 || unit != clock(state, before) {
+    // All packets of an event have one timestamp (RFC 4733 section 2.2.1), and no clock here.
+    if unit == 0 || unit != clock(state, before) {
         return;
     }
     let spacing = (i64::from(units) * i64::from(unit)) >> CLOCK_SHIFT;
@@ -270,7 +267,7 @@ fn measure(state: *mut State, packet: &Arrived, in_sequence: bool) {
         .wrapping_add(deviation)
         .wrapping_sub((jitter + 8) >> 4);
     store!(state, jitter, reception.jitter);
-    if !regular {
+    if !is_regular {
         return;
     }
     if jitter > load!(state, reception.jitter_max) {
@@ -396,7 +393,7 @@ impl Reception {
         }
     }
 
-    /// The longest time between two packets in sequence, ns.
+    /// The longest time between two packets within a talkspurt, ns.
     #[must_use]
     pub const fn gap_max(&self) -> u64 {
         (self.gap_max as u64) << GAP_SHIFT
@@ -602,17 +599,14 @@ mod tests {
     }
 
     #[test]
-    fn a_late_packet_is_compared_but_nothing_is_compared_with_it() {
+    fn late_packets_and_duplicates_are_compared_in_order_of_arrival() {
         let mut phone = Phone::new();
         phone.number(0).number(1);
-        // 3 in its time, 2 with it, and 4 in its time again.
         phone.send(40, 3, 480, false).send(1, 2, 320, false);
-        phone.send(19, 4, 640, false);
-        is_near(
-            phone.reception().jitter(),
-            jitter_of(&[0.0, 0.0, 21.0, 0.0]),
-        );
-        assert_eq!(phone.reception().measured, 3);
+        phone.send(19, 4, 640, false).send(3, 4, 640, false);
+        let deviations = [0.0, 0.0, 21.0, 21.0, 3.0];
+        is_near(phone.reception().jitter(), jitter_of(&deviations));
+        assert_eq!(phone.reception().measured, 5);
     }
 
     #[test]

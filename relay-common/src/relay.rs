@@ -4,6 +4,7 @@
 use core::ptr;
 
 use crate::{
+    capture::{self, side},
     packet::{Packet, Tables},
     parse::{Parsed, parse},
     proof::{note, renumbered, suspend},
@@ -34,11 +35,13 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Decisi
     let Passed { reason, up } = match decide(packet, tables) {
         Ok(()) => {
             tables.count(Reason::Relayed, bytes);
+            capture::conclude(packet, tables, Some(Reason::Relayed));
             return Decision::by(Reason::Relayed);
         }
         Err(passed) => passed,
     };
     tables.count(reason, bytes);
+    capture::conclude(packet, tables, Some(reason));
     let decision = Decision::by(reason);
     if decision.verdict != Verdict::Pass {
         return decision;
@@ -122,6 +125,7 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
     {
         return Err(Reason::OtherHost.into());
     }
+    capture::keep(packet, tables, side::RECEIVED, stream.pair, stream.leg);
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
     let now = tables.now_precise();
     let (at, length) = payload(&parsed);

@@ -321,19 +321,23 @@ pub mod feed {
 abi! {
     /// Value of `OUT_LEGS`, by where the PBX sends from (a [`StreamKey`]): what may leave there. The
     /// datapath only reads it.
-    pub struct OutLeg(28, align 4) {
+    pub struct OutLeg(40, align 8) {
         /// Where the stream goes: remote of this leg.
         pub remote: Address,
-        /// Its port.
+        /// Number of the pair.
+        pub pair: u64,
+        /// Port of the remote.
         pub remote_port: u16,
         /// Packets in a row that prove a payload type, at least 1.
         pub proof: u8,
-        /// Always 0.
-        pub padding: u8,
+        /// Which leg of the pair the stream comes in on: 0 or 1.
+        pub leg: u8,
         /// Index of the [`State`] of the stream that leaves here.
         pub slot: u32,
         /// Index of the opposite direction's [`State`].
         pub opposite_slot: u32,
+        /// Always 0.
+        pub padding: [u8; 4],
     }
 }
 
@@ -444,11 +448,13 @@ impl StreamSpec {
             StreamKey::new(self.new_source.address, self.new_source.port),
             OutLeg {
                 remote: self.new_destination.address,
+                pair: self.pair,
                 remote_port: self.new_destination.port,
                 proof: self.proof,
-                padding: 0,
+                leg: self.leg,
                 slot: self.slot,
                 opposite_slot: self.opposite_slot,
+                padding: [0; 4],
             },
         )
     }

@@ -2,15 +2,21 @@
 //! reach a packet, the maps, and what a verdict is called in each hook.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
+use core::slice;
+
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_MMAPABLE, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
+    bindings::{BPF_F_MMAPABLE, BPF_RB_NO_WAKEUP, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
-    helpers::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_redirect},
+    helpers::{
+        bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_redirect,
+        bpf_xdp_load_bytes,
+    },
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 use relay_common::{
+    capture::{Capture, Captured, Kept, SNAP_MAX},
     checksum::PartialChecksum,
     packet::{Header, Packet, Tables},
     proof::observe,
@@ -18,7 +24,7 @@ use relay_common::{
     relay::relay,
     stream::{Counter, DscpMap, Event, Lease, OutLeg, State, Stream, StreamKey},
 };
-use relay_ebpf::skb::{Skb, header_at};
+use relay_ebpf::skb::{Skb, header_at, snapped};
 
 /// Entries of `STREAMS`, `OUT_LEGS` and `STATE` before the controller sets its `--max-streams`.
 const MAX_STREAMS: usize = 65_536;
@@ -53,6 +59,26 @@ const EVENT_BYTES: usize = 65_536;
 /// Rare facts for the controller.
 #[btf_map]
 static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
+
+/// What is captured. Written by the process that captures, through `mmap`.
+#[btf_map]
+static CAPTURE: Array<Capture, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// The packet that is being looked at, where it is captured.
+#[btf_map]
+static KEPT: PerCpuArray<Kept, 1> = PerCpuArray::new();
+
+/// Bytes of `CAPTURED`, a power of two and of pages: 4,096 packets of G.711.
+const CAPTURED_BYTES: usize = 1 << 20;
+
+/// Captured packets, each behind its header.
+#[btf_map]
+static CAPTURED: RingBuf<Captured, CAPTURED_BYTES> = RingBuf::new();
+
+/// 0 where the kernel has no bpf_xdp_load_bytes(), which a program must not even name then: Linux 5.18.
+/// Nothing is captured in XDP there.
+#[unsafe(no_mangle)]
+static LOAD_BYTES: Global<u8> = Global::new(1);
 
 /// 1 where XDP runs generic, on a socket buffer that keeps the note of an unfinished checksum.
 #[unsafe(no_mangle)]
@@ -127,6 +153,36 @@ impl Tables for Maps {
             }
         }
     }
+
+    #[inline(always)]
+    fn capture(&self) -> Option<*const Capture> {
+        CAPTURE.get_ptr(0)
+    }
+
+    #[inline(always)]
+    fn kept(&self) -> Option<*mut Kept> {
+        KEPT.get_ptr_mut(0)
+    }
+
+    #[inline(always)]
+    fn hand_over(&self, kept: &Kept) -> bool {
+        let length = kept.length as usize;
+        if length > SNAP_MAX {
+            return false;
+        }
+        let (from, length) = (&raw const kept.header, size_of::<Captured>() + length);
+        // SAFETY: the bytes follow the header.
+        let record = unsafe { slice::from_raw_parts(from.cast::<u8>(), length) };
+        // The reader is not woken up, it looks at times.
+        let flags = u64::from(BPF_RB_NO_WAKEUP);
+        CAPTURED.output_untyped::<[u8]>(record, flags).is_ok()
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_get_prandom_u32() }
+    }
 }
 
 struct Xdp<'a>(&'a XdpContext);
@@ -148,6 +204,21 @@ impl Packet for Xdp<'_> {
             PartialChecksum::Kept
         } else {
             PartialChecksum::Lost
+        }
+    }
+
+    #[inline(always)]
+    fn copy(&self, to: &mut [u8; SNAP_MAX], most: u32) -> u32 {
+        if LOAD_BYTES.load() == 0 {
+            return 0;
+        }
+        let Some(length) = snapped(self.length(), most) else {
+            return 0;
+        };
+        // SAFETY: the helper writes `length` bytes, or fails.
+        match unsafe { bpf_xdp_load_bytes(self.0.ctx, 0, to.as_mut_ptr().cast(), length) } {
+            0 => length,
+            _ => 0,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The command line: what is typed, what it means, and how it ends.
 
+mod capture;
 mod qos;
 mod watch;
 
@@ -8,6 +9,7 @@ use std::{
     ffi::OsString,
     fmt,
     io::{self, Write as _},
+    net::SocketAddr,
     os::fd::AsFd as _,
     path::PathBuf,
     process::ExitCode,
@@ -55,7 +57,8 @@ relay-user ends or fails, calls go on as they did without it.
 
 `relay-user attach IFACE` is the daemon: it runs in the foreground, learns from Asterisk's manager \
 interface (AMI) which calls can be relayed, and serves a control socket. All other commands talk to \
-that daemon, but `relay-user qos`, which needs none: it gives calls their share of a slow line.";
+that daemon, but two that need none: `relay-user capture` copies packets from the kernel, and \
+`relay-user qos` gives calls their share of a slow line.";
 
 const AFTER_LONG_HELP: &str = "\
 WORDS
@@ -106,7 +109,7 @@ pub struct Stop(clap::Error);
 /// The arguments, validated.
 #[derive(Debug)]
 enum Task {
-    Attach(Attach),
+    Attach(Box<Attach>),
     Detach(Detach),
     Ask {
         target: Target,
@@ -118,6 +121,7 @@ enum Task {
     Stats(Stats),
     Top(Top, Filter),
     Follow(Events),
+    Capture(capture::Capture),
     Qos(qos::Qos),
 }
 
@@ -157,6 +161,7 @@ enum Verb {
     Stats(Stats),
     Top(Top),
     Events(Events),
+    Capture(capture::Capture),
     Detach(Detach),
     Qos(qos::Qos),
 }
@@ -234,6 +239,17 @@ struct Attach {
     /// Control socket [default: /run/relay-user/IFACE.sock]
     #[arg(long, value_name = "PATH", value_parser = config::path)]
     socket: Option<PathBuf>,
+    /// Serve Prometheus metrics at http://ADDRESS:PORT/metrics; a PORT alone is loopback's
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = config::listen_address)]
+    metrics: Option<SocketAddr>,
+    /// Serve a page of live calls to browsers, and nothing that changes them; a PORT alone is loopback's.
+    /// Whoever reaches it sees who talks with whom
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = config::listen_address)]
+    http: Option<SocketAddr>,
+    /// Name that --metrics and --http may be asked by, besides addresses, localhost and this host's own
+    /// name; may be repeated
+    #[arg(long = "allowed-host", value_name = "NAME", value_parser = config::host_name)]
+    allowed_hosts: Vec<String>,
     /// Log more: why things are done (-v), or everything (-vv)
     #[arg(short, long, action = ArgAction::Count)]
     verbose: u8,
@@ -570,7 +586,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         request,
     };
     let task = match Arguments::try_parse_from(arguments).map_err(Stop)?.verb {
-        Verb::Attach(attach) => Task::Attach(attach),
+        Verb::Attach(attach) => Task::Attach(attach.into()),
         Verb::Detach(detach) => Task::Detach(detach),
         Verb::Add(Add {
             first,
@@ -602,6 +618,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Verb::Flush(Flush { target, form }) => ask(target, form, Request::Flush),
         Verb::Status(Status { target, form }) => ask(target, form, Request::Status),
         Verb::Events(events) => Task::Follow(events),
+        Verb::Capture(capture) => match capture.fault() {
+            Some(fault) => return Err(unfit("capture", fault)),
+            None => Task::Capture(capture),
+        },
         Verb::Qos(qos) => Task::Qos(qos),
     };
     Ok(Invocation(task))
@@ -634,13 +654,14 @@ impl Stop {
 /// Does what was asked, tells of it, and returns the exit code.
 pub fn run(invocation: Invocation) -> ExitCode {
     let outcome = match invocation.0 {
-        Task::Attach(arguments) => attach(arguments).map(|()| String::new()),
+        Task::Attach(arguments) => attach(*arguments).map(|()| String::new()),
         Task::Detach(arguments) => detach(arguments),
         Task::List(arguments) => list(arguments),
         Task::Show(arguments) => show(&arguments),
         Task::Stats(arguments) => stats(&arguments),
         Task::Top(arguments, filter) => watch_streams(arguments, filter).map(|()| String::new()),
         Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
+        Task::Capture(arguments) => capture::run(&arguments).map(|()| String::new()),
         Task::Qos(arguments) => qos::run(&arguments),
         Task::Ask {
             target,
@@ -684,6 +705,9 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
         ami_secret_file: arguments.ami_secret_file,
         // A table of the file's alone.
         qos_auto: None,
+        metrics: arguments.metrics,
+        http: arguments.http,
+        allowed_hosts: Some(arguments.allowed_hosts).filter(|names| !names.is_empty()),
     };
     daemon::run(config::load(
         arguments.interface,
@@ -740,9 +764,7 @@ fn list(arguments: List) -> anyhow::Result<String> {
     wait_for(watch.run(async |again| {
         let all = answers.told(answers.source.pairs().await?);
         let any = !all.is_empty();
-        let list = PairList {
-            pairs: listing::arranged(all, &filter, order),
-        };
+        let list = PairList::from(listing::arranged(all, &filter, order));
         form.again(again).text(&list, |list| {
             if any && list.pairs.is_empty() {
                 "no pair fits the filter\n".to_owned()
@@ -1072,6 +1094,14 @@ mod tests {
                 "from 2 to 1048576",
             ),
             (&["attach", "eth0", "--ami", "pbx"], "not HOST:PORT"),
+            (
+                &["attach", "eth0", "--http", "pbx"],
+                "no address to listen on",
+            ),
+            (
+                &["attach", "eth0", "--allowed-host", "http://x"],
+                "no host name",
+            ),
             (&["attach", "../etc"], "cannot be the name of an interface"),
             (
                 &["attach", "eth0", "--ami-secret", "hunter2"],

@@ -1,4 +1,4 @@
-//! The one clock that the controller and the datapath share.
+//! The one clock that the controller and the datapath share, and the time of day.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,6 +16,12 @@ pub fn monotonic_now() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock");
     let (seconds, nanoseconds) = (now.tv_sec().cast_unsigned(), now.tv_nsec().cast_unsigned());
     seconds * 1_000_000_000 + nanoseconds
+}
+
+/// The time of day in UTC as RFC 3339 writes it, with milliseconds.
+#[must_use]
+pub fn utc_now() -> String {
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
 }
 
 /// One moment on two clocks.
@@ -44,11 +50,27 @@ impl Now {
         let ago = Duration::from_nanos(self.monotonic.saturating_sub(monotonic));
         self.wall.checked_sub(ago).unwrap_or(self.wall)
     }
+
+    /// What the time of day would have been, since the Unix epoch, when the monotonic clock showed 0.
+    #[must_use]
+    pub fn origin(&self) -> Duration {
+        let since_epoch = self.wall.duration_since(SystemTime::UNIX_EPOCH);
+        since_epoch
+            .unwrap_or_default()
+            .saturating_sub(Duration::from_nanos(self.monotonic))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_origin_and_the_clock_make_the_time_of_day() {
+        let now = Now::read();
+        let day = SystemTime::UNIX_EPOCH + now.origin() + Duration::from_nanos(now.monotonic);
+        assert_eq!(day, now.wall);
+    }
 
     #[test]
     fn it_is_the_clock_that_the_kernel_shows() {

@@ -2,6 +2,7 @@
 //! whole. Flags win over the environment, and the environment over the file.
 
 use std::{
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -75,6 +76,12 @@ pub struct AttachSettings {
     pub ami: Option<AmiSettings>,
     /// How the interface is shaped while calls are up, if it is.
     pub qos_auto: Option<AutoSettings>,
+    /// Where metrics are served, if they are; port 0 is any free one.
+    pub metrics: Option<SocketAddr>,
+    /// Where the page is served, if it is; port 0 likewise.
+    pub http: Option<SocketAddr>,
+    /// Names that browsers and Prometheus may call this host by, besides its addresses and its own name.
+    pub allowed_hosts: Vec<String>,
 }
 
 /// How to reach Asterisk's manager interface.
@@ -138,6 +145,14 @@ pub enum SettingError {
         "the AMI user is empty or holds a control character: write the name in brackets of manager.conf"
     )]
     AmiUser,
+    /// Not where a server could listen.
+    #[error(
+        "`{0}` is no address to listen on: write PORT for loopback alone, such as 8080, or ADDRESS:PORT, such as 192.0.2.1:8080 or [::1]:8080"
+    )]
+    ListenAddress(String),
+    /// Not a name of a host.
+    #[error("`{0}` is no host name: write it without scheme and port, such as pbx.example.com")]
+    HostName(String),
     /// A path of no length.
     #[error("the path is empty: write the path of a file")]
     Path,
@@ -240,6 +255,12 @@ pub struct Settings {
     pub ami_secret_file: Option<PathBuf>,
     /// `[qos.auto]`.
     pub qos_auto: Option<AutoSettings>,
+    /// `--metrics`, `metrics`.
+    pub metrics: Option<SocketAddr>,
+    /// `--http`, `http`.
+    pub http: Option<SocketAddr>,
+    /// `--allowed-host`, `allowed-hosts`.
+    pub allowed_hosts: Option<Vec<String>>,
 }
 
 /// The sources in one: all decided, the secret file not opened yet.
@@ -259,6 +280,9 @@ struct Merged {
     socket: PathBuf,
     ami: Option<(String, String, SecretSource)>,
     qos_auto: Option<AutoSettings>,
+    metrics: Option<SocketAddr>,
+    http: Option<SocketAddr>,
+    allowed_hosts: Vec<String>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -313,6 +337,9 @@ pub fn load(
         socket: merged.socket,
         ami,
         qos_auto: merged.qos_auto,
+        metrics: merged.metrics,
+        http: merged.http,
+        allowed_hosts: merged.allowed_hosts,
     })
 }
 
@@ -372,6 +399,12 @@ fn merge(
             .unwrap_or_else(|| socket::of_interface(&interface)),
         ami,
         qos_auto: flags.qos_auto.or(file.qos_auto),
+        metrics: flags.metrics.or(file.metrics),
+        http: flags.http.or(file.http),
+        allowed_hosts: flags
+            .allowed_hosts
+            .or(file.allowed_hosts)
+            .unwrap_or_default(),
         interface,
     })
 }
@@ -397,7 +430,7 @@ fn document<'a>(path: &'a Path, text: &'a str) -> Document<'a> {
 }
 
 /// Every key there is, with its table. What a misspelt key is compared with.
-const KEYS: [&str; 23] = [
+const KEYS: [&str; 26] = [
     "mode",
     "dscp",
     "priority",
@@ -408,6 +441,9 @@ const KEYS: [&str; 23] = [
     "expire",
     "persist",
     "socket",
+    "metrics",
+    "http",
+    "allowed-hosts",
     "ami",
     "ami.address",
     "ami.user",
@@ -441,6 +477,9 @@ impl Document<'_> {
                 "expire" => settings.expire = Some(self.time(&entry, some_time)?),
                 "persist" => settings.persist = Some(self.flag(&entry)?),
                 "socket" => settings.socket = Some(self.file_path(&entry)?),
+                "metrics" => settings.metrics = Some(self.listen_address(&entry)?),
+                "http" => settings.http = Some(self.listen_address(&entry)?),
+                "allowed-hosts" => settings.allowed_hosts = Some(self.host_names(&entry)?),
                 "qos" => {
                     for entry in self.entries(self.table(&entry, "a table: [qos.auto]")?, "qos.")? {
                         settings.qos_auto = Some(self.qos_auto(&entry)?);
@@ -547,6 +586,26 @@ impl Document<'_> {
         })?;
         text.parse()
             .map_err(|source: PriorityError| self.wrong_value(entry, source.into()))
+    }
+
+    fn listen_address(&self, entry: &Entry<'_>) -> Result<SocketAddr, ConfigError> {
+        let text = code_text(entry.value)
+            .ok_or_else(|| self.wrong_type(entry, "a port without quotes, or \"ADDRESS:PORT\""))?;
+        listen_address(&text).map_err(|source| self.wrong_value(entry, source))
+    }
+
+    fn host_names(&self, entry: &Entry<'_>) -> Result<Vec<String>, ConfigError> {
+        let wrong = || self.wrong_type(entry, "a list of names, such as [\"pbx.example.com\"]");
+        let DeValue::Array(names) = entry.value else {
+            return Err(wrong().into());
+        };
+        let name = |value: &DeValue<'_>| match value {
+            DeValue::String(text) => {
+                host_name(text).map_err(|source| self.wrong_value(entry, source))
+            }
+            _ => Err(wrong().into()),
+        };
+        names.iter().map(|value| name(value.get_ref())).collect()
     }
 
     fn number<T>(
@@ -679,6 +738,39 @@ pub fn ami_address(text: &str) -> Result<String, SettingError> {
     }
 }
 
+/// Reads where to listen: a port alone, or after a colon, is loopback's.
+///
+/// # Errors
+/// [`SettingError::ListenAddress`].
+pub fn listen_address(text: &str) -> Result<SocketAddr, SettingError> {
+    let port = text.strip_prefix(':').unwrap_or(text);
+    let digits = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+    let address = if digits {
+        port.parse()
+            .ok()
+            .map(|port: u16| (Ipv4Addr::LOCALHOST, port).into())
+    } else {
+        text.parse().ok()
+    };
+    address.ok_or_else(|| SettingError::ListenAddress(printable(text)))
+}
+
+/// Reads the name of a host, as a browser would send it.
+///
+/// # Errors
+/// [`SettingError::HostName`].
+pub fn host_name(text: &str) -> Result<String, SettingError> {
+    let valid = (1..=253).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'));
+    if valid {
+        Ok(text.to_ascii_lowercase())
+    } else {
+        Err(SettingError::HostName(printable(text)))
+    }
+}
+
 /// Reads the name of an AMI user.
 ///
 /// # Errors
@@ -765,6 +857,9 @@ mod tests {
             ami_user: Some(tag.into()),
             ami_secret_file: Some(format!("/{tag}.secret").into()),
             qos_auto: None,
+            metrics: None,
+            http: None,
+            allowed_hosts: None,
         }
     }
 
@@ -773,6 +868,7 @@ mod tests {
         let settings = parsed(
             "mode = \"generic\"\ndscp = 26\npriority = 5\nmax-streams = 1_024\nproof = 12\nkeepalive = 0.5\n\
              silence = 20\nexpire = 90\npersist = true\nsocket = \"/run/x.sock\"\n\
+             metrics = 9180\nhttp = \"[::]:8080\"\nallowed-hosts = [\"PBX.example.com\"]\n\
              [ami]\ngrace = 1\naddress = \"pbx.example.com:5038\"\nuser = \"relay\"\nsecret-file = \"secret\"\n\
              [qos.auto]\nuplink = \"1mbit\"\ndownlink = \"8mbit\"\npolicy = \"qos.toml\"\nreplace = true\n\
              on-threshold = 100\noff-threshold = 20\n",
@@ -801,6 +897,9 @@ mod tests {
                     replace: true,
                     thresholds: Thresholds::new(100, 20).expect("thresholds"),
                 }),
+                metrics: Some("127.0.0.1:9180".parse().expect("address")),
+                http: Some("[::]:8080".parse().expect("address")),
+                allowed_hosts: Some(vec!["pbx.example.com".into()]),
             }
         );
         assert_eq!(parsed("").expect("empty file"), Settings::default());
@@ -887,6 +986,23 @@ mod tests {
                 "keepalive = \"3\"",
                 "is a string: write a number of seconds",
             ),
+            (
+                "http = 65536",
+                ":1:8: `http`: `65536` is no address to listen on",
+            ),
+            (
+                "metrics = \"pbx:80\"",
+                "is no address to listen on: write PORT",
+            ),
+            ("http = true", "write a port without quotes, or"),
+            (
+                "allowed-hosts = \"x\"",
+                "is a string: write a list of names",
+            ),
+            (
+                "allowed-hosts = [\"http://x\"]",
+                "`http://x` is no host name",
+            ),
             ("persist = 1", "is a whole number: write true or false"),
             ("socket = \"\"", "the path is empty"),
             ("ami = 1", "`ami` is a whole number: write a table: [ami]"),
@@ -961,6 +1077,9 @@ mod tests {
                 socket: "/run/relay-user/eth0.sock".into(),
                 ami: None,
                 qos_auto: None,
+                metrics: None,
+                http: None,
+                allowed_hosts: Vec::new(),
             }
         );
         let from = |flags, variable, file| {
@@ -1122,6 +1241,28 @@ mod tests {
             "a\n:1",
         ] {
             assert!(ami_address(bad).is_err(), "{bad}");
+        }
+        for (text, address) in [
+            ("8080", "127.0.0.1:8080"),
+            (":8080", "127.0.0.1:8080"),
+            ("0", "127.0.0.1:0"),
+            ("0.0.0.0:80", "0.0.0.0:80"),
+            ("[::1]:8080", "[::1]:8080"),
+        ] {
+            let read = listen_address(text).map(|address| address.to_string());
+            assert_eq!(read.as_deref(), Ok(address));
+        }
+        for bad in [
+            "",
+            ":",
+            "+80",
+            "65536",
+            "192.0.2.1",
+            "::1",
+            "pbx:80",
+            "1:2:3",
+        ] {
+            assert!(listen_address(bad).is_err(), "{bad}");
         }
         for good in ["eth0", "br-lan.100", "a", "123456789012345"] {
             assert_eq!(interface(good).as_deref(), Ok(good));

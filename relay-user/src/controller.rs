@@ -2,6 +2,7 @@
 //! time, and carries out what the registry says.
 
 mod feed;
+pub mod proof_time;
 mod wire;
 
 use std::{
@@ -18,7 +19,7 @@ use crate::{
     clock::{self, Now},
     config::AttachSettings,
     control::{
-        Command, Reply,
+        Command, MetricsReport, Reply,
         model::{
             AmiReport, AmiState, ApiError, Detached, ErrorCode, Feed, PairReport, PairState,
             RefusalReport, StatusReport, StreamState,
@@ -70,6 +71,7 @@ pub struct Controller {
     dismissed: HashSet<CallId>,
     /// What goes on with each pair on the wire.
     wire: wire::Watch,
+    proofs: proof_time::Stopwatch,
     /// By the name of the rule or the error's code, which are few.
     refusals: BTreeMap<String, u64>,
 }
@@ -142,6 +144,7 @@ impl Controller {
             renewed: None,
             dismissed: HashSet::new(),
             wire: wire::Watch::default(),
+            proofs: proof_time::Stopwatch::default(),
             refusals: BTreeMap::new(),
         }
     }
@@ -374,6 +377,7 @@ impl Controller {
                 send(reply, report.ok_or_else(|| ApiError::unknown_pair(id)));
             }
             Command::Status { reply } => send(reply, self.status()),
+            Command::Metrics { reply } => send(reply, self.metrics()),
             Command::Detach { reply } => return Ok(Handled::Detach(reply)),
         }
         Ok(Handled::Done)
@@ -406,6 +410,7 @@ impl Controller {
         }
         let changes = self.registry.remove(id);
         let leftovers = self.wire.end(id);
+        self.proofs.end(id);
         self.withdraw(&leftovers);
         self.unconfirmed.remove(&id);
         self.apply(changes).await
@@ -538,6 +543,14 @@ impl Controller {
             .collect()
     }
 
+    fn metrics(&self) -> Result<MetricsReport, ApiError> {
+        Ok(MetricsReport {
+            status: self.status()?,
+            events: self.events.counts().collect(),
+            proof_times: self.proofs.times(),
+        })
+    }
+
     fn status(&self) -> Result<StatusReport, ApiError> {
         let counters = self
             .datapath
@@ -546,6 +559,7 @@ impl Controller {
         let census = self.registry.census(self.state());
         let lease = self.datapath.lease().saturating_sub(clock::monotonic_now());
         Ok(StatusReport {
+            time: clock::utc_now(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             abi: ABI_VERSION,
             pid: process::id(),
@@ -566,6 +580,9 @@ impl Controller {
             waiting: census.waiting,
             refused: census.refused,
             unproven: census.unproven,
+            stream_states: census.stream_states,
+            metrics: self.settings.metrics,
+            http: self.settings.http,
             ami: self.ami.clone(),
             reasons: stats::reasons(&counters),
             refusals: self

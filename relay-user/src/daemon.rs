@@ -37,6 +37,7 @@ use crate::{
         auto::{Auto, AutoSettings},
         classifier::Classifier,
     },
+    web::{Hosts, Listeners},
 };
 
 /// Commands of clients that wait for the controller.
@@ -54,7 +55,7 @@ const QUESTIONS: usize = 1024;
 /// # Errors
 /// Whatever keeps the relay from starting or from going on, with its remedy. Nothing is left behind
 /// in the kernel.
-pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
+pub fn run(mut settings: AttachSettings) -> anyhow::Result<()> {
     privileges::check()?;
     let interfaces = Interfaces::read()?;
     let interface = interfaces.named(&settings.interface)?.clone();
@@ -71,11 +72,13 @@ pub fn run(settings: AttachSettings) -> anyhow::Result<()> {
             interface.name
         );
     }
+    // A port below 1024 needs a capability that is given up next.
+    let listeners = Listeners::bind(&mut settings)?;
     datapath::ensure_bpffs()?;
     // Capabilities belong to a thread: before the event loop starts any.
     privileges::keep_for_attaching()?;
     let runtime = event_loop()?;
-    let outcome = runtime.block_on(attach(settings, &interface, choice));
+    let outcome = runtime.block_on(attach(settings, listeners, &interface, choice));
     // A name lookup that hangs must not keep the process.
     runtime.shutdown_background();
     outcome
@@ -159,6 +162,7 @@ fn needs_tc(settings: &AttachSettings, layer: LinkLayer, shaper: Option<&str>) -
 
 async fn attach(
     mut settings: AttachSettings,
+    listeners: Listeners,
     interface: &Interface,
     choice: Choice,
 ) -> anyhow::Result<()> {
@@ -204,6 +208,8 @@ async fn attach(
     let stop = CancellationToken::new();
     let bus = EventBus::new();
     let (commands_in, commands) = mpsc::channel(COMMANDS);
+    let hosts = Hosts::new(&settings.allowed_hosts)?;
+    let web = listeners.serve(hosts, &commands_in, &bus, &stop)?;
     let server = tokio::spawn(server::serve(
         socket,
         commands_in,
@@ -269,6 +275,9 @@ async fn attach(
         feed.await.context("the AMI feed failed")?;
     }
     server.await.context("the control server failed")??;
+    for server in web {
+        server.await.context("a web server failed")?;
+    }
     resolver.await.context("the next hop resolver failed")??;
     outcome
 }

@@ -4,12 +4,12 @@
 //! latest, and each subscriber reads along at its own pace. One that falls behind by more than is
 //! kept is told how many it missed.
 
-use std::{collections::VecDeque, fmt, sync::Arc, time::SystemTime};
+use std::{collections::VecDeque, fmt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use crate::control::model::Feed;
+use crate::{clock, control::model::Feed};
 
 /// Transitions kept for those who come late or read slowly.
 pub const KEPT: usize = 1024;
@@ -174,8 +174,8 @@ impl Subject {
 
 /// No further subscriber is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{SUBSCRIBERS} clients follow the events already: end one of them (`relay-user events`)")]
-pub struct Crowded;
+#[error("{0} clients follow the events already: end one of them (`relay-user events`, or a page)")]
+pub struct Crowded(pub usize);
 
 /// Where transitions are published, and read. Clones are the same bus.
 #[derive(Clone)]
@@ -191,6 +191,8 @@ struct Log {
     last: u64,
     /// Oldest first, without gaps, up to `last`.
     kept: VecDeque<Transition>,
+    /// How many of each kind, kept or not, in the order of [`TransitionKind::ALL`].
+    counts: [u64; TransitionKind::ALL.len()],
 }
 
 impl Log {
@@ -217,11 +219,12 @@ impl EventBus {
 
     /// Tells all subscribers, those to come included, as far as [`KEPT`] goes. Never waits for any.
     pub fn publish(&self, subject: Subject, kind: TransitionKind, cause: impl Into<String>) {
-        let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+        let time = clock::utc_now();
         let call = subject.call.map(bounded);
         let cause = bounded(cause.into());
         self.log.send_modify(|log| {
             log.last += 1;
+            log.counts[kind as usize] += 1;
             if log.kept.len() == KEPT {
                 log.kept.pop_front();
             }
@@ -238,6 +241,12 @@ impl EventBus {
         });
     }
 
+    /// How many transitions of each kind there were, kept or not.
+    pub fn counts(&self) -> impl Iterator<Item = (TransitionKind, u64)> + use<> {
+        let counts = self.log.borrow().counts;
+        TransitionKind::ALL.into_iter().zip(counts)
+    }
+
     /// Reads along from now on, or from the transition that follows number `since`.
     ///
     /// A number that was not given yet is one of an earlier daemon: then everything kept follows.
@@ -249,7 +258,7 @@ impl EventBus {
             .places
             .clone()
             .try_acquire_owned()
-            .map_err(|_| Crowded)?;
+            .map_err(|_| Crowded(SUBSCRIBERS))?;
         let mut log = self.log.subscribe();
         let next = {
             let log = log.borrow_and_update();
@@ -420,7 +429,10 @@ mod tests {
         let mut all: Vec<_> = (0..SUBSCRIBERS)
             .map(|_| bus.subscribe(None).expect("room"))
             .collect();
-        assert_eq!(bus.clone().subscribe(None).err(), Some(Crowded));
+        assert_eq!(
+            bus.clone().subscribe(None).err(),
+            Some(Crowded(SUBSCRIBERS))
+        );
         all.pop();
         assert!(bus.subscribe(None).is_ok());
     }

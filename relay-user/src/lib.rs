@@ -3,6 +3,7 @@
 //! The binary of this crate only parses arguments and calls in here.
 
 pub mod ami;
+pub mod capture;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -15,6 +16,7 @@ pub mod dscp;
 pub mod events;
 pub mod listing;
 pub mod logging;
+pub mod metrics;
 pub mod netlink;
 pub mod next_hop;
 pub mod output;
@@ -30,3 +32,4 @@ pub mod snapshot;
 pub mod source;
 pub mod stats;
 pub mod top;
+pub mod web;

@@ -53,16 +53,26 @@ pub fn check() -> Result<(), PrivilegeError> {
 }
 
 fn check_kernel(release: &str) -> Result<(), PrivilegeError> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < OLDEST_KERNEL => {
-            Err(PrivilegeError::Kernel {
-                found: release.to_owned(),
-            })
-        }
-        // An unreadable release is no proof of anything: the kernel itself will say.
-        _ => Ok(()),
+    if is_before(release, OLDEST_KERNEL) {
+        return Err(PrivilegeError::Kernel {
+            found: release.to_owned(),
+        });
     }
+    Ok(())
+}
+
+/// Whether this kernel is older than a version of Linux.
+pub(crate) fn is_kernel_before(version: (u32, u32)) -> bool {
+    uname().is_ok_and(|kernel| is_before(&kernel.release().to_string_lossy(), version))
+}
+
+/// An unreadable release is no proof of anything: the kernel itself will say.
+fn is_before(release: &str, version: (u32, u32)) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    matches!(
+        (numbers.next(), numbers.next()),
+        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < version
+    )
 }
 
 fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
@@ -90,6 +100,17 @@ pub fn keep_for_attaching() -> Result<(), PrivilegeError> {
     nix::sys::prctl::set_no_new_privs()
         .map_err(|errno| PrivilegeError::System(errno.to_string()))?;
     keep(&NEEDED)
+}
+
+/// Gives up, for good, everything that a capture under way does not need: it reads one more map. To be
+/// called before another thread runs.
+///
+/// # Errors
+/// [`PrivilegeError::System`].
+pub fn keep_for_capturing() -> Result<(), PrivilegeError> {
+    nix::sys::prctl::set_no_new_privs()
+        .map_err(|errno| PrivilegeError::System(errno.to_string()))?;
+    keep(&[Capability::CAP_BPF])
 }
 
 /// Gives up what only attaching needed.

@@ -23,7 +23,7 @@ use crate::{
     clock::Now,
     control::model::{
         ApiError, ErrorCode, Feed, LegReport, MarkReport, NextHopReport, PairReport, PairState,
-        ProofReport, StreamReport, StreamState,
+        ProofReport, StreamReport, StreamState, StreamStates,
     },
     dscp::Dscp,
     next_hop::{Macs, NextHop, NextHopError, Notice, Path, Resolution},
@@ -220,6 +220,8 @@ pub struct Census {
     pub refused: u64,
     /// In the datapath's care without proof.
     pub unproven: u64,
+    /// Streams of pairs in the datapath's care, by state.
+    pub stream_states: StreamStates,
 }
 
 /// All pairs.
@@ -1010,6 +1012,9 @@ impl Registry {
             census.pairs += 1;
             if let Body::Held { pair, streams, .. } = &entry.body {
                 census.unproven += u64::from(self.proof_of(pair) == 0);
+                for stream in streams.iter() {
+                    census.stream_states.count(stream_state(stream, &state));
+                }
                 census.streams += streams
                     .iter()
                     .filter(|stream| stream.installed.is_some())

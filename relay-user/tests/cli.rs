@@ -233,6 +233,7 @@ async fn controller(mut commands: mpsc::Receiver<control::Command>, detached: on
                 reply.send(Ok(vec![pair()])).is_ok()
             }
             Command::Status { reply } => reply.send(Ok(example("The status"))).is_ok(),
+            Command::Metrics { .. } => unreachable!("no command of the program asks for metrics"),
             Command::Detach { reply } => {
                 let _ = reply.send(Ok(example("Detaching")));
                 break;

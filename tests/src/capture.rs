@@ -3,9 +3,12 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, io,
+    fmt,
+    fs::File,
+    io,
     net::SocketAddr,
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+    path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -20,6 +23,10 @@ use nix::{
         eventfd::{EfdFlags, EventFd},
         socket::{setsockopt, sockopt},
     },
+};
+use pcap_file::{
+    TsResolution,
+    pcap::{PcapHeader, PcapPacket, PcapWriter},
 };
 
 use crate::{
@@ -319,6 +326,23 @@ impl Recording {
                 .cloned()
                 .collect(),
         }
+    }
+
+    /// Writes the frames to a file for Wireshark.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write_pcap(&self, file: &Path) -> Result<()> {
+        let header = PcapHeader {
+            ts_resolution: TsResolution::NanoSecond,
+            ..PcapHeader::default()
+        };
+        let mut pcap = PcapWriter::with_header(File::create(file)?, header)?;
+        for frame in &self.frames {
+            let packet = PcapPacket::new(frame.at, frame.bytes.len() as u32, &frame.bytes);
+            pcap.write_packet(&packet)?;
+        }
+        Ok(())
     }
 
     /// The UDP packets among the frames.

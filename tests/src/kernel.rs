@@ -16,6 +16,7 @@ use aya::{
 };
 use nix::time::{ClockId, clock_gettime};
 use relay_common::{
+    capture::{Capture, Captured},
     reason::{Reason, Verdict},
     stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey, ticks},
 };
@@ -45,6 +46,7 @@ const OUT_LEG: usize = size_of::<OutLeg>();
 const STATE: usize = size_of::<State>();
 const COUNTER: usize = size_of::<Counter>();
 const LEASE: usize = size_of::<Lease>();
+const CAPTURE: usize = size_of::<Capture>();
 
 /// The programs of the object, and its maps.
 pub struct Kernel {
@@ -110,6 +112,8 @@ impl Kernel {
         dscp_map.set(0, TRANSLATED, 0)?;
         self.set_lease(u64::MAX)?;
         self.take_events()?;
+        self.set_capture(Capture::default())?;
+        self.take_captured()?;
         // Last, for their times grow old.
         let slots = self.slots;
         let passed = ticks(now()?).wrapping_sub(ticks(NOW));
@@ -131,6 +135,32 @@ impl Kernel {
         let mut lease: Array<_, [u8; LEASE]> = Array::try_from(self.map_mut(names::LEASE)?)?;
         lease.set(0, deadline.to_ne_bytes(), 0)?;
         Ok(())
+    }
+
+    /// Sets what is captured.
+    ///
+    /// # Errors
+    /// The map cannot be written.
+    pub fn set_capture(&mut self, capture: Capture) -> Result<()> {
+        let mut map: Array<_, [u8; CAPTURE]> = Array::try_from(self.map_mut(names::CAPTURE)?)?;
+        let capture: [u8; CAPTURE] = zerocopy::transmute!(capture);
+        map.set(0, capture, 0)?;
+        Ok(())
+    }
+
+    /// What was captured since the last call: each header, and the bytes behind it.
+    ///
+    /// # Errors
+    /// The ring buffer cannot be read, or does not hold captured packets.
+    pub fn take_captured(&mut self) -> Result<Vec<(Captured, Vec<u8>)>> {
+        let mut ring = RingBuf::try_from(self.map_mut(names::CAPTURED)?)?;
+        let mut captured = Vec::new();
+        while let Some(item) = ring.next() {
+            let parts = Captured::read_from_prefix(&item).ok();
+            let (header, bytes) = parts.context("a captured packet without a header")?;
+            captured.push((header, bytes.to_vec()));
+        }
+        Ok(captured)
     }
 
     /// What was reported since the last call.

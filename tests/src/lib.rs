@@ -6,6 +6,7 @@
 
 pub mod ami;
 pub mod asterisk;
+pub mod browser;
 pub mod bulk;
 pub mod capture;
 pub mod demo;
@@ -19,11 +20,14 @@ pub mod namespace;
 pub mod pair;
 pub mod pbx;
 pub mod phone;
+pub mod picture;
 pub mod program;
+pub mod promtool;
 pub mod proof;
 pub mod relay;
 pub mod rtp;
 pub mod scenario;
+pub mod scene;
 pub mod sip;
 pub mod softphone;
 pub mod tables;

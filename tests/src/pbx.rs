@@ -111,7 +111,16 @@ impl Pbx {
     /// # Errors
     /// No port is left.
     pub fn call(&self, caller: SocketAddr, callee: SocketAddr) -> Result<Call> {
-        self.command(&format!("call {caller} {callee}"))
+        self.call_named(["caller", "callee"], [caller, callee])
+    }
+
+    /// The same between these endpoints, which are words without spaces: their names are those of the channels.
+    ///
+    /// # Errors
+    /// No port is left.
+    pub fn call_named(&self, endpoints: [&str; 2], phones: [SocketAddr; 2]) -> Result<Call> {
+        let ([caller, callee], [first, second]) = (endpoints, phones);
+        self.command(&format!("call {first} {second} {caller} {callee}"))
     }
 
     /// Ends a call.

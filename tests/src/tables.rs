@@ -7,11 +7,13 @@ use std::{
 };
 
 use relay_common::{
+    capture::{Capture, Captured, Kept},
     packet::Tables,
     reason::Reason,
     reception::Reception,
     stream::{Counter, Event, OutLeg, State, Stream, StreamKey, StreamSpec},
 };
+use zerocopy::FromZeros as _;
 
 /// A stream and how it fares.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +26,9 @@ pub struct Entry {
 
 /// What the clock of [`MemoryTables`] shows first, ns: far from 0, and from where ticks wrap.
 pub const NOW: u64 = 100_000_000_000_000;
+
+/// What [`MemoryTables`] has for a random number.
+pub const RANDOM: u32 = 1000;
 
 /// What each DSCP is translated to, none to itself.
 pub const TRANSLATED: [u8; 64] = {
@@ -89,6 +94,9 @@ pub struct MemoryTables {
     lease: Cell<u64>,
     now: Cell<u64>,
     events: RefCell<Vec<Event>>,
+    capture: Cell<Capture>,
+    kept: Cell<Kept>,
+    captured: RefCell<Vec<(Captured, Vec<u8>)>>,
 }
 
 impl MemoryTables {
@@ -117,6 +125,9 @@ impl MemoryTables {
             lease: Cell::new(u64::MAX),
             now: Cell::new(NOW),
             events: RefCell::default(),
+            capture: Cell::default(),
+            kept: Cell::new(Kept::new_zeroed()),
+            captured: RefCell::default(),
         }
     }
 
@@ -152,6 +163,16 @@ impl MemoryTables {
     #[must_use]
     pub fn counters(&self) -> [Counter; Reason::COUNT] {
         self.counters.each_ref().map(Cell::get)
+    }
+
+    /// Sets what is captured.
+    pub fn set_capture(&self, capture: Capture) {
+        self.capture.set(capture);
+    }
+
+    /// What was captured since the last call: each header, and the bytes behind it.
+    pub fn take_captured(&self) -> Vec<(Captured, Vec<u8>)> {
+        self.captured.take()
     }
 
     /// What was reported since the last call.
@@ -203,5 +224,23 @@ impl Tables for MemoryTables {
             packets: packets + 1,
             bytes: sum + bytes as u64,
         });
+    }
+
+    fn capture(&self) -> Option<*const Capture> {
+        Some(self.capture.as_ptr())
+    }
+
+    fn kept(&self) -> Option<*mut Kept> {
+        Some(self.kept.as_ptr())
+    }
+
+    fn hand_over(&self, kept: &Kept) -> bool {
+        let bytes = kept.bytes[..kept.length as usize].to_vec();
+        self.captured.borrow_mut().push((kept.header, bytes));
+        true
+    }
+
+    fn random(&self) -> u32 {
+        RANDOM
     }
 }

@@ -158,6 +158,20 @@ impl Terminal {
         })
     }
 
+    /// Looks on for a while, and returns the screen as it then is.
+    ///
+    /// # Errors
+    /// The program ends meanwhile: the text holds the screen.
+    pub fn watch(&mut self, time: Duration) -> Result<vt100::Screen> {
+        let end = Instant::now() + time;
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            if !self.read(left)? {
+                bail!("the program ended:\n{}", self.lines().join("\n"));
+            }
+        }
+        Ok(self.parser.screen().clone())
+    }
+
     /// Draws what the program has written; returns whether it may write more.
     fn read(&mut self, patience: Duration) -> Result<bool> {
         if !readable(self.master.as_fd(), patience)? {

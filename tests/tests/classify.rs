@@ -16,6 +16,7 @@ use aya::{Ebpf, maps::PerCpuArray, programs::Program};
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use proptest::{prelude::*, sample::select, strategy::ValueTree as _, test_runner::TestRunner};
 use relay_common::{
+    capture::SNAP_MAX,
     checksum::PartialChecksum,
     classify::{
         COUNTERS, FlowKey, Metadata, RULES, RuleTable, Tables, VOICE, class_id, classify, tcp,
@@ -65,6 +66,10 @@ impl Packet for Leaving<'_> {
 
     fn partial_checksum(&self) -> PartialChecksum {
         PartialChecksum::Kept
+    }
+
+    fn copy(&self, to: &mut [u8; SNAP_MAX], most: u32) -> u32 {
+        self.frame.copy(to, most)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 use relay_common::{
+    capture::{Capture, Captured, SNAP_MAX, side},
     packet::Frame,
     reason::Reason,
     relay::relay,
@@ -14,7 +15,7 @@ use relay_tests::{
         watching,
     },
     generator::Generator,
-    tables::{Entry, MemoryTables, NOW},
+    tables::{Entry, MemoryTables, NOW, RANDOM},
 };
 
 /// Decides on a frame, alone.
@@ -73,6 +74,113 @@ fn fixtures() {
             assert_eq!((reason, &after[..]), expected, "{what}");
             assert_accounted(&fixture.frame, &fixture.streams, reason, &tables);
         }
+    }
+}
+
+/// Everything is captured, whole.
+const EVERYTHING: Capture = Capture {
+    until: u64::MAX,
+    pair: 0,
+    snap: SNAP_MAX as u32,
+    sample: u32::MAX,
+    process: 0,
+    padding: [0; 4],
+};
+
+/// What is captured of a packet while it is decided on.
+fn captured(frame: &[u8], streams: &[Entry], capture: Capture) -> Vec<(Captured, Vec<u8>)> {
+    let tables = MemoryTables::new(streams, SLOTS);
+    tables.set_capture(capture);
+    let (.., tables) = decide_by(frame, tables, Hook::NativeXdp);
+    tables.take_captured()
+}
+
+#[test]
+fn a_capture_has_every_packet_of_a_stream_with_the_reason_and_changes_nothing() {
+    for fixture in fixture::all() {
+        let tables = MemoryTables::new(&fixture.streams, SLOTS);
+        tables.set_lease(fixture.lease);
+        tables.set_capture(EVERYTHING);
+        let (reason, after, tables) = decide_by(&fixture.frame, tables, Hook::NativeXdp);
+        let what = &fixture.description;
+        let expected = fixture.expected(Hook::NativeXdp);
+        assert_eq!(Some((reason, &after[..])), expected, "{what}");
+        assert_accounted(&fixture.frame, &fixture.streams, reason, &tables);
+
+        let captured = tables.take_captured();
+        for (header, _) in &captured {
+            assert_eq!(header.reason, reason as u32, "{what}");
+        }
+        let captured: Vec<_> = captured
+            .iter()
+            .map(|(header, bytes)| (header.side, header.length as usize, &bytes[..]))
+            .collect();
+        let received = (
+            side::RECEIVED,
+            fixture.frame.len(),
+            &fixture.frame[..fixture.frame.len().min(SNAP_MAX)],
+        );
+        let sent = (side::SENT, after.len(), &after[..after.len().min(SNAP_MAX)]);
+        match reason {
+            Reason::Relayed => assert_eq!(captured, [received, sent], "{what}"),
+            Reason::Truncated if captured.is_empty() => {}
+            Reason::NotIp
+            | Reason::VlanDepth
+            | Reason::Malformed
+            | Reason::IpOptions
+            | Reason::Fragment
+            | Reason::NotUdp
+            | Reason::NoStream
+            | Reason::OtherHost => assert_eq!(captured, [], "{what}"),
+            Reason::Rtcp if captured.is_empty() => {}
+            _ => assert_eq!(captured, [received], "{what}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_not_asked_for_is_not_captured() {
+    let (frame, entry) = (
+        received(Family::V4).bytes(),
+        fixture::offloaded(stream(Family::V4)),
+    );
+    let pair = entry.stream.pair;
+    let copies = |capture| captured(&frame, &[entry], capture).len();
+    assert_eq!(copies(Capture { pair, ..EVERYTHING }), 2);
+    assert_eq!(
+        copies(Capture {
+            sample: RANDOM,
+            ..EVERYTHING
+        }),
+        2
+    );
+    for capture in [
+        Capture::default(),
+        Capture {
+            until: NOW,
+            ..EVERYTHING
+        },
+        Capture {
+            pair: pair + 1,
+            ..EVERYTHING
+        },
+        Capture {
+            sample: RANDOM - 1,
+            ..EVERYTHING
+        },
+    ] {
+        assert_eq!(copies(capture), 0, "{capture:?}");
+    }
+    let short = captured(
+        &frame,
+        &[entry],
+        Capture {
+            snap: 40,
+            ..EVERYTHING
+        },
+    );
+    for (header, bytes) in short {
+        assert_eq!((header.length as usize, bytes.len()), (frame.len(), 40));
     }
 }
 
@@ -160,6 +268,10 @@ fn a_state_tells_when_the_phone_was_seen_and_by_whom() {
         let what = reason.name();
         assert_eq!(state.last_seen == now, is_phones, "{what}");
         assert_eq!(state.last_passed == now, is_phones, "{what}");
+        // Also what is none of the datapath's, or a stream that comes back from the PBX would seem to have
+        // lost it.
+        let is_received = is_phones || matches!(reason, Reason::LeaseOver | Reason::Suspended);
+        assert_eq!(state.reception.packets, u32::from(is_received), "{what}");
         let noted = before.noted + u32::from(reason == Reason::AwaitingEcho);
         assert_eq!(state.noted, noted + u32::from(is_phones), "{what}");
         assert_eq!(state.last_rtcp == now, reason == Reason::Rtcp, "{what}");
@@ -169,6 +281,7 @@ fn a_state_tells_when_the_phone_was_seen_and_by_whom() {
     let fields = (relayed.last_seen, relayed.last_passed, relayed.noted);
     assert_eq!(fields, (now, before.last_passed, before.noted));
     assert_eq!((relayed.packets, relayed.last_rtcp), (1, 0));
+    assert_eq!(relayed.reception.packets, 1);
 }
 
 /// Each packet of the phone counts by its mark: three values apart, all others together.

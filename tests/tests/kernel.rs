@@ -10,6 +10,7 @@ use std::{
 };
 
 use relay_common::{
+    capture::{self as taken, Captured, SNAP_MAX},
     checksum::{PartialChecksum, UdpChange, udp_field},
     packet::{Frame, Header, Packet},
     proof::observe,
@@ -31,6 +32,16 @@ use relay_tests::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Every packet of a stream is captured, whole.
+const EVERYTHING: taken::Capture = taken::Capture {
+    until: u64::MAX,
+    pair: 0,
+    snap: SNAP_MAX as u32,
+    sample: u32::MAX,
+    process: 0,
+    padding: [0; 4],
+};
 
 /// Loads the datapath for a hook.
 fn kernel(hook: Hook) -> Kernel {
@@ -118,6 +129,10 @@ impl Packet for FinishedFrame<'_> {
         self.0.partial_checksum()
     }
 
+    fn copy(&self, to: &mut [u8; SNAP_MAX], most: u32) -> u32 {
+        self.0.copy(to, most)
+    }
+
     fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
         let header = self.header::<Udp>(change.udp)?;
         let new = change
@@ -176,6 +191,8 @@ fn compare_once(
     kernel.set_lease(traffic.lease).expect("a lease");
     let tables = MemoryTables::new(table, SLOTS);
     tables.set_lease(traffic.lease);
+    kernel.set_capture(EVERYTHING).expect("a capture");
+    tables.set_capture(EVERYTHING);
     let program = kernel.descriptor(hook).expect("a program");
     let observer = kernel.observer().expect("an observer");
     for exchange in &traffic.exchanges {
@@ -244,6 +261,19 @@ fn compare_once(
     if hosts != kernels {
         return Err(format!(
             "the host reports {hosts:#?}, the kernel {kernels:#?}"
+        ));
+    }
+    let untimed = |captured: Vec<(Captured, Vec<u8>)>| -> Vec<_> {
+        let untimed = captured
+            .into_iter()
+            .map(|(header, bytes)| (Captured { time: 0, ..header }, bytes));
+        untimed.collect()
+    };
+    let hosts = untimed(tables.take_captured());
+    let kernels = untimed(kernel.take_captured().expect("captured packets"));
+    if hosts != kernels {
+        return Err(format!(
+            "the host captures {hosts:02x?}, the kernel {kernels:02x?}"
         ));
     }
     Ok(counters)
@@ -384,6 +414,7 @@ fn tags_are_replaced_beside_the_frame() {
         let what = &fixture.description;
         kernel.set(&fixture.streams).expect("tables");
         kernel.set_lease(fixture.lease).expect("a lease");
+        kernel.set_capture(EVERYTHING).expect("a capture");
         injector.send(&fixture.frame).expect("injected");
         let deadline = Instant::now() + PATIENCE;
         while kernel.counters().expect("counters")[reason as usize].packets == 0 {
@@ -396,6 +427,13 @@ fn tags_are_replaced_beside_the_frame() {
         if reason == Reason::Relayed {
             let waited = capture.wait(PATIENCE, came_back);
             waited.unwrap_or_else(|error| panic!("{what}: {error:#}: {expected:02x?}"));
+            let captured = kernel.take_captured().expect("captured packets");
+            let whole = captured.iter().map(|(header, bytes)| {
+                let tag = [header.tag_protocol, header.tag_control].map(u16::to_be_bytes);
+                [&bytes[..12], &tag[0], &tag[1], &bytes[12..]].concat()
+            });
+            let whole: Vec<_> = whole.collect();
+            assert_eq!(whole, [&fixture.frame[..], expected], "{what}");
         }
         shown[usize::from(reason == Reason::Relayed)] += 1;
     }

@@ -1,6 +1,6 @@
 //! Installing packages on Debian and its relatives.
 
-use std::process::Command;
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -51,6 +51,40 @@ impl Apt {
             "apt-get could not install {list}, see above"
         );
         Ok(())
+    }
+
+    /// Puts one program of `package` into `folder`, and installs nothing.
+    ///
+    /// # Errors
+    /// When apt-get does not get the package, or the program is not in it.
+    pub(crate) fn unpack(&mut self, package: &str, program: &str, folder: &Path) -> Result<()> {
+        self.update()?;
+        crate::setup::say("unpacking", &format!("{program} of package {package}"));
+        let scratch = folder.join(package);
+        fs::create_dir_all(&scratch)
+            .with_context(|| format!("cannot make {}", scratch.display()))?;
+        let status = apt_get(&["download", package])
+            .current_dir(&scratch)
+            .status()
+            .context("cannot run apt-get")?;
+        ensure!(
+            status.success(),
+            "apt-get could not download {package}, see above"
+        );
+        let files = fs::read_dir(&scratch)?;
+        let archive = files
+            .filter_map(|file| Some(file.ok()?.path()))
+            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+            .with_context(|| format!("apt-get left no package in {}", scratch.display()))?;
+        let status = Command::new("dpkg-deb")
+            .arg("--extract")
+            .args([&archive, &scratch])
+            .status()
+            .context("cannot run dpkg-deb")?;
+        ensure!(status.success(), "dpkg-deb could not unpack {package}");
+        fs::rename(scratch.join("usr/bin").join(program), folder.join(program))
+            .with_context(|| format!("the package {package} has no {program}"))?;
+        fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
     }
 
     /// Only before the first question or installation: a machine with everything in place is left

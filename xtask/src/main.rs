@@ -54,6 +54,8 @@ enum Xtask {
         #[arg(last = true)]
         harness: Vec<OsString>,
     },
+    /// Take the pictures of the documentation anew (needs root)
+    Screenshots,
     /// Measure packet rates (needs root)
     Bench {
         /// Arguments of the benchmark itself
@@ -74,7 +76,7 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Xtask) -> Result<ExitCode> {
-    see_sbin()?;
+    see_programs()?;
     match command {
         Xtask::Setup => {
             setup::run()?;
@@ -101,6 +103,12 @@ fn run(command: Xtask) -> Result<ExitCode> {
             workspace::build(&["--workspace", "--all-targets"])?;
             test::run(args, harness)
         }
+        Xtask::Screenshots => {
+            need_root("taking pictures")?;
+            setup::ensure(Task::Screenshots)?;
+            workspace::build(&["--release", "--package=relay-user", "--package=relay-tests"])?;
+            become_program("screenshots", vec![workspace::folder("docs/images").into()])
+        }
         Xtask::Bench { args } => {
             need_root("the benchmark")?;
             setup::ensure(Task::Bench)?;
@@ -122,11 +130,12 @@ fn become_program(name: &str, args: Vec<OsString>) -> Result<ExitCode> {
 }
 
 /// Debian's plain `su` keeps a user's `PATH`, which has no `/usr/sbin`: `ip` and `bpftool` would be
-/// installed and yet not found.
-fn see_sbin() -> Result<()> {
+/// installed and yet not found. The workspace's own tools are in no `PATH`.
+fn see_programs() -> Result<()> {
     let path = env::var_os("PATH").unwrap_or_default();
     let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(Into::into);
-    let path = env::join_paths(env::split_paths(&path).chain(sbin))?;
+    let more = sbin.into_iter().chain([workspace::tools()?]);
+    let path = env::join_paths(env::split_paths(&path).chain(more))?;
     // SAFETY: this process has one thread.
     unsafe { env::set_var("PATH", path) };
     Ok(())

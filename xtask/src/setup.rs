@@ -15,6 +15,7 @@ pub(crate) enum Task {
     AsteriskDemo,
     Test,
     Bench,
+    Screenshots,
 }
 
 /// A program that is run at run time.
@@ -31,7 +32,13 @@ const TOOLS: &[Tool] = &[
         program: "ip",
         package: "iproute2",
         purpose: "makes the network namespaces",
-        tasks: &[Task::Demo, Task::AsteriskDemo, Task::Test, Task::Bench],
+        tasks: &[
+            Task::Demo,
+            Task::AsteriskDemo,
+            Task::Test,
+            Task::Bench,
+            Task::Screenshots,
+        ],
     },
     Tool {
         program: "bpftool",
@@ -40,12 +47,33 @@ const TOOLS: &[Tool] = &[
         tasks: &[Task::Test],
     },
     Tool {
+        program: "tshark",
+        package: "tshark",
+        purpose: "counts what the relay counts, and reads what it captures",
+        tasks: &[Task::Test],
+    },
+    Tool {
         program: "debootstrap",
         package: "debootstrap",
         purpose: "installs the real Asterisk into a folder of its own",
         tasks: &[Task::AsteriskDemo, Task::Test],
     },
+    Tool {
+        program: "chromium",
+        package: "chromium",
+        purpose: "shows the relay's page",
+        tasks: &[Task::Test, Task::Screenshots],
+    },
+    Tool {
+        program: "promtool",
+        package: "prometheus",
+        purpose: "checks the relay's metrics",
+        tasks: &[Task::Test],
+    },
 ];
+
+/// Programs that are taken out of their packages, because these would start a service.
+const UNPACKED: [&str; 1] = ["promtool"];
 
 /// Debian's compiler, its cargo and its library source. In bookworm they are kept as new as
 /// Firefox needs them, by the security suite.
@@ -149,7 +177,17 @@ fn install_tools(apt: &mut Option<Apt>, tools: &[&Tool]) -> Result<()> {
             packages.join(", ")
         );
     };
-    apt.install(&packages)?;
+    let (unpacked, installed): (Vec<_>, Vec<_>) = missing
+        .into_iter()
+        .partition(|tool| UNPACKED.contains(&tool.program));
+    let mut installed: Vec<_> = installed.iter().map(|tool| tool.package).collect();
+    installed.dedup();
+    if !installed.is_empty() {
+        apt.install(&installed)?;
+    }
+    for tool in unpacked {
+        apt.unpack(tool.package, tool.program, &workspace::tools()?)?;
+    }
     say("installed", &packages.join(", "));
     Ok(())
 }

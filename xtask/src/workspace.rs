@@ -33,8 +33,13 @@ impl Profile {
 /// The cargo that runs this xtask, in the workspace's folder.
 pub(crate) fn cargo() -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    cargo.current_dir(folder(""));
     cargo
+}
+
+/// A folder of the workspace.
+pub(crate) fn folder(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
 /// Builds what `selection`, arguments of `cargo build`, says.
@@ -46,6 +51,13 @@ pub(crate) fn build(selection: &[&str]) -> Result<()> {
     let status = status.context("cannot run cargo")?;
     ensure!(status.success(), "the workspace does not build, see above");
     Ok(())
+}
+
+/// Where programs are that only this workspace uses.
+pub(crate) fn tools() -> Result<PathBuf> {
+    let this = env::current_exe().context("cannot tell where this program is")?;
+    let folder = this.parent().context("this program is in no folder")?;
+    Ok(folder.with_file_name("tools"))
 }
 
 /// Where cargo puts the binary `name`: beside this program, wherever cargo's configuration and

@@ -4,13 +4,15 @@
 //! requests into [`Command`]s; whoever owns the registry and the maps answers them.
 
 pub mod client;
+pub(crate) mod connection;
 pub mod model;
+pub mod selection;
 pub mod server;
 pub mod socket;
 
 use tokio::sync::oneshot;
 
-use crate::pair::Pair;
+use crate::{controller::proof_time::ProofTimes, events::TransitionKind, pair::Pair};
 use model::{ApiError, Detached, PairReport, StatusReport};
 
 /// Where the answer to a [`Command`] goes.
@@ -18,6 +20,17 @@ use model::{ApiError, Detached, PairReport, StatusReport};
 /// It is closed when nobody waits any longer: a command found so is to be skipped, because its
 /// caller was told that it failed.
 pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
+
+/// What metrics are made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MetricsReport {
+    /// The daemon, its interface and its counters.
+    pub status: StatusReport,
+    /// How many events there were of each kind.
+    pub events: Vec<(TransitionKind, u64)>,
+    /// How long proofs took.
+    pub proof_times: ProofTimes,
+}
 
 impl Command {
     /// Whether nobody waits for its answer any longer.
@@ -29,6 +42,7 @@ impl Command {
             }
             Self::Flush { reply } | Self::List { reply } => reply.is_closed(),
             Self::Status { reply } => reply.is_closed(),
+            Self::Metrics { reply } => reply.is_closed(),
             Self::Detach { reply } => reply.is_closed(),
         }
     }
@@ -72,6 +86,11 @@ pub enum Command {
     Status {
         /// Gets the report.
         reply: Reply<StatusReport>,
+    },
+    /// Report what metrics are made of.
+    Metrics {
+        /// Gets the report.
+        reply: Reply<MetricsReport>,
     },
     /// Take everything back and end. Answered when programs, links, maps and pins are gone, because
     /// the client tells its user so.

@@ -9,6 +9,7 @@ use relay_common::reason;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    clock,
     datapath::AttachMode,
     dscp::Dscp,
     pair::{Leg, Pair, PairError, PayloadTypes, Proof},
@@ -92,6 +93,31 @@ pub enum StreamState {
     Offloaded,
     /// The kernel has stopped relaying it.
     Suspended,
+}
+
+/// How many streams there are of each [`StreamState`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamStates {
+    /// In state `waiting`.
+    pub waiting: u64,
+    /// In state `watching`.
+    pub watching: u64,
+    /// In state `offloaded`.
+    pub offloaded: u64,
+    /// In state `suspended`.
+    pub suspended: u64,
+}
+
+impl StreamStates {
+    /// Counts one more.
+    pub const fn count(&mut self, state: StreamState) {
+        *match state {
+            StreamState::Waiting => &mut self.waiting,
+            StreamState::Watching => &mut self.watching,
+            StreamState::Offloaded => &mut self.offloaded,
+            StreamState::Suspended => &mut self.suspended,
+        } += 1;
+    }
 }
 
 /// A pair: what it joins, and how it fares.
@@ -189,15 +215,15 @@ pub struct ReceptionReport {
     /// Interarrival jitter now (RFC 3550 appendix A.8), milliseconds; none where the clock rate is
     /// not known.
     pub jitter_ms: Option<f64>,
-    /// Its mean over all packets in sequence; none before the second.
+    /// Its mean over all packets but those that begin a talkspurt; none before the second.
     pub jitter_mean_ms: Option<f64>,
     /// The highest that it was.
     pub jitter_max_ms: Option<f64>,
     /// Clock rate of the latest packet's codec, Hz; none where it is not known.
     pub clock_rate: Option<u32>,
-    /// Longest time between two packets in sequence within a talkspurt, milliseconds.
+    /// Longest time between two packets within a talkspurt, milliseconds.
     pub largest_gap_ms: f64,
-    /// When the latest packet in sequence came (RFC 3339, UTC); none before the first.
+    /// When the latest packet came (RFC 3339, UTC); none before the first.
     pub last_arrival: Option<String>,
     /// Synchronisation source, as eight hexadecimal digits behind `0x`; none before the first packet.
     pub ssrc: Option<String>,
@@ -252,13 +278,32 @@ pub struct NextHopReport {
 /// Several pairs: the answer to a list and to a flush.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PairList {
-    /// In the order of their numbers.
+    /// In the order of their numbers, or in the one asked for.
     pub pairs: Vec<PairReport>,
+    /// How many there are of those asked for; `pairs` has no more than were asked for.
+    pub matching: u64,
+    /// When the pairs were looked at, in UTC as RFC 3339 writes it, with milliseconds.
+    pub time: String,
+}
+
+impl From<Vec<PairReport>> for PairList {
+    /// Of pairs as they are now.
+    fn from(pairs: Vec<PairReport>) -> Self {
+        let matching = pairs.len() as u64;
+        let time = clock::utc_now();
+        Self {
+            pairs,
+            matching,
+            time,
+        }
+    }
 }
 
 /// The daemon, its interface and its counters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusReport {
+    /// When this was looked at, in UTC as RFC 3339 writes it, with milliseconds.
+    pub time: String,
     /// Version of `relay-user`.
     pub version: String,
     /// Version of the layout shared with the kernel program.
@@ -300,6 +345,12 @@ pub struct StatusReport {
     pub refused: u64,
     /// Pairs that the datapath has without proof, of whatever state.
     pub unproven: u64,
+    /// Streams by state. Those that wait are known, but not in the table yet.
+    pub stream_states: StreamStates,
+    /// Where metrics are served; none where they are not.
+    pub metrics: Option<SocketAddr>,
+    /// Where the page is served; none where it is not.
+    pub http: Option<SocketAddr>,
     /// The AMI feed; none when the daemon runs without it.
     pub ami: Option<AmiReport>,
     /// Packets by what the datapath did with them, in the order of the reasons' numbers.
@@ -406,7 +457,7 @@ pub enum ErrorCode {
     InvalidRequest,
     /// Addresses or payload types that no pair can have.
     InvalidPair,
-    /// The client is neither root nor the daemon's own user.
+    /// The client is neither root nor the daemon's own user, or the page of another site.
     Forbidden,
     /// No pair has this number.
     UnknownPair,
@@ -422,6 +473,8 @@ pub enum ErrorCode {
     Loop,
     /// The request's body is too long.
     BodyTooLarge,
+    /// The request is for a host that this may not be asked by.
+    WrongHost,
     /// No route leads to a remote address.
     Unreachable,
     /// Possible, but not in this version.
@@ -438,7 +491,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code, in the order of their statuses.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::InvalidRequest,
         Self::InvalidPair,
         Self::Forbidden,
@@ -449,6 +502,7 @@ impl ErrorCode {
         Self::Duplicate,
         Self::Loop,
         Self::BodyTooLarge,
+        Self::WrongHost,
         Self::Unreachable,
         Self::Unsupported,
         Self::Internal,
@@ -467,6 +521,7 @@ impl ErrorCode {
             Self::RequestTimeout => 408,
             Self::Duplicate | Self::Loop => 409,
             Self::BodyTooLarge => 413,
+            Self::WrongHost => 421,
             Self::Unreachable | Self::Unsupported => 422,
             Self::Internal => 500,
             Self::Stopping => 503,

@@ -1,15 +1,14 @@
 //! Serves the control API on its socket.
 //!
 //! It only turns requests into [`Command`]s and answers into JSON, and the [`EventBus`] into streams.
-//! What a client does or omits to do costs at most its own connection: number and size of everything
-//! are bounded, and the duration of everything but a stream of events.
 
 use std::{
     convert::Infallible,
     future::Future,
     io,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::Arc,
+    task::Context,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -18,66 +17,30 @@ use axum::{
     extract::{Query, Request, State, rejection::QueryRejection},
     http::{HeaderMap, StatusCode, Uri, header},
     response::Response,
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use futures_util::stream;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    task::{JoinSet, spawn_blocking},
+    sync::{Mutex, Semaphore, mpsc, oneshot},
+    task::spawn_blocking,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Command, Reply,
-    model::{AddRequest, ApiError, ErrorBody, ErrorCode, PairList},
+    connection::{self, LIMITS, Limits, Place},
+    model::{AddRequest, ApiError, ErrorBody, ErrorCode, PairList, StatusReport},
+    selection::Selection,
     socket::ControlSocket,
 };
 use crate::{
-    events::{Event, EventBus, Lagged, Subscription},
+    events::{Crowded, Event, EventBus, Lagged, Subscription},
     pair::Pair,
-};
-
-/// What one client may take of the daemon.
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    /// Connections served at once, without streams of events; more wait in the kernel's queue.
-    connections: usize,
-    /// Longest body of a request, in bytes.
-    body: usize,
-    /// Largest request head, in bytes.
-    head: usize,
-    /// For the head of a request to arrive, and for its body.
-    arrival: Duration,
-    /// For the controller to answer.
-    answer: Duration,
-    /// For a connection from first to last, so also for the client to read the answer; not for a
-    /// stream of events.
-    connection: Duration,
-    /// Between signs of life in a stream of events.
-    heartbeat: Duration,
-    /// For answers under way when the server ends.
-    ending: Duration,
-}
-
-const LIMITS: Limits = Limits {
-    connections: 64,
-    body: 64 * 1024,
-    head: 16 * 1024,
-    arrival: Duration::from_secs(5),
-    answer: Duration::from_secs(10),
-    connection: Duration::from_secs(30),
-    heartbeat: Duration::from_secs(15),
-    ending: Duration::from_secs(1),
 };
 
 /// Serves until `stop` completes, then finishes the answers under way, tells followers of `events`
@@ -103,91 +66,24 @@ async fn serve_within(
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(socket.listener()?)?;
     let ending = CancellationToken::new();
-    let routes = routes(Arc::new(Api {
-        commands,
-        events,
-        ending: ending.clone(),
-        limits,
-    }));
-    let places = Arc::new(Semaphore::new(limits.connections));
-    let mut connections = JoinSet::new();
-    tokio::pin!(stop);
-    loop {
-        let accepted = async {
-            let place = places.clone().acquire_owned().await;
-            (listener.accept().await, place.ok())
-        };
-        tokio::select! {
-            () = &mut stop => break,
-            Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            (accepted, place) = accepted => match accepted {
-                Ok((stream, _)) => {
-                    let place = Place(Arc::new(Mutex::new(place)));
-                    connections.spawn(connection(limits, stream, routes.clone(), place));
-                }
-                Err(error) => {
-                    // Out of file descriptors, most likely, and then the next try fails at once too.
-                    tracing::warn!(%error, "cannot accept a connection to the control socket");
-                    sleep(Duration::from_millis(100)).await;
-                }
-            },
+    let routes = routes(Arc::new(Api::new(commands, events, ending.clone(), limits)));
+    let routes = |stream: &UnixStream| {
+        // The socket's mode keeps others out already; this holds if somebody changes it.
+        let allowed = stream
+            .peer_cred()
+            .is_ok_and(|peer| may_control(peer.uid(), geteuid().as_raw()));
+        if allowed {
+            routes.clone()
+        } else {
+            Router::new().fallback(forbidden)
         }
-    }
-    ending.cancel();
-    let finish = async { while connections.join_next().await.is_some() {} };
-    if timeout(limits.ending, finish).await.is_err() {
-        tracing::debug!("cut off control connections that did not finish");
-    }
+    };
+    let accept = |context: &mut Context<'_>| {
+        let accepted = listener.poll_accept(context);
+        accepted.map_ok(|(stream, _)| stream)
+    };
+    connection::serve("control socket", limits, accept, routes, ending, stop).await;
     Ok(())
-}
-
-/// A connection's share of [`Limits::connections`], until it becomes a stream of events: those are
-/// counted by the [`EventBus`] and last as long as their clients like.
-#[derive(Clone)]
-struct Place(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
-
-impl Place {
-    fn release(&self) {
-        drop(self.permit().take());
-    }
-
-    fn is_released(&self) -> bool {
-        self.permit().is_none()
-    }
-
-    fn permit(&self) -> impl std::ops::DerefMut<Target = Option<OwnedSemaphorePermit>> + '_ {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-async fn connection(limits: Limits, stream: UnixStream, routes: Router, place: Place) {
-    // The socket's mode keeps others out already; this holds if somebody changes it.
-    let allowed = stream
-        .peer_cred()
-        .is_ok_and(|peer| may_control(peer.uid(), geteuid().as_raw()));
-    let routes = if allowed {
-        routes.layer(Extension(place.clone()))
-    } else {
-        Router::new().fallback(forbidden)
-    };
-    // One request each: then a bound on the connection is one on the request, and an idle client
-    // holds no place. Connecting anew costs next to nothing on a Unix socket.
-    let served = http1::Builder::new()
-        .keep_alive(false)
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.arrival)
-        .max_buf_size(limits.head)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
-    tokio::pin!(served);
-    let outcome = match timeout(limits.connection, &mut served).await {
-        Err(_) if place.is_released() => Ok(served.await),
-        outcome => outcome,
-    };
-    match outcome {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "control connection broke"),
-        Err(_) => tracing::debug!("control connection took too long"),
-    }
 }
 
 /// Root rules the maps anyway, and the daemon's own user could end the daemon.
@@ -195,21 +91,66 @@ const fn may_control(peer: u32, own: u32) -> bool {
     peer == 0 || peer == own
 }
 
-struct Api {
+/// What the routes of a server work with.
+pub(crate) struct Api {
     commands: mpsc::Sender<Command>,
     events: EventBus,
     /// Cancelled when the server ends.
     ending: CancellationToken,
     limits: Limits,
+    followers: Arc<Semaphore>,
+    pairs: Recent<Arc<PairList>>,
+    status: Recent<StatusReport>,
+}
+
+/// An answer of the controller's that serves several clients.
+struct Recent<T>(Mutex<Option<(Instant, T)>>);
+
+impl<T: Clone> Recent<T> {
+    const fn new() -> Self {
+        Self(Mutex::const_new(None))
+    }
+
+    /// Asks, unless the last answer is not older than `freshness`. Who comes meanwhile waits for the
+    /// same answer.
+    async fn get(
+        &self,
+        freshness: Duration,
+        ask: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
+        if freshness.is_zero() {
+            return ask.await;
+        }
+        let mut kept = self.0.lock().await;
+        if let Some((at, value)) = &*kept
+            && at.elapsed() < freshness
+        {
+            return Ok(value.clone());
+        }
+        let value = ask.await?;
+        *kept = Some((Instant::now(), value.clone()));
+        Ok(value)
+    }
 }
 
 fn routes(api: Arc<Api>) -> Router {
+    let writing = Router::new()
+        .route("/v1/pairs", post(add).delete(flush))
+        .route("/v1/pairs/{id}", delete(remove))
+        .route("/v1/detach", post(detach))
+        .with_state(api.clone());
+    reading(api)
+        .merge(writing)
+        .method_not_allowed_fallback(method_not_allowed)
+}
+
+/// The requests that change nothing.
+pub(crate) fn reading(api: Arc<Api>) -> Router {
     Router::new()
-        .route("/v1/pairs", get(list).post(add).delete(flush))
-        .route("/v1/pairs/{id}", get(show).delete(remove))
+        .route("/v1/pairs", get(list))
+        .route("/v1/pairs/{id}", get(show))
         .route("/v1/status", get(status))
         .route("/v1/events", get(events))
-        .route("/v1/detach", post(detach))
         .fallback(unknown_path)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(api)
@@ -230,11 +171,25 @@ async fn add(State(api): State<Arc<Api>>, request: Request) -> Response {
     .await
 }
 
-async fn list(State(api): State<Arc<Api>>) -> Response {
+async fn list(
+    State(api): State<Arc<Api>>,
+    query: Result<Query<Selection>, QueryRejection>,
+) -> Response {
     answer(StatusCode::OK, async {
-        api.ask(|reply| Command::List { reply })
+        let Query(mut selection) = query.map_err(|rejection| {
+            let wrong = rejection.body_text();
+            ApiError::new(
+                ErrorCode::InvalidRequest,
+                format_args!("the query does not select pairs: {wrong}"),
+            )
+        })?;
+        let most = api.limits.pairs;
+        selection.limit = Some(selection.limit.unwrap_or(most).min(most));
+        let pairs = api.pairs().await?;
+        // Many take a while to sort: elsewhere, as writing them out.
+        spawn_blocking(move || selection.of(&pairs))
             .await
-            .map(|pairs| PairList { pairs })
+            .map_err(|error| ApiError::new(ErrorCode::Internal, error))
     })
     .await
 }
@@ -243,7 +198,7 @@ async fn flush(State(api): State<Arc<Api>>) -> Response {
     answer(StatusCode::OK, async {
         api.ask(|reply| Command::Flush { reply })
             .await
-            .map(|pairs| PairList { pairs })
+            .map(PairList::from)
     })
     .await
 }
@@ -265,7 +220,11 @@ async fn remove(State(api): State<Arc<Api>>, uri: Uri) -> Response {
 }
 
 async fn status(State(api): State<Arc<Api>>) -> Response {
-    answer(StatusCode::OK, api.ask(|reply| Command::Status { reply })).await
+    answer(StatusCode::OK, async {
+        let ask = api.ask(|reply| Command::Status { reply });
+        api.status.get(api.limits.freshness, ask).await
+    })
+    .await
 }
 
 /// Where a stream of events begins.
@@ -280,20 +239,26 @@ async fn events(
     headers: HeaderMap,
     query: Result<Query<Since>, QueryRejection>,
 ) -> Response {
+    let crowded = || ApiError::new(ErrorCode::Busy, Crowded(api.limits.followers));
     let subscribed = since(&headers, query).and_then(|since| {
-        api.events
-            .subscribe(since)
-            .map_err(|crowded| ApiError::new(ErrorCode::Busy, crowded))
+        let follower = api.followers.clone().try_acquire_owned();
+        let follower = follower.map_err(|_| crowded())?;
+        let subscription = api.events.subscribe(since);
+        let subscription = subscription.map_err(|error| ApiError::new(ErrorCode::Busy, error))?;
+        Ok((subscription, follower))
     });
     let subscription = match subscribed {
         Ok(subscription) => subscription,
         Err(error) => return refuse(&error),
     };
     place.release();
-    let follow = stream::unfold((api, subscription), async |(api, mut subscription)| {
-        let text = told(&api, &mut subscription).await?;
-        Some((Ok::<_, Infallible>(text), (api, subscription)))
-    });
+    let follow = stream::unfold(
+        (api, subscription),
+        async |(api, (mut subscription, follower))| {
+            let text = told(&api, &mut subscription).await?;
+            Some((Ok::<_, Infallible>(text), (api, (subscription, follower))))
+        },
+    );
     let mut response = Response::new(Body::from_stream(follow));
     for (name, value) in [
         (header::CONTENT_TYPE, "text/event-stream"),
@@ -354,7 +319,8 @@ async fn detach(State(api): State<Arc<Api>>) -> Response {
     answer(StatusCode::OK, api.ask(|reply| Command::Detach { reply })).await
 }
 
-async fn unknown_path(uri: Uri) -> Response {
+/// The answer to a path that there is not.
+pub(crate) async fn unknown_path(uri: Uri) -> Response {
     let error = ApiError::new(
         ErrorCode::UnknownPath,
         format_args!(
@@ -396,6 +362,32 @@ fn id(uri: &Uri) -> Result<u64, ApiError> {
 }
 
 impl Api {
+    pub(crate) fn new(
+        commands: mpsc::Sender<Command>,
+        events: EventBus,
+        ending: CancellationToken,
+        limits: Limits,
+    ) -> Self {
+        Self {
+            commands,
+            events,
+            ending,
+            limits,
+            followers: Arc::new(Semaphore::new(limits.followers)),
+            pairs: Recent::new(),
+            status: Recent::new(),
+        }
+    }
+
+    /// All pairs, in the order of their numbers.
+    pub(crate) async fn pairs(&self) -> Result<Arc<PairList>, ApiError> {
+        let ask = async {
+            let pairs = self.ask(|reply| Command::List { reply }).await?;
+            Ok(Arc::new(pairs.into()))
+        };
+        self.pairs.get(self.limits.freshness, ask).await
+    }
+
     async fn body(&self, request: Request) -> Result<Vec<u8>, ApiError> {
         let Limits {
             body: longest,
@@ -424,7 +416,10 @@ impl Api {
         }
     }
 
-    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ApiError> {
+    pub(crate) async fn ask<T>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T, ApiError> {
         let ending = || {
             ApiError::new(
                 ErrorCode::Stopping,
@@ -467,7 +462,8 @@ async fn answer<T: Serialize + Send + 'static>(
     }
 }
 
-fn refuse(error: &ApiError) -> Response {
+/// The answer that is this error.
+pub(crate) fn refuse(error: &ApiError) -> Response {
     let status =
         StatusCode::from_u16(error.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     // Two strings: writing them cannot fail.

@@ -183,6 +183,7 @@ impl Controller {
         let changes = self.registry.set_aside(call, channels, state, why.clone());
         if let Some(id) = self.registry.id(call) {
             let leftovers = self.wire.end(id);
+            self.proofs.end(id);
             self.withdraw(&leftovers);
             self.unconfirmed.remove(&id);
             if held {

@@ -229,8 +229,9 @@ impl Controller {
         }
     }
 
-    fn tell_turn(&self, turn: &Turn) {
+    fn tell_turn(&mut self, turn: &Turn) {
         let (id, leg) = (turn.pair, turn.leg);
+        self.proofs.turn(id, leg, turn.now, Instant::now());
         let why = self
             .pair_report(id)
             .and_then(|report| report.streams.into_iter().nth(leg)?.why);

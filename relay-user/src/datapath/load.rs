@@ -10,10 +10,13 @@ use aya::{
 use nix::libc;
 
 use super::{AttachMode, DatapathError, names};
-use crate::next_hop::LinkLayer;
+use crate::{next_hop::LinkLayer, privileges::is_kernel_before};
 
 /// The compiled datapath. All entry points are in it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/relay"));
+
+/// The first Linux whose XDP programs can copy packets.
+pub(super) const LOAD_BYTES_SINCE: (u32, u32) = (5, 18);
 
 /// Loads the object with its maps sized for `max_streams`, for any hook.
 ///
@@ -33,8 +36,10 @@ pub(super) fn load_onto(
 ) -> Result<Ebpf, DatapathError> {
     let generic = u8::from(mode == AttachMode::Generic);
     let ethernet = u8::from(layer != LinkLayer::Ip);
+    let load_bytes = u8::from(!is_kernel_before(LOAD_BYTES_SINCE));
     let mut loader = EbpfLoader::new();
     loader.override_global(names::GENERIC, &generic, true);
+    loader.override_global(names::LOAD_BYTES, &load_bytes, true);
     loader.override_global(names::ETHERNET, &ethernet, true);
     for name in names::SIZED {
         loader.map_max_entries(name, max_streams);

@@ -197,7 +197,11 @@ impl LeaseMap {
 }
 
 /// Maps a map's elements into memory.
-fn mapped(name: &'static str, map: &MapData, length: usize) -> Result<MmapRaw, DatapathError> {
+pub(super) fn mapped(
+    name: &'static str,
+    map: &MapData,
+    length: usize,
+) -> Result<MmapRaw, DatapathError> {
     MmapOptions::new()
         .len(length)
         .map_raw(&map.fd().as_fd())

@@ -9,6 +9,7 @@ pub(crate) mod maps;
 mod pinned_maps;
 pub(crate) mod pins;
 mod qdisc;
+mod tap;
 pub(crate) mod tc;
 
 use std::{collections::HashSet, io, path::Path};
@@ -40,6 +41,7 @@ pub use self::{
         attached_mode, check_unserved, ensure_bpffs, owns, relayed_past_queues, remove_leftovers,
     },
     qdisc::{root_qdisc, shapes},
+    tap::{Selection, Tap, TapError},
     tc::Direction,
 };
 use crate::{
@@ -83,12 +85,22 @@ pub mod names {
     pub const LEASE: &str = "LEASE";
     /// Rare facts for the controller.
     pub const EVENTS: &str = "EVENTS";
+    /// What is captured.
+    pub const CAPTURE: &str = "CAPTURE";
+    /// The packet that is being looked at, where it is captured.
+    pub const KEPT: &str = "KEPT";
+    /// Captured packets.
+    pub const CAPTURED: &str = "CAPTURED";
     /// Load-time constant: 0 where packets have no Ethernet header.
     pub const ETHERNET: &str = "ETHERNET";
+    /// Load-time constant: 0 where the kernel cannot copy packets in XDP.
+    pub const LOAD_BYTES: &str = "LOAD_BYTES";
     /// Load-time constant: 1 in generic XDP.
     pub const GENERIC: &str = "GENERIC";
     /// All maps that are pinned, by their own names.
-    pub const MAPS: [&str; 7] = [STREAMS, OUT_LEGS, STATE, COUNTERS, DSCP_MAP, LEASE, EVENTS];
+    pub const MAPS: [&str; 10] = [
+        STREAMS, OUT_LEGS, STATE, COUNTERS, DSCP_MAP, LEASE, EVENTS, CAPTURE, KEPT, CAPTURED,
+    ];
     /// Those that hold as many entries as there may be streams.
     pub const SIZED: [&str; 3] = [STREAMS, OUT_LEGS, STATE];
     /// Pin of the XDP program's link.

@@ -76,6 +76,30 @@ pub(super) fn own_directory(interface: &str) -> PathBuf {
         .join(pin_name(interface))
 }
 
+/// Where a map of an instance of this version is pinned.
+pub(super) fn map_pin(interface: &str, map: &str) -> PathBuf {
+    own_directory(interface).join(map)
+}
+
+/// The interfaces that have an instance of this version.
+pub(super) fn interfaces() -> Vec<String> {
+    let directory = pin_root().join(format!("v{ABI_VERSION}"));
+    let mut interfaces: Vec<_> = fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.path().join(names::CAPTURE).exists())
+        .map(|entry| interface_of(&entry.file_name().to_string_lossy()))
+        .collect();
+    interfaces.sort_unstable();
+    interfaces
+}
+
+/// The interface that has a directory of this name.
+fn interface_of(pin_name: &str) -> String {
+    pin_name.replace(':', ".")
+}
+
 /// What goes wrong with a path.
 pub(crate) fn error(path: &Path) -> impl FnOnce(io::Error) -> DatapathError {
     let path = path.to_owned();

@@ -110,7 +110,12 @@ impl Exchange {
         }
     }
 
-    fn start(self: &Arc<Self>, address: IpAddr, remotes: [SocketAddr; 2]) -> Result<Value> {
+    fn start(
+        self: &Arc<Self>,
+        address: IpAddr,
+        remotes: [SocketAddr; 2],
+        endpoints: [&str; 2],
+    ) -> Result<Value> {
         let mut lines = self.lines();
         let sockets = [socket(address)?, socket(address)?];
         let locals = [sockets[0].local_addr()?, sockets[1].local_addr()?];
@@ -135,8 +140,8 @@ impl Exchange {
         };
         let call = Arc::new(Call {
             bridge_id: format!("{epoch:08x}-b71d-4000-8000-{id:012x}"),
-            caller: channel("caller", 0),
-            callee: channel("callee", 1),
+            caller: channel(endpoints[0], 0),
+            callee: channel(endpoints[1], 1),
             native: AtomicBool::new(false),
             transcoded: AtomicBool::new(false),
             started: Instant::now(),
@@ -213,13 +218,14 @@ impl Exchange {
             word.parse()
                 .with_context(|| format!("`{word}` is no call's number"))
         };
+        let remote = |word: &str| {
+            word.parse()
+                .with_context(|| format!("`{word}` is no address with a port"))
+        };
         match words[..] {
-            ["call", first, second] => {
-                let remote = |word: &str| {
-                    word.parse()
-                        .with_context(|| format!("`{word}` is no address with a port"))
-                };
-                self.start(address, [remote(first)?, remote(second)?])
+            ["call", first, second, caller, callee] => {
+                let remotes = [remote(first)?, remote(second)?];
+                self.start(address, remotes, [caller, callee])
             }
             ["hangup", call] => self.hang_up(id(call)?).map(|()| json!({})),
             ["hold", call] => Ok({

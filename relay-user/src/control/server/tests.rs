@@ -14,9 +14,13 @@ use tokio::{
 use super::*;
 use crate::{
     control::{
+        MetricsReport,
         client::{Client, ClientError, Events},
-        model::{Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport},
+        model::{
+            Detached, Feed, Found, LegReport, PairReport, PairState, StatusReport, StreamStates,
+        },
     },
+    controller::proof_time::ProofTimes,
     datapath::AttachMode,
     events::{KEPT, SUBSCRIBERS, Subject, TransitionKind},
     pair::{Leg, PayloadTypes, Proof},
@@ -150,6 +154,7 @@ fn report(id: u64, pair: &Pair) -> PairReport {
 
 fn status_report() -> StatusReport {
     StatusReport {
+        time: "2026-01-31T09:30:00.120Z".into(),
         version: "0.1.0".into(),
         abi: 2,
         pid: 1,
@@ -170,6 +175,9 @@ fn status_report() -> StatusReport {
         waiting: 0,
         refused: 0,
         unproven: 0,
+        stream_states: StreamStates::default(),
+        metrics: None,
+        http: None,
         ami: None,
         reasons: Vec::new(),
         refusals: Vec::new(),
@@ -203,6 +211,13 @@ async fn controller(mut commands: mpsc::Receiver<Command>) {
             Command::Flush { reply } => reply.send(Ok(vec![known()])).is_ok(),
             Command::List { reply } => reply.send(Ok(vec![known(), known()])).is_ok(),
             Command::Status { reply } => reply.send(Ok(status_report())).is_ok(),
+            Command::Metrics { reply } => reply
+                .send(Ok(MetricsReport {
+                    status: status_report(),
+                    events: Vec::new(),
+                    proof_times: ProofTimes::default(),
+                }))
+                .is_ok(),
             Command::Detach { reply } => reply
                 .send(Ok(Detached {
                     interface: "eth0".into(),
