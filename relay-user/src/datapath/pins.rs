@@ -39,13 +39,18 @@ const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 /// Folder of what is being prepared.
 const NEXT: &str = "next";
 
+/// Whether a BPF file system is mounted where pins go.
+#[must_use]
+pub fn has_bpffs() -> bool {
+    statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
+}
+
 /// Mounts the BPF file system where it is missing, which needs CAP_SYS_ADMIN.
 ///
 /// # Errors
 /// [`DatapathError::Bpffs`].
 pub fn ensure_bpffs() -> Result<(), DatapathError> {
-    let is_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
-    if is_bpffs(Path::new(BPFFS)) {
+    if has_bpffs() {
         return Ok(());
     }
     nix::mount::mount(
@@ -59,7 +64,7 @@ pub fn ensure_bpffs() -> Result<(), DatapathError> {
 }
 
 /// `/sys/fs/bpf/relay`.
-fn pin_root() -> PathBuf {
+pub(super) fn pin_root() -> PathBuf {
     Path::new(BPFFS).join("relay")
 }
 
@@ -70,7 +75,7 @@ pub(crate) fn pin_name(interface: &str) -> String {
 }
 
 /// Where this version pins.
-fn own_directory(interface: &str) -> PathBuf {
+pub(super) fn own_directory(interface: &str) -> PathBuf {
     pin_root()
         .join(format!("v{ABI_VERSION}"))
         .join(pin_name(interface))
