@@ -2,6 +2,9 @@
 //! reach a packet, the maps, and what a verdict is called in each hook.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
+#[cfg(feature = "log")]
+mod log;
+
 use core::{mem::offset_of, slice};
 
 use aya_ebpf::{
@@ -140,12 +143,16 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn report(&self, event: &Event) {
+        #[cfg(feature = "log")]
+        log::event(event);
         // The controller sees by `STATE` what a full ring buffer does not take.
         let _ = EVENTS.output(event, 0);
     }
 
     #[inline(always)]
     fn count(&self, reason: Reason, bytes: usize) {
+        #[cfg(feature = "log")]
+        log::reason(reason);
         if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
             // SAFETY: a per-CPU element; the program is not preempted by itself on one CPU.
             unsafe {

@@ -5,6 +5,8 @@ mod error;
 mod events;
 pub(crate) mod links;
 pub(crate) mod load;
+#[cfg(feature = "datapath-log")]
+mod log;
 pub(crate) mod maps;
 pub(crate) mod pins;
 mod qdisc;
@@ -184,6 +186,8 @@ impl Loaded {
         let mut ebpf = load::load_onto(mode, layer, max_streams, pinned)?;
         load_observer(&mut ebpf)?;
         load::load_relay(&mut ebpf, mode)?;
+        #[cfg(feature = "datapath-log")]
+        log::follow(&mut ebpf)?;
         Ok(Self { ebpf, mode })
     }
 
