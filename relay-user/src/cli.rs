@@ -3,6 +3,7 @@
 mod capture;
 mod doctor;
 mod qos;
+mod watch;
 
 use std::{
     env,
@@ -29,16 +30,20 @@ use crate::{
     config::{self, Mode, Settings},
     control::{
         client::{Client, ClientError},
-        model::{Detached, Found, PairReport, PairState},
+        model::{self, Detached, PairList, PairReport, PairState},
         socket,
     },
     daemon,
     dscp::Dscp,
+    listing::{self, Column, Filter, Order},
     logging::{self, LogFormat},
     output::{self, Style},
     pair::{Leg, Pair, PayloadTypes, Proof},
     priority::Priority,
     secret::SecretError,
+    source::{Found, Instead, Source},
+    stats::StatsReport,
+    top,
 };
 
 const ABOUT: &str = "Relays the RTP of bridged calls in the kernel, past the PBX";
@@ -76,6 +81,8 @@ EXAMPLES
   See how it fares:
     relay-user status
     relay-user list
+    relay-user top
+    relay-user stats
     relay-user events
   Relay a call by hand:
     relay-user add 192.0.2.1:10000=192.0.2.11:30000 192.0.2.1:10002=192.0.2.12:30002
@@ -113,6 +120,10 @@ enum Task {
         form: Form,
         request: Request,
     },
+    List(List),
+    Show(Show),
+    Stats(Stats),
+    Top(Top, Filter),
     Follow(Events),
     Capture(capture::Capture),
     Doctor(doctor::Doctor),
@@ -123,8 +134,6 @@ enum Task {
 #[derive(Debug)]
 enum Request {
     Add(Pair),
-    List,
-    Show(u64),
     Remove(u64),
     Flush,
     Status,
@@ -154,6 +163,8 @@ enum Verb {
     Remove(Remove),
     Flush(Flush),
     Status(Status),
+    Stats(Stats),
+    Top(Top),
     Events(Events),
     Capture(capture::Capture),
     Detach(Detach),
@@ -269,6 +280,9 @@ struct Form {
     /// Print JSON, as docs/api.md describes it
     #[arg(long)]
     json: bool,
+    /// Set by a command that prints several.
+    #[arg(skip)]
+    single_line: bool,
 }
 
 /// Relay a pair of legs
@@ -324,17 +338,72 @@ struct Add {
     form: Form,
 }
 
-/// List every pair
+/// Whether a command goes on.
+#[derive(Clone, Copy, Debug, Args)]
+struct Watch {
+    /// Go on, every so many seconds [default: 1]: in place on a terminal, else one after the other,
+    /// until Ctrl-C or until the reader leaves; with --json, one document on each line
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        default_missing_value = "1",
+        value_parser = watch::period,
+    )]
+    watch: Option<Duration>,
+}
+
+/// List the pairs
 ///
-/// One line per pair: its number, its feed (`api` for added ones, `ami` for those from Asterisk), its
-/// state, its legs, the packets relayed so far, and why it is not offloaded, if so.
+/// One line for each pair, or on a terminal one for each of its streams: the pair's number, its feed
+/// (`api` for added ones, `ami` for those from Asterisk), its state, its legs, the packets relayed so
+/// far, how the phones' packets arrive (loss, jitter, and an estimated mean opinion score, of the
+/// first leg's phone and the second's), and why it is not offloaded, if so.
+///
+/// Where no daemon runs, reads the maps that one has left, and says so on standard error.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
+FILTERS
+  Words and conditions, separated by spaces, of which all must hold for one of a pair's streams.
+    WORD           the pair's number, or part of an address, of a channel's, call's or codec's name,
+                   of the state or of the reason
+    KEY=TEXT       text that has this in it, or with != has not: feed, from, to, channel, call, codec,
+                   why; and state, which is one of offloaded, watching, waiting, suspended, refused
+    KEY>NUMBER     or <, >=, <=, =, !=: id, packets (relayed), received, loss (percent), jitter (ms),
+                   mos (1 to 4.5), silent (ms since the last packet). What is not known fits none
+
 EXAMPLES
     relay-user list
+  Calls that sound bad, the worst first:
+    relay-user list --filter 'mos<3.5' --sort mos
+  What one phone does, as it goes on:
+    relay-user list --filter 192.0.2.11 --watch
   The numbers of those that wait:
-    relay-user list --json | jq '.pairs[] | select(.state == \"waiting\") | .id'")]
+    relay-user list --filter state=waiting --json | jq '.pairs[].id'")]
 struct List {
+    /// Column to sort by: id, state, feed, from, to, channel, call, codec, why, packets, received,
+    /// loss, jitter, mos or silent; with `-` before it the largest first
+    #[arg(
+        long,
+        value_name = "COLUMN",
+        default_value = "id",
+        allow_hyphen_values = true
+    )]
+    sort: Order,
+    /// The other way round
+    #[arg(long)]
+    reverse: bool,
+    /// Only pairs that this fits, such as 'alice loss>1 state=offloaded'
+    #[arg(
+        long,
+        value_name = "EXPR",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    filter: Filter,
+    #[command(flatten)]
+    watch: Watch,
     #[command(flatten)]
     target: Target,
     #[command(flatten)]
@@ -343,8 +412,10 @@ struct List {
 
 /// Show all about one pair
 ///
-/// Its legs, channels and payload types, and for each of its streams the state, the counters and the
-/// next hop.
+/// Its legs, channels and payload types, and for each of its streams the state, why it is not offloaded,
+/// if so, the counters, how its packets arrive from the phone, and the next hop.
+///
+/// Where no daemon runs, reads the maps that one has left, and says so on standard error.
 #[derive(Debug, Args)]
 #[command(after_long_help = "EXAMPLE\n    relay-user show 7")]
 struct Show {
@@ -397,6 +468,69 @@ struct Status {
     target: Target,
     #[command(flatten)]
     form: Form,
+}
+
+/// Show what became of all packets
+///
+/// Packets and bytes by verdict (relayed by the kernel, passed to the PBX, dropped) and by reason, since
+/// the daemon attached; with --watch also how many a second. docs/datapath.md explains each reason.
+///
+/// Where no daemon runs, reads the maps that one has left, and says so on standard error.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+    relay-user stats
+  Packets a second, every second:
+    relay-user stats --watch
+  The same for a program, every 10 seconds:
+    relay-user stats --watch 10 --json")]
+struct Stats {
+    #[command(flatten)]
+    watch: Watch,
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// Watch the streams on a full screen
+///
+/// Every stream with its packets a second, loss, jitter and mean opinion score, sorted and filtered as
+/// you type; the history of one of them; and what became of all packets, by reason. `?` shows the keys.
+///
+/// The figures are read from the maps that the daemon has pinned, and go on when it ends; the PBX's names
+/// and refused calls are asked of the daemon now and then. Nothing is changed.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+EXAMPLES
+    relay-user top
+  The worst calls first, twice a second:
+    relay-user top --sort mos --every 0.5
+  What one phone does; `relay-user list --help` tells what a filter can be:
+    relay-user top --filter 192.0.2.11")]
+struct Top {
+    /// Seconds between two looks
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = watch::period)]
+    every: Duration,
+    /// Column to sort by, as in `list`, or rate; with `-` before it the largest first
+    #[arg(
+        long,
+        value_name = "COLUMN",
+        default_value = "id",
+        allow_hyphen_values = true
+    )]
+    sort: Order,
+    /// Only streams that this fits, such as 'alice loss>1'
+    #[arg(
+        long,
+        value_name = "EXPR",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    filter: String,
+    #[command(flatten)]
+    target: Target,
 }
 
 /// Watch what happens to pairs, as it happens
@@ -476,8 +610,16 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
                 .with_priority(priority);
             ask(target, form, Request::Add(pair))
         }
-        Verb::List(List { target, form }) => ask(target, form, Request::List),
-        Verb::Show(Show { id, target, form }) => ask(target, form, Request::Show(id)),
+        Verb::List(list) => {
+            list.check()?;
+            Task::List(list)
+        }
+        Verb::Show(show) => Task::Show(show),
+        Verb::Stats(stats) => Task::Stats(stats),
+        Verb::Top(top) => {
+            let filter = top.filter.parse().map_err(|error| unfit("top", error))?;
+            Task::Top(top, filter)
+        }
         Verb::Remove(Remove { id, target, form }) => ask(target, form, Request::Remove(id)),
         Verb::Flush(Flush { target, form }) => ask(target, form, Request::Flush),
         Verb::Status(Status { target, form }) => ask(target, form, Request::Status),
@@ -521,6 +663,10 @@ pub fn run(invocation: Invocation) -> ExitCode {
     let outcome = match invocation.0 {
         Task::Attach(arguments) => attach(*arguments).map(|()| String::new()),
         Task::Detach(arguments) => detach(arguments),
+        Task::List(arguments) => list(arguments),
+        Task::Show(arguments) => show(&arguments),
+        Task::Stats(arguments) => stats(&arguments),
+        Task::Top(arguments, filter) => watch_streams(arguments, filter).map(|()| String::new()),
         Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
         Task::Capture(arguments) => capture::run(&arguments).map(|()| String::new()),
         // A problem that it finds is no failure of its own.
@@ -593,12 +739,6 @@ fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> 
     wait_for(async {
         match request {
             Request::Add(pair) => form.text(&add(&client, &pair).await?, output::added),
-            Request::List => form.text(&client.list().await?, |list| {
-                output::pairs(&list.pairs, style)
-            }),
-            Request::Show(id) => {
-                form.text(&client.show(id).await?, |pair| output::pair(pair, style))
-            }
             Request::Remove(id) => form.text(&client.remove(id).await?, |pair| {
                 output::removed(slice::from_ref(pair), style)
             }),
@@ -610,6 +750,102 @@ fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> 
             }),
         }
     })
+}
+
+impl List {
+    /// Refuses what only `top` knows.
+    fn check(&self) -> Result<(), Stop> {
+        if self.sort.column == Column::Rate || self.filter.asks_for(Column::Rate) {
+            let error = "`rate` is known to `relay-user top` alone, which looks twice: use packets or received";
+            return Err(unfit("list", error));
+        }
+        Ok(())
+    }
+}
+
+fn list(arguments: List) -> anyhow::Result<String> {
+    let List {
+        sort,
+        reverse,
+        filter,
+        watch,
+        target,
+        form,
+    } = arguments;
+    let order = if reverse { sort.reversed() } else { sort };
+    let mut answers = Answers::of(&target);
+    wait_for(watch.run(async |again| {
+        let all = answers.told(answers.source.pairs().await?);
+        let any = !all.is_empty();
+        let list = PairList::from(listing::arranged(all, &filter, order));
+        form.again(again).text(&list, |list| {
+            if any && list.pairs.is_empty() {
+                "no pair fits the filter\n".to_owned()
+            } else {
+                output::pairs(&list.pairs, Style::of_stdout())
+            }
+        })
+    }))
+}
+
+fn show(arguments: &Show) -> anyhow::Result<String> {
+    let mut answers = Answers::of(&arguments.target);
+    wait_for(async {
+        let pair = answers.told(answers.source.pair(arguments.id).await?);
+        let style = Style::of_stdout();
+        arguments.form.text(&pair, |pair| output::pair(pair, style))
+    })
+}
+
+fn stats(arguments: &Stats) -> anyhow::Result<String> {
+    let mut answers = Answers::of(&arguments.target);
+    let mut before = None;
+    wait_for(arguments.watch.run(async |again| {
+        let now = answers.told(answers.source.totals().await?);
+        let report = StatsReport::new(before.as_ref(), &now);
+        before = Some(now);
+        let style = Style::of_stdout();
+        let form = arguments.form.again(again);
+        form.text(&report, |report| output::stats(report, style))
+    }))
+}
+
+fn watch_streams(arguments: Top, filter: Filter) -> anyhow::Result<()> {
+    let Target { socket, interface } = &arguments.target;
+    wait_for(top::run(top::Options {
+        source: Source::new(socket.as_deref(), interface.as_deref()),
+        period: arguments.every,
+        order: arguments.sort,
+        filter,
+        filter_text: arguments.filter,
+    }))
+}
+
+/// Answers of the daemon or, while it is away, of the maps that it has left.
+struct Answers {
+    source: Source,
+    /// What was told last on standard error.
+    instead: Option<Instead>,
+}
+
+impl Answers {
+    fn of(target: &Target) -> Self {
+        Self {
+            source: Source::new(target.socket.as_deref(), target.interface.as_deref()),
+            instead: None,
+        }
+    }
+
+    /// The answer, of which is told, once, when it is not the daemon's.
+    fn told<T>(&mut self, found: Found<T>) -> T {
+        if let Some(instead) = &found.instead
+            && self.instead.as_ref() != Some(instead)
+        {
+            report(&instead.to_string());
+        }
+        self.instead = found.instead;
+        found.answer
+    }
 }
 
 fn follow(arguments: &Events) -> anyhow::Result<()> {
@@ -699,7 +935,7 @@ fn detach(arguments: Detach) -> anyhow::Result<String> {
                 );
                 Detached {
                     interface,
-                    found: Found::LeftBehind,
+                    found: model::Found::LeftBehind,
                     pairs: 0,
                 }
             }
@@ -719,12 +955,22 @@ fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
 }
 
 impl Form {
+    /// What it is for one of several answers: a line is all that a reader needs to tell them apart.
+    const fn again(self, again: bool) -> Self {
+        Self {
+            single_line: again,
+            ..self
+        }
+    }
+
     fn text<T: Serialize>(
         self,
         value: &T,
         human: impl FnOnce(&T) -> String,
     ) -> anyhow::Result<String> {
-        if self.json {
+        if self.json && self.single_line {
+            Ok(serde_json::to_string(value)? + "\n")
+        } else if self.json {
             Ok(serde_json::to_string_pretty(value)? + "\n")
         } else {
             Ok(human(value))

@@ -11,10 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use relay_common::{
-    reason,
-    stream::{ABI_VERSION, Address, State, Stream, StreamKey},
-};
+use relay_common::stream::{ABI_VERSION, Address, State, Stream, StreamKey};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -25,7 +22,7 @@ use crate::{
         Command, MetricsReport, Reply,
         model::{
             AmiReport, AmiState, ApiError, Detached, ErrorCode, Feed, PairReport, PairState,
-            ReasonReport, RefusalReport, StatusReport, StreamState, Verdict,
+            RefusalReport, StatusReport, StreamState,
         },
     },
     datapath::{AttachMode, Datapath, DatapathError},
@@ -34,6 +31,7 @@ use crate::{
     pair::Pair,
     priority::Priority,
     registry::{Change, Origin, Policy, Refusal, Registry},
+    stats,
 };
 
 /// How far ahead the lease is pushed: what passes at most, after the controller froze or died, until
@@ -586,19 +584,7 @@ impl Controller {
             metrics: self.settings.metrics,
             http: self.settings.http,
             ami: self.ami.clone(),
-            reasons: counters
-                .into_iter()
-                .map(|(reason, counter)| ReasonReport {
-                    reason: reason.name().to_owned(),
-                    verdict: match reason.verdict() {
-                        reason::Verdict::Send => Verdict::Relayed,
-                        reason::Verdict::Pass => Verdict::Passed,
-                        reason::Verdict::Drop => Verdict::Dropped,
-                    },
-                    packets: counter.packets,
-                    bytes: counter.bytes,
-                })
-                .collect(),
+            reasons: stats::reasons(&counters),
             refusals: self
                 .refusals
                 .iter()

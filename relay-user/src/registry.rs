@@ -1264,23 +1264,27 @@ fn why_not(stream: &StreamEntry, stream_state: StreamState, state: &State) -> Op
                 .clone()
                 .unwrap_or_else(|| "taken back".to_owned()),
         ),
-        StreamState::Watching if state.last_seen == 0 => {
-            Some(format!("proof 0/{of}: no packet from the phone yet"))
-        }
-        StreamState::Watching => {
-            let progress = progress(state, of);
-            let mut why = format!("proof {}/{of}", progress.equal);
-            if progress.equal == 0 && progress.unequal > 0 {
-                why.push_str(": ");
-                why.push_str(difference(state));
-            } else if progress.equal == 0 {
-                why.push_str(": nothing came out of the PBX yet");
-            } else if progress.equal >= u16::from(of) {
-                why.push_str(", but the PBX itself speaks to this phone");
-            }
-            Some(why)
-        }
+        StreamState::Watching => Some(why_unproven(state, of)),
     }
+}
+
+/// Why a stream that is watched is not offloaded yet, in words; `of` packets in a row prove it.
+#[must_use]
+pub fn why_unproven(state: &State, of: u8) -> String {
+    if state.last_seen == 0 {
+        return format!("proof 0/{of}: no packet from the phone yet");
+    }
+    let progress = progress(state, of);
+    let mut why = format!("proof {}/{of}", progress.equal);
+    if progress.equal == 0 && progress.unequal > 0 {
+        why.push_str(": ");
+        why.push_str(difference(state));
+    } else if progress.equal == 0 {
+        why.push_str(": nothing came out of the PBX yet");
+    } else if progress.equal >= u16::from(of) {
+        why.push_str(", but the PBX itself speaks to this phone");
+    }
+    why
 }
 
 fn progress(state: &State, of: u8) -> ProofReport {

@@ -272,17 +272,19 @@ impl Relay {
         self.process.cpu_time()
     }
 
+    /// Another subcommand against this daemon, not yet started.
+    pub fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(args).args(&self.socket_args);
+        command
+    }
+
     /// Runs another subcommand against this daemon, whatever its exit status.
     ///
     /// # Errors
     /// The program cannot be started.
     pub fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Output> {
-        let mut command = Command::new(&self.program);
-        command
-            .args(args)
-            .args(&self.socket_args)
-            .stdin(Stdio::null());
-        self.host.run_to_end(command)
+        self.host.run_to_end(self.command(args))
     }
 
     /// Runs a subcommand with `--json` and returns what it prints.
@@ -381,12 +383,8 @@ impl Relay {
     /// # Errors
     /// The program cannot be started.
     pub fn follow(&self) -> Result<Followed> {
-        let mut command = Command::new(&self.program);
-        command
-            .args(["events", "--json", "--since", "0"])
-            .args(&self.socket_args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
+        let mut command = self.command(["events", "--json", "--since", "0"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut process = self.host.spawn(command)?;
         let stdout = process.child_mut().stdout.take();
         let lines = BufReader::new(stdout.context("no standard output")?).lines();

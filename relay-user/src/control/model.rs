@@ -5,6 +5,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use relay_common::reason;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -55,6 +56,17 @@ pub enum Feed {
     Api,
     /// Asterisk's manager interface.
     Ami,
+}
+
+impl Feed {
+    /// As in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::Ami => "ami",
+        }
+    }
 }
 
 /// What became of a pair as a whole.
@@ -384,6 +396,16 @@ pub enum Verdict {
     Dropped,
 }
 
+impl From<reason::Verdict> for Verdict {
+    fn from(verdict: reason::Verdict) -> Self {
+        match verdict {
+            reason::Verdict::Send => Self::Relayed,
+            reason::Verdict::Pass => Self::Passed,
+            reason::Verdict::Drop => Self::Dropped,
+        }
+    }
+}
+
 /// Packets the datapath saw, by reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReasonReport {
@@ -631,6 +653,7 @@ mod tests {
         documented::<PairReport>("A pair");
         documented::<PairList>("Several pairs");
         documented::<StatusReport>("The status");
+        documented::<crate::stats::StatsReport>("Statistics");
         documented::<Detached>("Detaching");
         documented::<crate::doctor::Report>("The doctor");
         documented::<ErrorBody>("Errors");

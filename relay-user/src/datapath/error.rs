@@ -35,6 +35,20 @@ pub enum DatapathError {
         /// Its pins.
         directory: PathBuf,
     },
+    /// No instance of this version is pinned for an interface.
+    #[error("{} has no maps of this version of relay-user for {interface}", root.display())]
+    NotPinned {
+        /// The interface.
+        interface: String,
+        /// Where all pins are.
+        root: PathBuf,
+    },
+    /// A pinned map is not as this version makes it.
+    #[error("{} has another layout than this version of relay-user reads: use the version that pinned it", path.display())]
+    Layout {
+        /// The pin.
+        path: PathBuf,
+    },
     /// The pin directory cannot be created or cleared.
     #[error("{path}: {source}")]
     Pins {

@@ -17,8 +17,8 @@ use std::{
 
 use aya::maps::MapInfo;
 use aya_obj::generated::{
-    BPF_F_AFTER, BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE, bpf_attach_type, bpf_cmd,
-    bpf_link_type,
+    BPF_F_AFTER, BPF_F_BEFORE, BPF_F_RDONLY, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE,
+    bpf_attach_type, bpf_cmd, bpf_link_type,
 };
 use nix::libc;
 
@@ -362,6 +362,17 @@ struct PinnedObject {
     flags: u32,
 }
 
+/// Opens a pinned map for reading alone: nobody can write through the descriptor.
+pub(super) fn open_read_only(path: &Path) -> io::Result<OwnedFd> {
+    let name = name_of(path)?;
+    let mut get = PinnedObject {
+        path: name.as_ptr().addr() as u64,
+        descriptor: 0,
+        flags: BPF_F_RDONLY,
+    };
+    bpf_descriptor(bpf_cmd::BPF_OBJ_GET, &mut get)
+}
+
 fn name_of(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
@@ -373,7 +384,8 @@ fn bpf_descriptor<T>(command: bpf_cmd, attributes: &mut T) -> io::Result<OwnedFd
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-fn bpf<T>(command: bpf_cmd, attributes: &mut T) -> io::Result<libc::c_long> {
+/// A `bpf` command.
+pub(super) fn bpf<T>(command: bpf_cmd, attributes: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: the kernel reads and writes `size_of::<T>()` bytes of `attributes`, whose pointers
     // describe live buffers.
     let result = unsafe {

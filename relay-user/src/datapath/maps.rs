@@ -176,6 +176,11 @@ impl LeaseMap {
         mapped(names::LEASE, map, size_of::<Lease>()).map(Self)
     }
 
+    /// To be read only.
+    pub(super) fn read_only(map: &MapData) -> Result<Self, DatapathError> {
+        mapped_read_only(names::LEASE, map, size_of::<Lease>()).map(Self)
+    }
+
     fn word(&self) -> &AtomicU64 {
         let lease: *mut Lease = self.0.as_mut_ptr().cast();
         // SAFETY: an aligned word inside the mapping, which lives as long as `self`.
@@ -203,6 +208,18 @@ pub(super) fn mapped(
         .map_err(|source| DatapathError::Mmap { map: name, source })
 }
 
+/// The same, to be read only: whoever writes there is killed by the kernel.
+fn mapped_read_only(
+    name: &'static str,
+    map: &MapData,
+    length: usize,
+) -> Result<MmapRaw, DatapathError> {
+    MmapOptions::new()
+        .len(length)
+        .map_raw_read_only(&map.fd().as_fd())
+        .map_err(|source| DatapathError::Mmap { map: name, source })
+}
+
 /// `STATE`, mapped into memory: reading 100,000 streams costs no system call.
 pub(super) struct StateMap {
     memory: MmapRaw,
@@ -213,6 +230,13 @@ impl StateMap {
     pub(super) fn new(map: &MapData, entries: u32) -> Result<Self, DatapathError> {
         let length = entries as usize * size_of::<State>();
         let memory = mapped(names::STATE, map, length)?;
+        Ok(Self { memory, entries })
+    }
+
+    /// To be read only.
+    pub(super) fn read_only(map: &MapData, entries: u32) -> Result<Self, DatapathError> {
+        let length = entries as usize * size_of::<State>();
+        let memory = mapped_read_only(names::STATE, map, length)?;
         Ok(Self { memory, entries })
     }
 

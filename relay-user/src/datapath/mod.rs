@@ -8,6 +8,7 @@ pub(crate) mod load;
 #[cfg(feature = "datapath-log")]
 mod log;
 pub(crate) mod maps;
+mod pinned_maps;
 pub(crate) mod pins;
 mod qdisc;
 mod tap;
@@ -37,6 +38,7 @@ pub use self::{
     error::DatapathError,
     events::Events,
     load::{OBJECT, load, load_observer, load_tc, load_xdp},
+    pinned_maps::{PinnedMaps, pinned_interfaces},
     pins::{
         attached_mode, check_unserved, ensure_bpffs, has_bpffs, owns, relayed_past_queues,
         remove_leftovers,

@@ -64,7 +64,7 @@ pub fn ensure_bpffs() -> Result<(), DatapathError> {
 }
 
 /// `/sys/fs/bpf/relay`.
-fn pin_root() -> PathBuf {
+pub(super) fn pin_root() -> PathBuf {
     Path::new(BPFFS).join("relay")
 }
 
@@ -75,7 +75,7 @@ pub(crate) fn pin_name(interface: &str) -> String {
 }
 
 /// Where this version pins.
-fn own_directory(interface: &str) -> PathBuf {
+pub(super) fn own_directory(interface: &str) -> PathBuf {
     pin_root()
         .join(format!("v{ABI_VERSION}"))
         .join(pin_name(interface))

@@ -1,6 +1,7 @@
 //! What `cargo xtask screenshots` runs: takes the pictures of the documentation, all of one scene.
 
 mod page;
+mod top;
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
@@ -8,11 +9,11 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use relay_tests::scene::Scene;
 
-/// A subject of pictures: returns their names, without `.png`, and their content.
+/// A subject of pictures: returns the names of their files, and their content.
 type Subject = fn(&mut Scene) -> Result<Vec<(&'static str, Vec<u8>)>>;
 
 /// All subjects, in the order in which they are taken.
-const SUBJECTS: [Subject; 1] = [page::pictures];
+const SUBJECTS: [Subject; 2] = [page::pictures, top::pictures];
 
 #[derive(Parser)]
 struct Options {
@@ -27,7 +28,7 @@ fn run(options: &Options) -> Result<()> {
     let mut scene = Scene::open()?;
     for subject in SUBJECTS {
         for (name, picture) in subject(&mut scene)? {
-            let path = folder.join(name).with_extension("png");
+            let path = folder.join(name);
             fs::write(&path, &picture)
                 .with_context(|| format!("cannot write {}", path.display()))?;
             println!("{} ({} KiB)", path.display(), picture.len() / 1024);

@@ -23,9 +23,9 @@ pub(crate) fn pictures(scene: &mut Scene) -> Result<Vec<(&'static str, Vec<u8>)>
     thread::sleep(EXPOSURE);
     let mut pictures = Vec::new();
     for (name, screen) in [
-        ("page-dark", dark),
-        ("page-light", Screen::LAPTOP),
-        ("page-phone", Screen::PHONE),
+        ("page-dark.png", dark),
+        ("page-light.png", Screen::LAPTOP),
+        ("page-phone.png", Screen::PHONE),
     ] {
         browser.show(screen)?;
         // Drawn anew with the next figures.
