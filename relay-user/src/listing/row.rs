@@ -66,7 +66,8 @@ pub struct Row {
     pub leg: Option<u8>,
     /// What became of it.
     pub state: RowState,
-    /// What became of its pair, which is `waiting` while one of its streams is not offloaded.
+    /// What became of its pair, which is `waiting` while one of its streams is not offloaded; the same as
+    /// `state` where streams are looked at one by one.
     pub pair_state: RowState,
     /// Where the pair came from.
     pub feed: Option<Feed>,
