@@ -153,6 +153,24 @@ impl Row {
         }
     }
 
+    /// The phone that sends or, where only that is known, its channel, as far as it fits beside addresses;
+    /// else `-`.
+    #[must_use]
+    pub fn sender(&self) -> String {
+        /// As long as the longest IPv4 address with its port.
+        const LONGEST: usize = 21;
+        if let Some(from) = self.from {
+            return from.to_string();
+        }
+        let channels = self.channel.as_deref().unwrap_or("-");
+        let first = channels.split(", ").next().unwrap_or(channels);
+        if first.chars().count() <= LONGEST {
+            return first.to_owned();
+        }
+        let cut: String = first.chars().take(LONGEST - 1).collect();
+        cut + "…"
+    }
+
     /// The value of a column that is a number.
     #[must_use]
     pub fn number(&self, column: Column) -> Option<f64> {
