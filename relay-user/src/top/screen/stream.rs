@@ -86,7 +86,7 @@ fn course(
     let sparkline = Sparkline::default()
         .block(Block::new().borders(Borders::TOP).title(title))
         .data(data)
-        .max(((highest * 10.0).ceil() as u64).max(10))
+        .max(((highest * 12.5).ceil() as u64).max(10))
         .style(palette.fg(colour));
     frame.render_widget(sparkline, area);
 }
