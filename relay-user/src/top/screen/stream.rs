@@ -47,7 +47,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, area: Rect, board: &Board, palette: Pa
     frame.render_widget(facts(of_call(row, palette), palette), left);
     frame.render_widget(facts(of_packets(row, board, palette), palette), right);
     let points = board.points(row, inner.width.into());
-    let courses: [(Rect, &str, Column, fn(&Point) -> f32); 3] = [
+    let courses: [(_, _, _, fn(&Point) -> f32); 3] = [
         (rate, "packets/s", Column::Rate, |point| point.rate),
         (loss, "loss, %", Column::Loss, |point| point.loss),
         (jitter, "jitter, ms", Column::Jitter, |point| point.jitter),
