@@ -117,18 +117,20 @@ pub(crate) fn keep<P: Packet + ?Sized>(
         cold_path();
         capture.read_volatile()
     };
-    if tables.now() >= capture.until
-        || capture.pair != 0 && capture.pair != pair
-        || capture.sample != u32::MAX && tables.random() > capture.sample
-    {
-        return;
-    }
     let Some(kept) = tables.kept() else {
         return;
     };
     // SAFETY: `Tables::kept` points to this CPU's own, which nothing else uses while this packet is
     // looked at.
     let kept = unsafe { &mut *kept };
+    // A capture that ends while a packet is looked at leaves its copy behind.
+    kept.length = 0;
+    if tables.now() >= capture.until
+        || capture.pair != 0 && capture.pair != pair
+        || capture.sample != u32::MAX && tables.random() > capture.sample
+    {
+        return;
+    }
     kept.header.pair = pair;
     kept.header.side = side;
     kept.header.leg = leg;
@@ -183,7 +185,7 @@ pub(crate) fn conclude<P: Packet + ?Sized>(
 
 #[inline(always)]
 fn hand_over(tables: &impl Tables, kept: &mut Kept) {
-    if !tables.hand_over(kept) {
+    if kept.length != 0 && !tables.hand_over(kept) {
         kept.missed += 1;
     }
     kept.length = 0;

@@ -7,6 +7,7 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 mod abi;
+pub mod arp;
 pub mod capture;
 pub mod checksum;
 pub mod classify;

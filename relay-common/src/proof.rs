@@ -7,12 +7,13 @@ use crate::{
     capture::{self, side},
     digest::digest,
     packet::{Packet, Tables},
-    parse::parse,
+    parse::{Parsed, parse},
     reason::Reason,
     relay::{is_report_due, nonzero, payload, rtp, u32_of},
     state::{load, store},
     stream::{
-        Address, Event, NOTES, PAYLOAD_TYPES, PayloadType, State, StreamKey, event, mode, ticks,
+        Address, Event, NOTES, OutLeg, PAYLOAD_TYPES, PayloadType, State, StreamKey, event, mode,
+        ticks,
     },
     wire::Rtp,
 };
@@ -82,16 +83,6 @@ pub(crate) fn note<P: Packet + ?Sized>(
 #[inline(always)]
 pub fn observe<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Reason> {
     let bytes = packet.length();
-    let reason = judge(packet, tables);
-    if let Some(reason) = reason {
-        tables.count(reason, bytes);
-    }
-    capture::conclude(packet, tables, reason);
-    reason
-}
-
-#[inline(always)]
-fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Reason> {
     let parsed = parse(packet).ok()?;
     let key = StreamKey::new(parsed.source, parsed.source_port);
     let to = (parsed.key.local_address, parsed.key.local_port);
@@ -100,12 +91,29 @@ fn judge<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Rea
         return None;
     };
     capture::keep(packet, tables, side::PBX, out.pair, out.leg);
+    let reason = judge(packet, &parsed, to, out, tables);
+    if let Some(reason) = reason {
+        tables.count(reason, bytes);
+    }
+    capture::conclude(packet, tables, reason);
+    reason
+}
+
+/// Judges a packet that comes from an address and port of the PBX that a stream leaves by.
+#[inline(always)]
+fn judge<P: Packet + ?Sized>(
+    packet: &mut P,
+    parsed: &Parsed,
+    to: (Address, u16),
+    out: &OutLeg,
+    tables: &impl Tables,
+) -> Option<Reason> {
     let state = tables.state(out.slot)?;
     let now = tables.now();
     if now >= tables.lease() {
         return None;
     }
-    let (at, length) = payload(&parsed);
+    let (at, length) = payload(parsed);
     packet.pull(at + length);
     // RTCP, STUN and DTLS are the PBX's own business.
     let rtp = rtp(packet, at, length).ok()?;

@@ -32,7 +32,27 @@ const UNANSWERED_MAX: u32 = 8;
 #[inline(always)]
 pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Decision {
     let bytes = packet.length();
-    let Passed { reason, up } = match decide(packet, tables) {
+    let pass = |reason| {
+        tables.count(reason, bytes);
+        Decision::by(reason)
+    };
+    let parsed = match parse(packet) {
+        Ok(parsed) => parsed,
+        Err(reason) => return pass(reason),
+    };
+    let Some(stream) = tables.stream(&parsed.key) else {
+        return pass(missed(packet, &parsed, tables));
+    };
+    // A switch floods, a port mirrors, an interface is promiscuous: the stack ignores such frames,
+    // and relaying them would hand the phone everything twice.
+    if packet.has_ethernet()
+        && parsed.destination_mac != stream.next_hop.source_mac.words()
+        && stream.next_hop.known != 0
+    {
+        return pass(Reason::OtherHost);
+    }
+    capture::keep(packet, tables, side::RECEIVED, stream.pair, stream.leg);
+    let Passed { reason, up } = match decide(packet, &parsed, stream, tables) {
         Ok(()) => {
             tables.count(Reason::Relayed, bytes);
             capture::conclude(packet, tables, Some(Reason::Relayed));
@@ -111,24 +131,17 @@ impl From<Reason> for Passed {
     }
 }
 
+/// Decides on a packet that has the address and port of a stream.
 #[inline(always)]
-fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<(), Passed> {
-    let parsed = parse(packet)?;
-    let Some(stream) = tables.stream(&parsed.key) else {
-        return Err(missed(packet, &parsed, tables).into());
-    };
-    // A switch floods, a port mirrors, an interface is promiscuous: the stack ignores such frames,
-    // and relaying them would hand the phone everything twice.
-    if packet.has_ethernet()
-        && parsed.destination_mac != stream.next_hop.source_mac.words()
-        && stream.next_hop.known != 0
-    {
-        return Err(Reason::OtherHost.into());
-    }
-    capture::keep(packet, tables, side::RECEIVED, stream.pair, stream.leg);
+fn decide<P: Packet + ?Sized>(
+    packet: &mut P,
+    parsed: &Parsed,
+    stream: &Stream,
+    tables: &impl Tables,
+) -> Result<(), Passed> {
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
     let now = tables.now_precise();
-    let (at, length) = payload(&parsed);
+    let (at, length) = payload(parsed);
     let is_own = parsed.source.is(&stream.source) && parsed.source_port == stream.source_port;
     let rtp = if is_own {
         rtp(packet, at, length)
@@ -179,8 +192,8 @@ fn decide<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Result<()
         last_seen,
         mode,
     };
-    let plan = plan(packet, &parsed, stream, state, at, &rtp, &moment);
-    let reason = match plan.and_then(|plan| rewrite(packet, &parsed, stream, &plan, tables)) {
+    let plan = plan(packet, parsed, stream, state, at, &rtp, &moment);
+    let reason = match plan.and_then(|plan| rewrite(packet, parsed, stream, &plan, tables)) {
         Ok(()) => {
             account(state, packet.length());
             return Ok(());

@@ -71,6 +71,31 @@ headers! {
         /// EtherType, or the TPID of the next tag.
         ethertype: Be16,
     }
+    /// ARP for IPv4 on Ethernet (RFC 826), with the Ethernet header.
+    ArpFrame = 42 {
+        /// Destination address of the frame.
+        destination: [Be16; 3],
+        /// Source address of the frame.
+        source: [Be16; 3],
+        /// EtherType.
+        ethertype: Be16,
+        /// Kind of link: 1 for Ethernet.
+        hardware: Be16,
+        /// Kind of address: EtherType of IPv4.
+        protocol: Be16,
+        /// Bytes of a MAC (8 bits) and of an IP address (8).
+        lengths: Be16,
+        /// 1 for a question, 2 for an answer.
+        operation: Be16,
+        /// MAC address of the sender.
+        sender_mac: [Be16; 3],
+        /// IPv4 address of the sender.
+        sender: [Be16; 2],
+        /// MAC address of whom it is for; zero in a question.
+        target_mac: [Be16; 3],
+        /// IPv4 address of whom it is for.
+        target: [Be16; 2],
+    }
     /// IPv4 without options (RFC 791).
     Ipv4 = 20 {
         /// Version and header length in words: 0x45.

@@ -2,7 +2,10 @@
 //! reach a packet, the maps, and what a verdict is called in each hook.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
-use core::slice;
+#[cfg(feature = "log")]
+mod log;
+
+use core::{mem::offset_of, slice};
 
 use aya_ebpf::{
     Global,
@@ -64,7 +67,8 @@ static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
 #[btf_map]
 static CAPTURE: Array<Capture, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// The packet that is being looked at, where it is captured.
+/// The packet that is being looked at, where it is captured. All programs here run with softirqs off, and
+/// so one at a time on a CPU.
 #[btf_map]
 static KEPT: PerCpuArray<Kept, 1> = PerCpuArray::new();
 
@@ -139,12 +143,16 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn report(&self, event: &Event) {
+        #[cfg(feature = "log")]
+        log::event(event);
         // The controller sees by `STATE` what a full ring buffer does not take.
         let _ = EVENTS.output(event, 0);
     }
 
     #[inline(always)]
     fn count(&self, reason: Reason, bytes: usize) {
+        #[cfg(feature = "log")]
+        log::reason(reason);
         if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
             // SAFETY: a per-CPU element; the program is not preempted by itself on one CPU.
             unsafe {
@@ -170,9 +178,10 @@ impl Tables for Maps {
         if length > SNAP_MAX {
             return false;
         }
-        let (from, length) = (&raw const kept.header, size_of::<Captured>() + length);
-        // SAFETY: the bytes follow the header.
-        let record = unsafe { slice::from_raw_parts(from.cast::<u8>(), length) };
+        let from = (&raw const *kept).cast::<u8>();
+        let length = size_of::<Captured>() + length;
+        // SAFETY: within `kept`, whose bytes follow the header.
+        let record = unsafe { slice::from_raw_parts(from.add(offset_of!(Kept, header)), length) };
         // The reader is not woken up, it looks at times.
         let flags = u64::from(BPF_RB_NO_WAKEUP);
         CAPTURED.output_untyped::<[u8]>(record, flags).is_ok()

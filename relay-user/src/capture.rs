@@ -64,6 +64,7 @@ pub async fn run<W: io::Write>(
     let mut capture = Capture {
         captured: 0,
         limit: limits.count.unwrap_or(u64::MAX),
+        bytes: Vec::new(),
     };
     let detached = match Writer::new(out, tap.interface(), snap, Now::read().origin()) {
         Ok(mut writer) => capture.follow(tap, &mut writer, limits.time, stop).await,
@@ -99,6 +100,8 @@ impl From<io::Error> for Stop {
 struct Capture {
     captured: u64,
     limit: u64,
+    /// The latest copy.
+    bytes: Vec<u8>,
 }
 
 impl Capture {
@@ -150,10 +153,11 @@ impl Capture {
     fn fetch<W: io::Write>(&mut self, tap: &mut Tap, writer: &mut Writer<W>) -> Result<(), Stop> {
         let before = self.captured;
         while self.captured < self.limit {
-            let Some(written) = tap.next(|header, bytes| writer.packet(header, bytes)) else {
+            let copied = tap.next(&mut self.bytes).map_err(Stop::Tap)?;
+            let Some(header) = copied else {
                 break;
             };
-            written?;
+            writer.packet(&header, &self.bytes)?;
             self.captured += 1;
         }
         if self.captured != before {

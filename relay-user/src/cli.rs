@@ -1,6 +1,7 @@
 //! The command line: what is typed, what it means, and how it ends.
 
 mod capture;
+mod doctor;
 mod qos;
 mod watch;
 
@@ -57,8 +58,9 @@ relay-user ends or fails, calls go on as they did without it.
 
 `relay-user attach IFACE` is the daemon: it runs in the foreground, learns from Asterisk's manager \
 interface (AMI) which calls can be relayed, and serves a control socket. All other commands talk to \
-that daemon, but two that need none: `relay-user capture` copies packets from the kernel, and \
-`relay-user qos` gives calls their share of a slow line.";
+that daemon, but for three that need none: `relay-user doctor` looks for what keeps the relay from \
+working, `relay-user capture` copies packets from the kernel, and `relay-user qos` gives calls their \
+share of a slow line.";
 
 const AFTER_LONG_HELP: &str = "\
 WORDS
@@ -74,6 +76,8 @@ EXAMPLES
   Relay what Asterisk bridges on eth0:
     relay-user attach eth0 --ami 127.0.0.1:5038 --ami-user relay \\
         --ami-secret-file /etc/relay-user/ami.secret
+  See what would keep it from working:
+    relay-user doctor eth0
   See how it fares:
     relay-user status
     relay-user list
@@ -95,7 +99,7 @@ ENVIRONMENT
 
 EXIT STATUS
   0  done
-  1  failed; standard error tells why, and what to do
+  1  failed; standard error tells why, and what to do. `doctor`: there is a problem
   2  wrong usage";
 
 /// A command line that was understood, and whose arguments are valid.
@@ -122,6 +126,7 @@ enum Task {
     Top(Top, Filter),
     Follow(Events),
     Capture(capture::Capture),
+    Doctor(doctor::Doctor),
     Qos(qos::Qos),
 }
 
@@ -163,6 +168,7 @@ enum Verb {
     Events(Events),
     Capture(capture::Capture),
     Detach(Detach),
+    Doctor(doctor::Doctor),
     Qos(qos::Qos),
 }
 
@@ -622,6 +628,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
             Some(fault) => return Err(unfit("capture", fault)),
             None => Task::Capture(capture),
         },
+        Verb::Doctor(doctor) => Task::Doctor(doctor),
         Verb::Qos(qos) => Task::Qos(qos),
     };
     Ok(Invocation(task))
@@ -662,6 +669,8 @@ pub fn run(invocation: Invocation) -> ExitCode {
         Task::Top(arguments, filter) => watch_streams(arguments, filter).map(|()| String::new()),
         Task::Follow(arguments) => follow(&arguments).map(|()| String::new()),
         Task::Capture(arguments) => capture::run(&arguments).map(|()| String::new()),
+        // A problem that it finds is no failure of its own.
+        Task::Doctor(arguments) => return doctor::run(arguments),
         Task::Qos(arguments) => qos::run(&arguments),
         Task::Ask {
             target,
@@ -680,14 +689,6 @@ pub fn run(invocation: Invocation) -> ExitCode {
 
 fn attach(arguments: Attach) -> anyhow::Result<()> {
     logging::start(arguments.log_format, arguments.verbose);
-    let variable = match env::var(config::SECRET_VARIABLE) {
-        Ok(text) => Some(text),
-        Err(env::VarError::NotPresent) => None,
-        // Not with the error itself, which quotes the secret.
-        Err(env::VarError::NotUnicode(_)) => {
-            return Err(config::ConfigError::SecretVariable(SecretError::NotText).into());
-        }
-    };
     let flags = Settings {
         mode: arguments.mode,
         dscp: arguments.dscp,
@@ -712,9 +713,21 @@ fn attach(arguments: Attach) -> anyhow::Result<()> {
     daemon::run(config::load(
         arguments.interface,
         flags,
-        variable,
+        secret_variable()?,
         arguments.config.as_deref(),
     )?)
+}
+
+/// The AMI secret of the environment.
+fn secret_variable() -> Result<Option<String>, config::ConfigError> {
+    match env::var(config::SECRET_VARIABLE) {
+        Ok(text) => Ok(Some(text)),
+        Err(env::VarError::NotPresent) => Ok(None),
+        // Not with the error itself, which quotes the secret.
+        Err(env::VarError::NotUnicode(_)) => {
+            Err(config::ConfigError::SecretVariable(SecretError::NotText))
+        }
+    }
 }
 
 fn ask(target: &Target, form: Form, request: Request) -> anyhow::Result<String> {
@@ -1112,6 +1125,18 @@ mod tests {
                 "cannot be used with",
             ),
             (&["events", "--since", "now"], "--since"),
+            (&["capture", "-w", "x"], "<ID>"),
+            (&["capture", "0", "-w", "x"], "0 is not in 1.."),
+            (&["capture", "3", "--all", "-w", "x"], "cannot be used with"),
+            (&["capture", "--all"], "--write <FILE>"),
+            (
+                &["capture", "--all", "-w", "x", "--snap", "20"],
+                "28..=2048",
+            ),
+            (
+                &["capture", "--all", "-w", "x", "--sample", "0"],
+                "--sample",
+            ),
             (&["lst"], "list"),
         ] {
             let error = parsed(arguments).expect_err(fragment);

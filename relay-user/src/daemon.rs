@@ -30,6 +30,7 @@ use crate::{
     datapath::{self, Adopted, AttachMode, Datapath, DatapathError, Events},
     dscp::Dscp,
     events::EventBus,
+    logging,
     next_hop::{self, Changes, Interface, Interfaces, LinkLayer},
     priority::Priority,
     privileges,
@@ -81,6 +82,7 @@ pub fn run(mut settings: AttachSettings) -> anyhow::Result<()> {
     let outcome = runtime.block_on(attach(settings, listeners, &interface, choice));
     // A name lookup that hangs must not keep the process.
     runtime.shutdown_background();
+    logging::tell_rest();
     outcome
 }
 
@@ -370,7 +372,10 @@ async fn serve(
         tokio::select! {
             // What takes calls back comes before what may wait.
             biased;
-            _ = ticks.tick() => controller.tick(Instant::now()).await?,
+            _ = ticks.tick() => {
+                logging::tell_suppressed();
+                controller.tick(Instant::now()).await?;
+            }
             signal = &mut signalled => {
                 let pairs = controller.pairs();
                 if controller.persists() {

@@ -367,6 +367,23 @@ mod tests {
         range.map(Ok).collect()
     }
 
+    #[test]
+    fn every_kind_is_counted_though_not_kept() {
+        let bus = EventBus::new();
+        for kind in TransitionKind::ALL {
+            bus.publish(Subject::DAEMON, kind, "");
+        }
+        (0..2 * KEPT).for_each(|_| bus.publish(Subject::DAEMON, TransitionKind::Silent, ""));
+        for (kind, count) in bus.counts() {
+            let more = if kind == TransitionKind::Silent {
+                2 * KEPT
+            } else {
+                0
+            };
+            assert_eq!(count, 1 + more as u64, "{kind:?}");
+        }
+    }
+
     #[tokio::test]
     async fn subscribers_are_told_what_happens_after_they_came() {
         let bus = EventBus::new();

@@ -11,6 +11,7 @@ pub mod control;
 pub mod controller;
 pub mod daemon;
 pub mod datapath;
+pub mod doctor;
 pub mod document;
 pub mod dscp;
 pub mod events;

@@ -351,3 +351,57 @@ impl Families<'_, '_> {
             )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::slice;
+
+    use super::*;
+
+    fn example<T: serde::de::DeserializeOwned>(heading: &str) -> T {
+        let description = include_str!("../../docs/api.md");
+        let mut sections = description.split("\n## ");
+        let section = sections.find(|section| section.starts_with(heading));
+        let block = section.and_then(|section| section.split("```json\n").nth(1));
+        let block = block.and_then(|block| block.split("```").next());
+        serde_json::from_str(block.expect("example")).expect("example")
+    }
+
+    fn report() -> MetricsReport {
+        MetricsReport {
+            status: example("The status"),
+            events: Vec::new(),
+            proof_times: ProofTimes::default(),
+        }
+    }
+
+    #[test]
+    fn names_from_the_network_stay_within_their_quotes() {
+        let mut pair: PairReport = example("A pair");
+        pair.legs[0].channel = Some("x\"} 1\nforged{a=\"\\".to_owned());
+        for format in [Format::OpenMetrics, Format::Prometheus] {
+            let text = expose(report(), slice::from_ref(&pair), 9, format).expect("text");
+            let series = "relay_stream_offloaded{pair=\"7\",leg=\"0\",channel=\"x\\\"} 1\u{fffd}forged{a=\\\"\\\\\"} 1\n";
+            assert!(text.contains(series), "{text}");
+            assert!(!text.lines().any(|line| line.starts_with("forged")));
+        }
+    }
+
+    #[test]
+    fn streams_are_as_many_as_asked_for() {
+        let pairs = [example::<PairReport>("A pair"), example("A pair")];
+        for (asked, served) in [(0, 0), (3, 3), (4, 4), (usize::MAX, 4)] {
+            let text = expose(report(), &pairs, asked, Format::Prometheus).expect("text");
+            assert_eq!(text.matches("\nrelay_stream_offloaded{").count(), served);
+        }
+    }
+
+    #[test]
+    fn what_there_is_not_is_absent() {
+        let mut without = report();
+        without.status.ami = None;
+        let text = |report| expose(report, &[], 0, Format::Prometheus).expect("text");
+        assert!(text(report()).contains("\nrelay_ami_up 1\n"));
+        assert!(!text(without).contains("ami_up"));
+    }
+}

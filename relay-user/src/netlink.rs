@@ -1,4 +1,4 @@
-//! One question to the kernel by routing netlink, and all that it answers.
+//! One question to the kernel by netlink, and all that it answers.
 
 use std::{fmt, io};
 
@@ -6,7 +6,10 @@ use netlink_packet_core::{
     ErrorMessage, NLM_F_REQUEST, NetlinkDeserializable, NetlinkMessage, NetlinkPayload,
     NetlinkSerializable, NlasIterator,
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::{
+    Socket, SocketAddr,
+    protocols::{NETLINK_GENERIC, NETLINK_ROUTE},
+};
 use nix::errno::Errno;
 
 /// The kernel's no.
@@ -71,16 +74,38 @@ impl From<Refusal> for io::Error {
     }
 }
 
-/// Asks the kernel in the network namespace of the calling thread, and hears all it answers.
+/// Asks the kernel about routing, links and queues in the network namespace of the calling thread, and
+/// hears all it answers.
 ///
 /// # Errors
 /// What the kernel answers instead.
 pub(crate) fn exchange<M: NetlinkSerializable + NetlinkDeserializable>(
     request: M,
     flags: u16,
+    each: impl FnMut(M),
+) -> Result<(), Refusal> {
+    exchange_by(NETLINK_ROUTE, request, flags, each)
+}
+
+/// The same by generic netlink, which carries the families that have no protocol of their own.
+///
+/// # Errors
+/// What the kernel answers instead.
+pub(crate) fn exchange_generic<M: NetlinkSerializable + NetlinkDeserializable>(
+    request: M,
+    flags: u16,
+    each: impl FnMut(M),
+) -> Result<(), Refusal> {
+    exchange_by(NETLINK_GENERIC, request, flags, each)
+}
+
+fn exchange_by<M: NetlinkSerializable + NetlinkDeserializable>(
+    protocol: isize,
+    request: M,
+    flags: u16,
     mut each: impl FnMut(M),
 ) -> Result<(), Refusal> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     socket.set_cap_ack(true)?;

@@ -1,5 +1,6 @@
 //! What the commands print for people. Programs take `--json`.
 
+pub mod doctor;
 mod events;
 mod pairs;
 pub mod qos;

@@ -52,7 +52,18 @@ pub fn check() -> Result<(), PrivilegeError> {
     check_capabilities(&effective)
 }
 
-fn check_kernel(release: &str) -> Result<(), PrivilegeError> {
+/// The capabilities that attaching needs and this process does not have.
+///
+/// # Errors
+/// [`PrivilegeError::System`].
+pub fn missing_capabilities() -> Result<Vec<String>, PrivilegeError> {
+    let effective = caps::read(None, CapSet::Effective);
+    effective
+        .map(|effective| missing(&effective))
+        .map_err(|error| PrivilegeError::System(error.to_string()))
+}
+
+pub(crate) fn check_kernel(release: &str) -> Result<(), PrivilegeError> {
     if is_before(release, OLDEST_KERNEL) {
         return Err(PrivilegeError::Kernel {
             found: release.to_owned(),
@@ -75,12 +86,16 @@ fn is_before(release: &str, version: (u32, u32)) -> bool {
     )
 }
 
-fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
-    let missing: Vec<_> = NEEDED
+fn missing(effective: &CapsHashSet) -> Vec<String> {
+    NEEDED
         .into_iter()
         .filter(|needed| !effective.contains(needed))
         .map(|needed| needed.to_string())
-        .collect();
+        .collect()
+}
+
+fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
+    let missing = missing(effective);
     if missing.is_empty() {
         Ok(())
     } else {

@@ -6,7 +6,7 @@ mod page;
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener as Bound},
+    net::{self, SocketAddr},
     sync::Arc,
     task::Context,
     time::Duration,
@@ -67,8 +67,8 @@ pub struct BindError {
 /// What the daemon listens on.
 #[derive(Debug)]
 pub struct Listeners {
-    metrics: Option<Bound>,
-    http: Option<Bound>,
+    metrics: Option<net::TcpListener>,
+    http: Option<net::TcpListener>,
 }
 
 impl Listeners {
@@ -124,12 +124,12 @@ fn bind(
     what: &'static str,
     flag: &'static str,
     address: &mut Option<SocketAddr>,
-) -> Result<Option<Bound>, BindError> {
+) -> Result<Option<net::TcpListener>, BindError> {
     let Some(address) = address else {
         return Ok(None);
     };
     let asked = *address;
-    let bound = Bound::bind(asked).and_then(|listener| {
+    let bound = net::TcpListener::bind(asked).and_then(|listener| {
         listener.set_nonblocking(true)?;
         *address = listener.local_addr()?;
         Ok(listener)
@@ -202,7 +202,7 @@ async fn exposed(
     if streams > MOST_STREAMS {
         return Err(invalid(&format_args!("{streams} streams are too many")));
     }
-    let report = api.ask(|reply| Command::Metrics { reply }).await?;
+    let report = api.metrics().await?;
     let pairs = match streams {
         0 => None,
         _ => Some(api.pairs().await?),

@@ -599,6 +599,16 @@ fn refused(host: &Host, arguments: &[&str]) -> String {
 }
 
 #[test]
+fn without_a_relay_nothing_is_captured() {
+    let host = Host::new("pbx").expect("a machine");
+    let said = refused(&host, &["--all", "-w", "-"]);
+    assert!(
+        said.contains("the relay is attached to no interface"),
+        "{said}"
+    );
+}
+
+#[test]
 fn the_file_is_new_and_private() {
     let wire = Wire::new("generic");
     let host = &wire.net.pbx;
@@ -644,6 +654,43 @@ fn one_captures_at_a_time_and_a_killed_one_ends_by_itself() {
     {
         assert!(Instant::now() < deadline, "the first still captures");
     }
+}
+
+/// One whose reader stood still until another began takes none of that one's copies.
+#[test]
+fn a_capture_that_stood_still_leaves_the_copies_to_the_next() {
+    let wire = Wire::new("generic");
+    let host = &wire.net.pbx;
+    let mut first = command(&["--all", "--seconds", "1", "-w", "-"]);
+    first.stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut first = host.spawn(first).expect("relay-user capture");
+    let mut file = vec![0; 1];
+    let mut read = first.child_mut().stdout.take().expect("a pipe");
+    read.read_exact(&mut file).expect("a capture");
+    // More than a pipe holds.
+    wire.talk();
+    let path = host.directory("next").expect("a folder").join("file");
+    let path = path.to_str().expect("text");
+    let deadline = Instant::now() + PATIENCE;
+    let next = ["--all", "--seconds", "0.1", "-w", path];
+    while !host
+        .run_to_end(command(&next))
+        .expect("relay-user")
+        .status
+        .success()
+    {
+        assert!(Instant::now() < deadline, "the first still captures");
+    }
+    let second = wire.capture(&["--all"]);
+    second.process.signal(Signal::SIGSTOP);
+    wire.talk();
+    read.read_to_end(&mut file).expect("what was copied");
+    let status = first.wait(PATIENCE).expect("an end");
+    second.process.signal(Signal::SIGCONT);
+    let second = second.interrupt();
+    assert_eq!(second.packets.len(), 8 * PACKETS);
+    assert!(packets(&file).len() <= 8 * PACKETS);
+    assert_eq!(status.code(), Some(1), "another has taken its place");
 }
 
 /// A reader that stands still loses copies, which are counted, and nobody loses packets.

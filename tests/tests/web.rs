@@ -9,7 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use relay_tests::{namespace::Host, promtool, relay::binary, scene::Scene, topology::Direct};
+use relay_tests::{
+    namespace::Host,
+    promtool,
+    relay::{Relay, binary},
+    scene::Scene,
+    topology::{Direct, PBX_V4},
+};
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -339,6 +345,39 @@ fn followers_of_events_are_few_and_do_not_crowd_out_the_operator() {
         assert!(Instant::now() < deadline, "no place was given back");
         thread::sleep(Duration::from_millis(50));
     }
+}
+
+#[test]
+fn other_machines_are_served_where_that_is_asked_for_and_warned_of() {
+    let net = Direct::new(1).expect("network");
+    let page = |relay: &Relay| -> SocketAddr {
+        let status = relay.json(["status"]).expect("status");
+        status["http"]
+            .as_str()
+            .expect("page")
+            .parse()
+            .expect("address")
+    };
+    let relay = Relay::attach(&net.pbx, "eth0", ["--http", "0"]).expect("relay");
+    assert!(page(&relay).ip().is_loopback());
+    assert!(
+        !relay.log().contains("without a password"),
+        "{}",
+        relay.log()
+    );
+    drop(relay);
+    let relay = Relay::attach(&net.pbx, "eth0", ["--http", "0.0.0.0:0"]).expect("relay");
+    let log = relay.log();
+    let warned = log
+        .lines()
+        .any(|line| line.contains("WARN") && line.contains("without a password"));
+    assert!(warned, "{log}");
+    let address = SocketAddr::new(PBX_V4, page(&relay).port());
+    let answer = ask(&net.phones, address, "GET /v1/status", "");
+    assert_eq!(
+        (answer.status, &answer.json()["interface"]),
+        (200, &"eth0".into())
+    );
 }
 
 #[test]

@@ -47,6 +47,12 @@ const TOOLS: &[Tool] = &[
         tasks: &[Task::Test],
     },
     Tool {
+        program: "ethtool",
+        package: "ethtool",
+        purpose: "switches the offloads that `relay-user doctor` looks at",
+        tasks: &[Task::Test],
+    },
+    Tool {
         program: "tshark",
         package: "tshark",
         purpose: "counts what the relay counts, and reads what it captures",

@@ -347,14 +347,24 @@ pub(super) struct LegAnswers {
 
 /// The endpoint that a PJSIP channel belongs to. `None` where the name would not survive as an
 /// argument of a function.
-pub(super) fn endpoint(channel: &str) -> Option<&str> {
+pub(crate) fn endpoint(channel: &str) -> Option<&str> {
     let (endpoint, _) = channel.strip_prefix("PJSIP/")?.rsplit_once('-')?;
-    (!endpoint.is_empty() && !endpoint.contains([',', '(', ')', '"', '\\'])).then_some(endpoint)
+    is_argument(endpoint).then_some(endpoint)
+}
+
+/// Whether a name survives as an argument of a function.
+pub(crate) fn is_argument(name: &str) -> bool {
+    !name.is_empty() && !name.contains([',', '(', ')', '"', '\\'])
 }
 
 /// The function that tells an endpoint's `rtp_timeout`.
-pub(super) fn rtp_timeout_of(endpoint: &str) -> String {
+pub(crate) fn rtp_timeout_of(endpoint: &str) -> String {
     format!("PJSIP_ENDPOINT({endpoint},rtp_timeout)")
+}
+
+/// The function that tells an endpoint's `direct_media`.
+pub(crate) fn direct_media_of(endpoint: &str) -> String {
+    format!("PJSIP_ENDPOINT({endpoint},direct_media)")
 }
 
 /// Judges all answers about one channel, which was asked for these [`items`].

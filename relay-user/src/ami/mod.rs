@@ -21,4 +21,4 @@ mod server;
 mod simulation;
 
 pub use feed::{CallId, FeedCommand, FeedEvent, FeedSettings, Proving, run};
-pub use session::{AmiError, Session, connect};
+pub use session::{AmiError, PRIVILEGES, Session, connect};

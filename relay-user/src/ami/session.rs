@@ -544,7 +544,7 @@ impl<S: AsyncRead + AsyncWrite> Session<S> {
 
     /// One request and its answer. Events that come meanwhile are dropped: only used before the
     /// resync, which learns all that they could tell.
-    async fn request(&mut self, action: &Action) -> Result<Answer, AmiError> {
+    pub(crate) async fn request(&mut self, action: &Action) -> Result<Answer, AmiError> {
         let id = self.submit(action);
         loop {
             match self.next().await? {

@@ -655,6 +655,7 @@ mod tests {
         documented::<StatusReport>("The status");
         documented::<crate::stats::StatsReport>("Statistics");
         documented::<Detached>("Detaching");
+        documented::<crate::doctor::Report>("The doctor");
         documented::<ErrorBody>("Errors");
     }
 

@@ -32,9 +32,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Command, Reply,
+    Command, MetricsReport, Reply,
     connection::{self, LIMITS, Limits, Place},
-    model::{AddRequest, ApiError, ErrorBody, ErrorCode, PairList, StatusReport},
+    model::{AddRequest, ApiError, ErrorBody, ErrorCode, PairList, PairReport, StatusReport},
     selection::Selection,
     socket::ControlSocket,
 };
@@ -42,6 +42,9 @@ use crate::{
     events::{Crowded, Event, EventBus, Lagged, Subscription},
     pair::Pair,
 };
+
+/// Longest filter of pairs, bytes: every word of it is looked for in every pair.
+const FILTER_MAX: usize = 1024;
 
 /// Serves until `stop` completes, then finishes the answers under way, tells followers of `events`
 /// what has happened until then, and removes the socket.
@@ -101,6 +104,7 @@ pub(crate) struct Api {
     followers: Arc<Semaphore>,
     pairs: Recent<Arc<PairList>>,
     status: Recent<StatusReport>,
+    metrics: Recent<MetricsReport>,
 }
 
 /// An answer of the controller's that serves several clients.
@@ -183,6 +187,16 @@ async fn list(
                 format_args!("the query does not select pairs: {wrong}"),
             )
         })?;
+        if selection
+            .filter
+            .iter()
+            .any(|filter| filter.len() > FILTER_MAX)
+        {
+            return Err(ApiError::new(
+                ErrorCode::InvalidRequest,
+                format_args!("a filter is not longer than {FILTER_MAX} bytes"),
+            ));
+        }
         let most = api.limits.pairs;
         selection.limit = Some(selection.limit.unwrap_or(most).min(most));
         let pairs = api.pairs().await?;
@@ -204,11 +218,7 @@ async fn flush(State(api): State<Arc<Api>>) -> Response {
 }
 
 async fn show(State(api): State<Arc<Api>>, uri: Uri) -> Response {
-    answer(StatusCode::OK, async {
-        let id = id(&uri)?;
-        api.ask(|reply| Command::Show { id, reply }).await
-    })
-    .await
+    answer(StatusCode::OK, async { api.pair(id(&uri)?).await }).await
 }
 
 async fn remove(State(api): State<Arc<Api>>, uri: Uri) -> Response {
@@ -376,7 +386,14 @@ impl Api {
             followers: Arc::new(Semaphore::new(limits.followers)),
             pairs: Recent::new(),
             status: Recent::new(),
+            metrics: Recent::new(),
         }
+    }
+
+    /// What metrics are made of.
+    pub(crate) async fn metrics(&self) -> Result<MetricsReport, ApiError> {
+        let ask = self.ask(|reply| Command::Metrics { reply });
+        self.metrics.get(self.limits.freshness, ask).await
     }
 
     /// All pairs, in the order of their numbers.
@@ -386,6 +403,15 @@ impl Api {
             Ok(Arc::new(pairs.into()))
         };
         self.pairs.get(self.limits.freshness, ask).await
+    }
+
+    async fn pair(&self, id: u64) -> Result<PairReport, ApiError> {
+        if self.limits.freshness.is_zero() {
+            return self.ask(|reply| Command::Show { id, reply }).await;
+        }
+        let all = self.pairs().await?;
+        let pair = all.pairs.iter().find(|pair| pair.id == id).cloned();
+        pair.ok_or_else(|| ApiError::unknown_pair(id))
     }
 
     async fn body(&self, request: Request) -> Result<Vec<u8>, ApiError> {
@@ -416,10 +442,7 @@ impl Api {
         }
     }
 
-    pub(crate) async fn ask<T>(
-        &self,
-        command: impl FnOnce(Reply<T>) -> Command,
-    ) -> Result<T, ApiError> {
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ApiError> {
         let ending = || {
             ApiError::new(
                 ErrorCode::Stopping,

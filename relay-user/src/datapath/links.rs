@@ -57,7 +57,7 @@ pub(crate) struct LinkInfo {
 
 impl Link {
     /// Attaches a program to XDP, in the driver or else in the stack.
-    pub(super) fn xdp(program: BorrowedFd<'_>, index: u32, native: bool) -> io::Result<Self> {
+    pub(crate) fn xdp(program: BorrowedFd<'_>, index: u32, native: bool) -> io::Result<Self> {
         let flags = if native {
             XDP_FLAGS_DRV_MODE
         } else {
@@ -83,6 +83,20 @@ impl Link {
 
     /// Numbers of the TCX links of an interface; none before Linux 6.6.
     pub(super) fn tcx_links(index: u32, direction: Direction) -> io::Result<Vec<u32>> {
+        let programs = Self::tcx_programs(index, direction)?.unwrap_or_default();
+        Ok(programs.into_iter().filter_map(|(_, link)| link).collect())
+    }
+
+    /// The TCX programs of an interface, each with its link, if a link holds it. `None` before Linux
+    /// 6.6, which has no TCX.
+    #[expect(
+        clippy::type_complexity,
+        reason = "two numbers that the kernel gives side by side"
+    )]
+    pub(crate) fn tcx_programs(
+        index: u32,
+        direction: Direction,
+    ) -> io::Result<Option<Vec<(u32, Option<u32>)>>> {
         /// `struct { … } query` of `union bpf_attr`.
         #[repr(C)]
         struct Query {
@@ -114,17 +128,21 @@ impl Link {
             revision: 0,
         };
         match bpf(bpf_cmd::BPF_PROG_QUERY, &mut query) {
-            Ok(_) => Ok(links.into_iter().filter(|link| *link != 0).collect()),
-            // No TCX; no program at that hook; no such interface.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINVAL | libc::ENOENT | libc::ENODEV)
-                ) =>
-            {
-                Ok(Vec::new())
-            }
-            Err(error) => Err(error),
+            Ok(_) => Ok(Some(
+                programs
+                    .into_iter()
+                    .zip(links)
+                    .filter(|(program, _)| *program != 0)
+                    .map(|(program, link)| (program, (link != 0).then_some(link)))
+                    .collect(),
+            )),
+            Err(error) => match error.raw_os_error() {
+                // No program at that hook; no such interface.
+                Some(libc::ENOENT | libc::ENODEV) => Ok(Some(Vec::new())),
+                // No TCX.
+                Some(libc::EINVAL) => Ok(None),
+                _ => Err(error),
+            },
         }
     }
 
@@ -149,6 +167,40 @@ impl Link {
             flags,
         };
         bpf_descriptor(bpf_cmd::BPF_LINK_CREATE, &mut create).map(Self)
+    }
+
+    /// What the kernel says of all links there are. Needs CAP_SYS_ADMIN.
+    pub(crate) fn all() -> io::Result<Vec<LinkInfo>> {
+        /// `struct { … }` of `BPF_*_GET_*_ID` of `union bpf_attr`.
+        #[repr(C)]
+        struct Id {
+            id: u32,
+            next: u32,
+            flags: u32,
+        }
+        let mut found = Vec::new();
+        let mut last = 0;
+        loop {
+            let mut next = Id {
+                id: last,
+                next: 0,
+                flags: 0,
+            };
+            match bpf(bpf_cmd::BPF_LINK_GET_NEXT_ID, &mut next) {
+                Ok(_) => last = next.next,
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(found),
+                Err(error) => return Err(error),
+            }
+            let mut open = Id {
+                id: last,
+                next: 0,
+                flags: 0,
+            };
+            // One that goes meanwhile is none.
+            if let Ok(link) = bpf_descriptor(bpf_cmd::BPF_LINK_GET_FD_BY_ID, &mut open) {
+                found.push(Self(link).info()?);
+            }
+        }
     }
 
     /// Replaces the program: a packet sees the old one or the new one. All pins stay the link's.

@@ -5,6 +5,8 @@ mod error;
 mod events;
 pub(crate) mod links;
 pub(crate) mod load;
+#[cfg(feature = "datapath-log")]
+mod log;
 pub(crate) mod maps;
 mod pinned_maps;
 pub(crate) mod pins;
@@ -38,7 +40,8 @@ pub use self::{
     load::{OBJECT, load, load_observer, load_tc, load_xdp},
     pinned_maps::{PinnedMaps, pinned_interfaces},
     pins::{
-        attached_mode, check_unserved, ensure_bpffs, owns, relayed_past_queues, remove_leftovers,
+        attached_mode, check_unserved, ensure_bpffs, has_bpffs, owns, relayed_past_queues,
+        remove_leftovers,
     },
     qdisc::{root_qdisc, shapes},
     tap::{Selection, Tap, TapError},
@@ -185,6 +188,8 @@ impl Loaded {
         let mut ebpf = load::load_onto(mode, layer, max_streams, pinned)?;
         load_observer(&mut ebpf)?;
         load::load_relay(&mut ebpf, mode)?;
+        #[cfg(feature = "datapath-log")]
+        log::follow(&mut ebpf)?;
         Ok(Self { ebpf, mode })
     }
 

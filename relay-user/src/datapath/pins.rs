@@ -39,13 +39,18 @@ const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 /// Folder of what is being prepared.
 const NEXT: &str = "next";
 
+/// Whether a BPF file system is mounted where pins go.
+#[must_use]
+pub fn has_bpffs() -> bool {
+    statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
+}
+
 /// Mounts the BPF file system where it is missing, which needs CAP_SYS_ADMIN.
 ///
 /// # Errors
 /// [`DatapathError::Bpffs`].
 pub fn ensure_bpffs() -> Result<(), DatapathError> {
-    let is_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
-    if is_bpffs(Path::new(BPFFS)) {
+    if has_bpffs() {
         return Ok(());
     }
     nix::mount::mount(

@@ -232,17 +232,32 @@ impl Tap {
         }))
     }
 
-    /// Shows the next copy to `take`; none where there is none at this moment.
-    pub fn next<T>(&mut self, take: impl FnOnce(&Captured, &[u8]) -> T) -> Option<T> {
-        while let Some(record) = self.captured.next() {
-            match Captured::read_from_prefix(&record) {
-                Ok((header, bytes)) if header.time >= self.since => {
-                    return Some(take(&header, bytes));
-                }
-                _ => {}
+    /// Puts the next copy into `bytes`, and returns what stands before it; none where there is none at this
+    /// moment.
+    ///
+    /// # Errors
+    /// [`TapError::Lost`].
+    pub fn next(&mut self, bytes: &mut Vec<u8>) -> Result<Option<Captured>, TapError> {
+        loop {
+            // Of two readers, each would set the ring buffer back to where it was itself: hence also no
+            // copy is held while it is written, which may take long.
+            if self.word().load(Ordering::Acquire) != self.until {
+                return match self.until {
+                    0 => Ok(None),
+                    _ => Err(TapError::Lost),
+                };
+            }
+            let Some(record) = self.captured.next() else {
+                return Ok(None);
+            };
+            if let Ok((header, copy)) = Captured::read_from_prefix(&record)
+                && header.time >= self.since
+            {
+                bytes.clear();
+                bytes.extend_from_slice(copy);
+                return Ok(Some(header));
             }
         }
-        None
     }
 
     /// Copies for which there was no room, since the capture began.

@@ -213,7 +213,7 @@ impl Direction {
     }
 
     /// Addresses this side of an interface's clsact.
-    fn address(self, index: u32) -> TcMessage {
+    pub(crate) fn address(self, index: u32) -> TcMessage {
         let mut message = TcMessage::with_index(index.cast_signed());
         // `tc::TcHandle::CLSACT` is ffff:fff1, whose major half the parent shares.
         message.header.parent = tc::TcHandle {

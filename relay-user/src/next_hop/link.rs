@@ -251,6 +251,15 @@ impl Interfaces {
         Kernel::open()?.interfaces().map(Self)
     }
 
+    /// Their names.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.0
+            .iter()
+            .map(|interface| interface.name.clone())
+            .collect()
+    }
+
     /// The interface of that name.
     ///
     /// # Errors

@@ -1,14 +1,18 @@
 //! The daemon: what `status` prints.
 
-use std::fmt::Write as _;
+use std::{cmp::Reverse, fmt::Write as _};
 
 use comfy_table::Cell;
 
 use super::{Facts, Style, drawn, number, text, verdict};
 use crate::{
-    control::model::{AmiReport, AmiState, StatusReport},
+    control::model::{AmiReport, AmiState, ReasonReport, RefusalReport, StatusReport},
     datapath::AttachMode,
 };
+
+/// A screen that everybody has.
+const COLUMNS: usize = 80;
+const LINES: usize = 24;
 
 /// The daemon on one screen.
 pub fn status(status: &StatusReport, style: Style) -> String {
@@ -41,6 +45,12 @@ pub fn status(status: &StatusReport, style: Style) -> String {
         "AMI",
         status.ami.as_ref().map_or_else(|| "not used".into(), ami),
     );
+    if let Some(address) = status.metrics {
+        facts.add("metrics", format_args!("http://{address}/metrics"));
+    }
+    if let Some(address) = status.http {
+        facts.add("page", format_args!("http://{address}/"));
+    }
     facts.add(
         "pairs",
         format_args!(
@@ -48,6 +58,10 @@ pub fn status(status: &StatusReport, style: Style) -> String {
             status.pairs, status.offloaded, status.waiting, status.refused
         ),
     );
+    let refused = refusals(&status.refusals);
+    if !refused.is_empty() {
+        facts.add("refused", refused);
+    }
     facts.add(
         "streams",
         format_args!("{} of {}", status.streams, status.max_streams),
@@ -66,34 +80,71 @@ pub fn status(status: &StatusReport, style: Style) -> String {
         "lease",
         format_args!("{:.1} s", status.lease_ms as f64 / 1000.0),
     );
-    let mut screen = facts.drawn();
+    let facts = facts.drawn();
+    let taken: usize = facts
+        .lines()
+        .map(|line| line.chars().count().div_ceil(COLUMNS).max(1))
+        .sum();
+    // Besides, an empty line, the header, what is left out, and the prompt.
+    let room = LINES.saturating_sub(taken + 4).max(1);
+    format!("{facts}\n{}", reasons(&status.reasons, room, style))
+}
 
-    let mut reasons = style.table(&["REASON", "VERDICT", "PACKETS", "BYTES"]);
-    for row in status.reasons.iter().filter(|row| row.packets != 0) {
+/// Pairs and calls that were not taken: the causes that had most, so that a screen has room for the rest.
+fn refusals(rows: &[RefusalReport]) -> String {
+    const SHOWN: usize = 4;
+    let mut rows: Vec<_> = rows.iter().filter(|row| row.count != 0).collect();
+    rows.sort_by_key(|row| Reverse(row.count));
+    let shown = rows.iter().take(SHOWN);
+    let mut causes: Vec<_> = shown
+        .map(|row| format!("{} {}", row.cause, row.count))
+        .collect();
+    if rows.len() > SHOWN {
+        causes.push(format!("and {} causes more", rows.len() - SHOWN));
+    }
+    causes.join(", ")
+}
+
+/// What became of packets: the reasons that had most, in their order, so that a screen has room for them.
+fn reasons(rows: &[ReasonReport], room: usize, style: Style) -> String {
+    let mut most: Vec<_> = rows.iter().filter(|row| row.packets != 0).collect();
+    if most.is_empty() {
+        return "no packets yet\n".to_owned();
+    }
+    let all = most.len();
+    most.sort_by_key(|row| Reverse(row.packets));
+    most.truncate(room);
+    // Lines around them would take the room of three.
+    let plain = Style {
+        lines: false,
+        ..style
+    };
+    let mut table = plain.table(&["REASON", "VERDICT", "PACKETS", "BYTES"]);
+    if style.colour {
+        table.enforce_styling();
+    }
+    for row in rows {
+        if !most.iter().any(|shown| shown.reason == row.reason) {
+            continue;
+        }
         let (name, colour) = verdict(row.verdict);
-        reasons.add_row([
+        table.add_row([
             text(&row.reason),
             style.paint(Cell::new(name), colour),
             number(row.packets),
             number(row.bytes),
         ]);
     }
-    screen.push('\n');
-    if reasons.is_empty() {
-        screen.push_str("no packets yet\n");
-    } else {
-        screen.push_str(&drawn(&reasons));
+    let mut lines = drawn(&table);
+    if all > room {
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            lines,
+            "and {} reasons more: `relay-user status --json`",
+            all - room
+        );
     }
-
-    let mut refusals = style.table(&["REFUSED BECAUSE", "COUNT"]);
-    for row in status.refusals.iter().filter(|row| row.count != 0) {
-        refusals.add_row([text(&row.cause), number(row.count)]);
-    }
-    if !refusals.is_empty() {
-        screen.push('\n');
-        screen.push_str(&drawn(&refusals));
-    }
-    screen
+    lines
 }
 
 fn ami(ami: &AmiReport) -> String {
@@ -122,7 +173,7 @@ fn duration(seconds: u64) -> String {
 mod tests {
     use super::*;
     use crate::{
-        control::model::{ReasonReport, Verdict},
+        control::model::Verdict,
         output::examples::{example, rows},
     };
 
@@ -151,7 +202,7 @@ mod tests {
             rows(&text).contains(&vec!["no_stream", "passed", "51200", "10342400"]),
             "{text}"
         );
-        assert!(rows(&text).contains(&vec!["on_hold", "4"]), "{text}");
+        assert!(text.contains("refused    on_hold 4"), "{text}");
         assert!(!text.contains("never_seen"));
         assert!(text.lines().count() <= 24, "{text}");
 
@@ -163,7 +214,40 @@ mod tests {
             text.contains("no packets yet") && text.contains("AMI        not used"),
             "{text}"
         );
-        assert!(!text.contains("REFUSED BECAUSE"), "{text}");
+        assert!(!text.contains("on_hold"), "{text}");
+    }
+
+    #[test]
+    fn the_status_of_a_busy_relay_fits_80_columns_and_24_lines() {
+        let mut report: StatusReport = example("The status");
+        report.mode_reason =
+            "native XDP on veth loses packets unless the peer runs an XDP program too".into();
+        report.priority = Some("1:10".parse().expect("a class"));
+        report.reasons = (0..35)
+            .map(|number| ReasonReport {
+                reason: format!("reason_{number}"),
+                verdict: Verdict::Passed,
+                packets: 1_000_000_000 + number,
+                bytes: u64::MAX >> 8,
+            })
+            .collect();
+        report.refusals = (0..15)
+            .map(|number| RefusalReport {
+                cause: format!("no_static_payload_type_{number}"),
+                count: 100_000 + number,
+            })
+            .collect();
+        let text = status(&report, Style::PLAIN);
+        let wrapped = text
+            .lines()
+            .map(|line| line.chars().count().div_ceil(80).max(1));
+        // One is left to the prompt.
+        assert!(wrapped.sum::<usize>() < 24, "{text}");
+        assert!(
+            text.contains("reason_34") && text.contains(" reasons more"),
+            "{text}"
+        );
+        assert!(text.contains("and 11 causes more"), "{text}");
     }
 
     #[test]

@@ -339,6 +339,7 @@ async fn bad_requests_are_refused() {
     let unknown_field = GOOD.replacen('{', r#"{"codec":"ulaw","#, 1);
     let three_legs = GOOD.replace("]}", r#",{"local":"192.0.2.1:1","remote":"192.0.2.2:2"}]}"#);
     let port_zero = GOOD.replace("30002", "0");
+    let long_filter = format!("GET /v1/pairs?filter={}", "+a".repeat(513));
     for (head, body, status, code) in [
         ("GET /", "", 404, "unknown_path"),
         ("GET /v1/pairs/7/streams", "", 404, "unknown_path"),
@@ -347,6 +348,7 @@ async fn bad_requests_are_refused() {
         ("GET /v1/pairs/seven", "", 400, "invalid_request"),
         ("GET /v1/pairs/-1", "", 400, "invalid_request"),
         ("GET /v1/pairs/%ff", "", 400, "invalid_request"),
+        (&long_filter, "", 400, "invalid_request"),
         ("PUT /v1/pairs", "", 405, "method_not_allowed"),
         ("GET /v1/detach", "", 405, "method_not_allowed"),
         ("POST /v1/events", "", 405, "method_not_allowed"),
@@ -794,6 +796,61 @@ async fn events_end_with_the_daemon_after_its_last() {
     }
     assert_eq!(told(&mut events).await, None);
     served.server.await.expect("task").expect("server");
+}
+
+#[tokio::test]
+async fn one_answer_of_the_controller_serves_many_and_is_cut_to_the_limit() {
+    let limits = Limits {
+        pairs: 1,
+        freshness: Duration::from_secs(3600),
+        ..LIMITS
+    };
+    let (commands, mut received) = mpsc::channel(4);
+    let served = Served::new(limits, commands);
+    let (answers, ()) = tokio::join!(
+        async {
+            tokio::join!(
+                served.raw(b"GET /v1/pairs?limit=9 HTTP/1.1\r\nhost: x\r\n\r\n"),
+                served.raw(b"GET /v1/pairs HTTP/1.1\r\nhost: x\r\n\r\n"),
+                served.raw(b"GET /v1/pairs?sort=newest HTTP/1.1\r\nhost: x\r\n\r\n"),
+            )
+        },
+        async {
+            let Some(Command::List { reply }) = received.recv().await else {
+                panic!("no list is asked for")
+            };
+            let pairs = vec![report(7, &pair(30000)), report(8, &pair(30000))];
+            reply.send(Ok(pairs)).expect("somebody waits");
+        }
+    );
+    assert!(
+        received.try_recv().is_err(),
+        "the controller is asked twice"
+    );
+    for (answer, id) in [(answers.0, 7), (answers.1, 7), (answers.2, 8)] {
+        let body = answer.split("\r\n\r\n").nth(1).expect(&answer);
+        let list: PairList = serde_json::from_str(body).expect(body);
+        let ids: Vec<_> = list.pairs.iter().map(|pair| pair.id).collect();
+        assert_eq!((ids, list.matching), (vec![id], 2));
+    }
+    let answer = served
+        .raw(b"GET /v1/pairs/8 HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await;
+    let body = answer.split("\r\n\r\n").nth(1).expect(&answer);
+    let pair: PairReport = serde_json::from_str(body).expect(body);
+    assert_eq!(pair.id, 8);
+    let answer = served
+        .raw(b"GET /v1/pairs/9 HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await;
+    assert_eq!(refusal(&answer), (404, "unknown_pair".to_owned()));
+    assert!(
+        received.try_recv().is_err(),
+        "the controller is asked again"
+    );
+    let answer = served
+        .raw(b"GET /v1/pairs?sort=best HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await;
+    assert_eq!(refusal(&answer), (400, "invalid_request".to_owned()));
 }
 
 #[test]

@@ -19,9 +19,13 @@ const STATES = { offloaded: "good", waiting: "warn", watching: "warn", suspended
 
 const $ = (id) => document.getElementById(id);
 
+/** What a table's parts are, said aloud: on a phone they are laid out as cards, and browsers then forget. */
+const ROLES = { tbody: "rowgroup", tr: "row", th: "rowheader", td: "cell" };
+
 /** An element with a class, a text and children. */
 function make(name, className, text, ...children) {
   const element = document.createElement(name);
+  if (ROLES[name]) element.setAttribute("role", ROLES[name]);
   if (className) element.className = className;
   if (text !== undefined && text !== null) element.textContent = text;
   element.append(...children);
