@@ -131,8 +131,10 @@ impl VerdictStats {
             .collect();
         reasons.sort_by_key(|row| std::cmp::Reverse(row.traffic.packets));
         let sum = |rate: fn(&Traffic) -> Option<f64>| {
-            let rates = reasons.iter().map(|row| rate(&row.traffic));
-            with_rates.then(|| rates.sum::<Option<f64>>()).flatten()
+            let mut rates = reasons.iter().map(|row| rate(&row.traffic));
+            // The standard library's sum of nothing is -0.
+            let sum = rates.try_fold(0.0, |sum, rate| Some(sum + rate?));
+            sum.filter(|_| with_rates)
         };
         Self {
             verdict,
@@ -201,7 +203,8 @@ mod tests {
         assert_eq!(relayed.total.packets_per_second, Some(50.0));
         assert_eq!(relayed.total.bits_per_second, Some(80_000.0));
         assert_eq!(stats.verdicts[1].total.packets_per_second, Some(5.0));
-        assert_eq!(stats.verdicts[2].total.packets_per_second, Some(0.0));
+        let nothing = stats.verdicts[2].total.packets_per_second.expect("a rate");
+        assert_eq!(nothing.to_string(), "0");
         assert_eq!(
             stats.verdicts[1].reasons[1].traffic.packets_per_second,
             Some(0.0)
