@@ -367,8 +367,12 @@ impl Reception {
         if self.packets == 0 {
             return 0;
         }
-        let sequence = self.highest.wrapping_sub(self.first) as u64 + 1;
-        self.expected_before as u64 + sequence
+        // Read while the datapath begins a new sequence, `first` may be new and `highest` still old.
+        let ahead = self.highest.wrapping_sub(self.first).cast_signed();
+        if ahead < 0 {
+            return self.expected_before as u64;
+        }
+        self.expected_before as u64 + ahead as u64 + 1
     }
 
     /// Packets that have not come.
@@ -591,6 +595,15 @@ mod tests {
         assert_eq!(phone.reception().lost(), 0);
         phone.number(65_544);
         assert_eq!(counts(phone.reception())[1..], [213, 0, 0, 2]);
+    }
+
+    #[test]
+    fn a_sequence_that_is_half_begun_has_lost_nothing() {
+        let mut phone = Phone::new();
+        phone.numbers(10..20);
+        let mut reception = phone.state.reception;
+        reception.first = CYCLE | 40_000;
+        assert_eq!((reception.expected(), reception.lost()), (0, 0));
     }
 
     /// RFC 3550 appendix A.8 in floating point: |D| of each packet, ms, and J after the last.
