@@ -74,7 +74,7 @@ abi! {
         /// Longest time between two packets within a talkspurt, in units of 1.024 µs.
         pub gap_max: u32,
         /// Time that one unit of the timestamp takes, for packets of `clock_type`, in units of 2^-8 ns;
-        /// 0 while it is not known. See [`clock`].
+        /// 0 while it is not known.
         pub clock: u32,
         /// Sequence number that would follow a jump, and 2^16 so that 0 is none.
         pub jump: u32,

@@ -110,7 +110,7 @@ impl StatsReport {
             seconds,
             verdicts: verdicts
                 .into_iter()
-                .map(|verdict| VerdictStats::new(verdict, &rows))
+                .map(|verdict| VerdictStats::new(verdict, &rows, seconds.is_some()))
                 .collect(),
         }
     }
@@ -123,7 +123,7 @@ impl StatsReport {
 }
 
 impl VerdictStats {
-    fn new(verdict: Verdict, rows: &[(Verdict, ReasonStats)]) -> Self {
+    fn new(verdict: Verdict, rows: &[(Verdict, ReasonStats)], with_rates: bool) -> Self {
         let mut reasons: Vec<ReasonStats> = rows
             .iter()
             .filter(|(of, _)| *of == verdict)
@@ -131,8 +131,10 @@ impl VerdictStats {
             .collect();
         reasons.sort_by_key(|row| std::cmp::Reverse(row.traffic.packets));
         let sum = |rate: fn(&Traffic) -> Option<f64>| {
-            let rates = reasons.iter().filter_map(|row| rate(&row.traffic));
-            rates.reduce(|sum, rate| sum + rate)
+            let mut rates = reasons.iter().map(|row| rate(&row.traffic));
+            // The standard library's sum of nothing is -0.
+            let sum = rates.try_fold(0.0, |sum, rate| Some(sum + rate?));
+            sum.filter(|_| with_rates)
         };
         Self {
             verdict,
@@ -201,6 +203,8 @@ mod tests {
         assert_eq!(relayed.total.packets_per_second, Some(50.0));
         assert_eq!(relayed.total.bits_per_second, Some(80_000.0));
         assert_eq!(stats.verdicts[1].total.packets_per_second, Some(5.0));
+        let nothing = stats.verdicts[2].total.packets_per_second.expect("a rate");
+        assert_eq!(nothing.to_string(), "0");
         assert_eq!(
             stats.verdicts[1].reasons[1].traffic.packets_per_second,
             Some(0.0)

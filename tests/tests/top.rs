@@ -121,11 +121,7 @@ fn figures_move_and_keys_sort_filter_and_open_pages() {
     assert_eq!(ids(&lines), ["1/1", "1/2", "2/1", "2/2"]);
     assert_eq!(rows[0][1], "offloaded");
     assert_eq!(rows[0][2], "192.0.2.11:30000");
-    let course = |lines: &[String]| {
-        lines
-            .iter()
-            .any(|line| line.contains("▇█") || line.contains("██"))
-    };
+    let course = |lines: &[String]| lines.iter().any(|line| line.contains("▆▆"));
     top.wait("drawing the course", course).expect("course");
     // Their colour: green, of a state that is well.
     let coloured = |cell: &vt100::Cell| cell.fgcolor() == vt100::Color::Idx(2);

@@ -1,7 +1,7 @@
 //! `relay-user doctor`: whether this host, this interface and this Asterisk let the relay work, and
 //! what mends what does not.
 //!
-//! [`gather`] asks the kernel, the daemon and Asterisk, and changes nothing; [`checks`] judge what was
+//! `gather` asks the kernel, the daemon and Asterisk, and changes nothing; `checks` judge what was
 //! found, without asking anybody.
 
 pub mod facts;

@@ -8,7 +8,8 @@ use super::{Column, Row, RowState};
 ///
 /// - `WORD`: the pair's number is this, or the word is part of an address, of the names of channel and
 ///   call, of state or codec, or of the reason.
-/// - `KEY=TEXT`, `KEY!=TEXT`: a text column has this in it, or not. A state is compared whole.
+/// - `KEY=TEXT`, `KEY!=TEXT`: a text column has this in it, or not. A state is compared whole, and is the
+///   stream's or its pair's.
 /// - `KEY=N`, `!=`, `<`, `<=`, `>`, `>=`: a number compares so. What is not known fits no condition.
 ///
 /// Upper and lower case are the same.
@@ -188,9 +189,7 @@ impl Term {
             }
             Self::Text(column, equality, value) => {
                 let is = match column {
-                    Column::State => [row.state, row.pair_state]
-                        .iter()
-                        .any(|state| state.name() == value),
+                    Column::State => is_in_state(row, value),
                     column => contains(row, *column, value),
                 };
                 is == (*equality == Equality::Is)
@@ -207,6 +206,13 @@ impl Term {
             }
         }
     }
+}
+
+/// Whether a row is in a state, its own or its pair's. One stream that is offloaded does not make its pair
+/// so, and a pair has fewer states than a stream.
+fn is_in_state(row: &Row, state: &str) -> bool {
+    let own = matches!(row.state, RowState::Watching | RowState::Suspended);
+    row.pair_state.name() == state || own && row.state.name() == state
 }
 
 /// Whether a word is the leg that a row comes in on, as `list` writes it.
@@ -319,6 +325,12 @@ mod tests {
             let filter: Filter = text.parse().expect(text);
             assert_eq!(filter.matches(&row()), expected, "{text}");
         }
+        let half = Row {
+            state: RowState::Offloaded,
+            ..row()
+        };
+        let offloaded: Filter = "state=offloaded".parse().expect("filter");
+        assert!(!offloaded.matches(&half), "its pair waits");
         assert!(
             "rate>1"
                 .parse::<Filter>()

@@ -66,7 +66,8 @@ pub struct Row {
     pub leg: Option<u8>,
     /// What became of it.
     pub state: RowState,
-    /// What became of its pair, which is `waiting` while one of its streams is not offloaded.
+    /// What became of its pair, which is `waiting` while one of its streams is not offloaded; the same as
+    /// `state` where streams are looked at one by one.
     pub pair_state: RowState,
     /// Where the pair came from.
     pub feed: Option<Feed>,
@@ -150,6 +151,24 @@ impl Row {
             silent_ms: stream.silent_ms,
             ..self.clone()
         }
+    }
+
+    /// The phone that sends or, where only that is known, its channel, as far as it fits beside addresses;
+    /// else `-`.
+    #[must_use]
+    pub fn sender(&self) -> String {
+        /// As long as the longest IPv4 address with its port.
+        const LONGEST: usize = 21;
+        if let Some(from) = self.from {
+            return from.to_string();
+        }
+        let channels = self.channel.as_deref().unwrap_or("-");
+        let first = channels.split(", ").next().unwrap_or(channels);
+        if first.chars().count() <= LONGEST {
+            return first.to_owned();
+        }
+        let cut: String = first.chars().take(LONGEST - 1).collect();
+        cut + "…"
     }
 
     /// The value of a column that is a number.

@@ -96,9 +96,6 @@ fn by_stream(pairs: &[PairReport], style: Style) -> String {
         let rows = Row::of_pair(pair);
         for (index, row) in rows.iter().enumerate() {
             let first = index == 0;
-            let from = row
-                .from
-                .map_or_else(|| "-".to_owned(), |from| from.to_string());
             let mut cells = vec![
                 if first {
                     number(pair.id)
@@ -107,7 +104,7 @@ fn by_stream(pairs: &[PairReport], style: Style) -> String {
                 },
                 row_state(row.state, style),
                 Cell::new(if first { pair.feed.name() } else { "" }),
-                Cell::new(from),
+                text(&row.sender()),
                 number(row.packets),
                 measured(row, Column::Loss, style),
                 measured(row, Column::Jitter, style),
@@ -568,6 +565,12 @@ mod tests {
         );
         assert_eq!(table[4], ["have had"]);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");
+        let mut refused: PairReport = example("A pair");
+        refused.legs.clear();
+        refused.streams.clear();
+        refused.channels[0] = "PJSIP/a-very-long-name-00000001".into();
+        let text = pairs(&[refused], TERMINAL);
+        assert_eq!(rows(&text)[1][3], "PJSIP/a-very-long-na…");
     }
 
     #[test]

@@ -259,14 +259,6 @@ impl Board {
                     let arrival = sample.state.reception.arrival;
                     snapshot.taken.monotonic.saturating_sub(arrival) / 1_000_000
                 });
-                let opposite = (key.0, key.1.map(|leg| 1 - leg.min(1)));
-                let whole = states.get(&opposite).copied() == Some(StreamState::Offloaded)
-                    && row.state == RowState::Offloaded;
-                row.pair_state = if whole {
-                    RowState::Offloaded
-                } else {
-                    RowState::Waiting
-                };
                 rows.push(row);
             }
         }
@@ -333,6 +325,7 @@ fn measured(sample: &Sample, state: StreamState, known: Option<&Row>) -> Row {
         pair: spec.pair,
         leg: Some(spec.leg),
         state: state.into(),
+        pair_state: state.into(),
         feed: Some(feed),
         from: address(spec.source),
         to: address(spec.new_destination),

@@ -72,10 +72,10 @@ impl Controls {
             KeyCode::Esc | KeyCode::Backspace | KeyCode::Left if self.page != Page::Streams => {
                 self.page = Page::Streams;
             }
-            KeyCode::Enter | KeyCode::Right if self.page == Page::Streams => {
-                if board.selected().is_some() {
-                    self.page = Page::Stream;
-                }
+            KeyCode::Enter | KeyCode::Right
+                if self.page == Page::Streams && board.selected().is_some() =>
+            {
+                self.page = Page::Stream;
             }
             KeyCode::Tab if self.page == Page::Stream => board.turn(),
             KeyCode::Esc => self.apply(String::new(), board),

@@ -56,6 +56,16 @@ impl Palette {
         }
     }
 
+    /// Of the row that is chosen.
+    fn chosen(self) -> Style {
+        let bold = Style::new().add_modifier(Modifier::BOLD);
+        if self.colour {
+            bold.bg(Color::DarkGray)
+        } else {
+            bold.add_modifier(Modifier::REVERSED)
+        }
+    }
+
     fn quiet(self) -> Style {
         Style::new().add_modifier(Modifier::DIM)
     }
@@ -183,12 +193,13 @@ fn traffic(board: &Board, palette: Palette, width: u16) -> Line<'static> {
     line
 }
 
-/// A bar of eighths for each value, the highest whole, unless it is below `least`.
+/// A bar of eighths for each value, six for the highest, so that rows stay apart; fewer where that is
+/// below `least`.
 fn bars(values: impl Iterator<Item = f64> + Clone, least: f64) -> String {
-    const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    const BARS: [char; 7] = [' ', '▁', '▂', '▃', '▄', '▅', '▆'];
     let highest = values.clone().fold(least, f64::max);
     values
-        .map(|value| BARS[((value / highest * 8.0).round() as usize).min(8)])
+        .map(|value| BARS[((value / highest * 6.0).round() as usize).min(6)])
         .collect()
 }
 

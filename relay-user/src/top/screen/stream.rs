@@ -20,6 +20,9 @@ use crate::{
 const FACTS: u16 = 11;
 const COURSE: u16 = 3;
 
+/// One figure of a point.
+type Figure = fn(&Point) -> f32;
+
 pub(super) fn draw(frame: &mut Frame<'_>, area: Rect, board: &Board, palette: Palette) {
     let Some(row) = board.selected() else {
         frame.render_widget(Paragraph::new("this stream is gone: Esc goes back"), area);
@@ -47,7 +50,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, area: Rect, board: &Board, palette: Pa
     frame.render_widget(facts(of_call(row, palette), palette), left);
     frame.render_widget(facts(of_packets(row, board, palette), palette), right);
     let points = board.points(row, inner.width.into());
-    let courses: [(Rect, &str, Column, fn(&Point) -> f32); 3] = [
+    let courses: [(_, _, _, Figure); 3] = [
         (rate, "packets/s", Column::Rate, |point| point.rate),
         (loss, "loss, %", Column::Loss, |point| point.loss),
         (jitter, "jitter, ms", Column::Jitter, |point| point.jitter),
@@ -86,7 +89,7 @@ fn course(
     let sparkline = Sparkline::default()
         .block(Block::new().borders(Borders::TOP).title(title))
         .data(data)
-        .max(((highest * 10.0).ceil() as u64).max(10))
+        .max(((highest * 12.5).ceil() as u64).max(10))
         .style(palette.fg(colour));
     frame.render_widget(sparkline, area);
 }

@@ -43,7 +43,7 @@ pub(super) fn draw(
             .iter()
             .map(|(shown, width)| cell(*shown, *width, row, board, palette));
         let style = if index == position {
-            Style::new().add_modifier(Modifier::BOLD | Modifier::UNDERLINED)
+            palette.chosen()
         } else {
             Style::new()
         };
@@ -112,6 +112,8 @@ fn cell(shown: Shown, width: u16, row: &Row, board: &Board, palette: Palette) ->
             Some(leg) => format!("{}/{}", row.pair, leg + 1),
             None => row.pair.to_string(),
         },
+        Column::From => clean(&row.sender()).into_owned(),
+        Column::Why => clean(row.why.as_deref().unwrap_or_default()).into_owned(),
         column if column.is_number() => row.figure(column),
         column => row
             .text(column)
