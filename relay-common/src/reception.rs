@@ -91,8 +91,11 @@ abi! {
         pub payload_type: u8,
         /// The payload type that `clock` is of; 0xff for none.
         pub clock_type: u8,
+        /// A payload type of events: packets in a row had one timestamp (RFC 4733 section 2.2.1); 0xff for
+        /// none.
+        pub event_type: u8,
         /// Always 0.
-        pub padding: [u8; 2],
+        pub padding: u8,
     }
 }
 
@@ -102,6 +105,7 @@ impl Default for Reception {
             types: [NONE; TYPES],
             payload_type: NONE,
             clock_type: NONE,
+            event_type: NONE,
             ..zerocopy::FromZeros::new_zeroed()
         }
     }
@@ -229,6 +233,10 @@ fn place(state: *mut State, packet: &Arrived) {
         store!(state, kept | 1, reception.window);
         store!(state, highest.wrapping_add(ahead), reception.highest);
         store!(state, 0, reception.jump);
+        let before = load!(state, reception.payload_type);
+        if packet.payload_type == before && packet.timestamp == load!(state, reception.timestamp) {
+            store!(state, before, reception.event_type);
+        }
         measure(state, packet);
     } else if load!(state, reception.jump) == CYCLE | packet.sequence {
         // Two in a row, far from all before: the sender has begun anew.
@@ -524,6 +532,7 @@ mod tests {
         let mut phone = Phone::new();
         phone.numbers([10, 12, 11, 13, 13, 11, 14]);
         assert_eq!(counts(phone.reception()), [7, 5, 0, 1, 2]);
+        assert_eq!(phone.reception().event_type, NONE);
     }
 
     #[test]
@@ -688,6 +697,7 @@ mod tests {
         let reception = phone.reception();
         assert_eq!(reception.jitter(), 0);
         assert_eq!(reception.types, [0, 101, NONE, NONE]);
+        assert_eq!(reception.event_type, 101);
         assert_eq!(counts(reception), [12, 12, 0, 0, 0]);
     }
 
