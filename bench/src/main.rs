@@ -3,6 +3,7 @@
 mod interpreter;
 mod program;
 mod qos;
+mod watching;
 
 use std::process::ExitCode;
 
@@ -21,12 +22,15 @@ enum Suite {
     Program(program::Options),
     /// What a saturated uplink does to a call, without shaping and with it
     Qos(qos::Options),
+    /// What looking on costs, with thousands of streams in the table
+    Watching(watching::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().suite {
         Suite::Program(options) => program::run(&options),
         Suite::Qos(options) => qos::run(&options),
+        Suite::Watching(options) => watching::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

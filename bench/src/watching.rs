@@ -1,0 +1,164 @@
+//! Suite `watching`: what it costs to look on, with thousands of streams in the table.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
+use nix::sys::signal::Signal;
+use relay_tests::{
+    relay::Relay,
+    terminal::Terminal,
+    topology::{Direct, PBX_V4},
+};
+use relay_user::{
+    control::client::Client,
+    pair::{Leg, Pair, PayloadTypes, Proof},
+};
+
+/// Arguments of the suite.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Pairs in the table; each is two streams
+    #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u16).range(1..10_000))]
+    pairs: u16,
+    /// How long each watcher is looked at, seconds
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
+}
+
+/// Where the metrics are served.
+const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9180);
+
+/// Scrapes of each kind: the kernel counts CPU time in steps of 10 ms.
+const SCRAPES: u32 = 50;
+
+/// Runs the suite and prints its table.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let net = Direct::new(2)?;
+    let metrics = METRICS.to_string();
+    // Their phones never send.
+    let settings = ["--metrics", &metrics, "--expire", "86400"];
+    let mut relay = Relay::attach(&net.pbx, "eth0", settings)?;
+    net.pbx.run(|| add(&relay, options.pairs))?;
+
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN);
+    table.set_header(["what", "its CPU", "the daemon's CPU"]);
+    let mut row = |what: String, own: String, daemon: String| {
+        table.add_row([what, own, daemon]);
+    };
+    for sort in ["id", "-loss"] {
+        let [own, daemon] = top(&net, &relay, sort, options)?;
+        row(format!("`top --sort {sort}`"), own, daemon);
+    }
+    for arguments in [&["list"][..], &["list", "--json"], &["stats"]] {
+        let took = command(&net, &relay, arguments)?;
+        let what = format!("`{}`, from begin to end", arguments.join(" "));
+        row(what, format!("{took:.2?}"), "-".to_owned());
+    }
+    for path in ["/metrics", "/metrics?streams=1000"] {
+        let (bytes, cost) = scrape(&net, &relay, path)?;
+        let what = format!("a scrape of `{path}`, {bytes} bytes");
+        row(what, "-".to_owned(), format!("{cost:.2?}"));
+    }
+    relay.signal(Signal::SIGKILL);
+    relay.wait(Duration::from_secs(10))?;
+    let mut screen = open(&net, &relay, "id")?;
+    let share = share(&mut screen, None, options)?;
+    row(
+        "`top`, the daemon dead".to_owned(),
+        share[0].clone(),
+        "-".to_owned(),
+    );
+
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{} streams:\n\n{table}", 2 * u32::from(options.pairs));
+    Ok(())
+}
+
+fn add(relay: &Relay, pairs: u16) -> Result<()> {
+    let client = Client::new(relay.socket());
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        for number in 0..pairs {
+            let leg = |leg: u8| -> Result<Leg> {
+                let port = 10_000 + 4 * number + 2 * u16::from(leg);
+                let phone = SocketAddr::new(Direct::phone_v4(leg), port);
+                Ok(format!("{}={phone}", SocketAddr::new(PBX_V4, port)).parse()?)
+            };
+            let types = vec![PayloadTypes::same(0)];
+            let pair = Pair::new([leg(0)?, leg(1)?], types, Proof::None)?;
+            client.add(&pair).await?;
+        }
+        Ok(())
+    })
+}
+
+fn open(net: &Direct, relay: &Relay, sort: &str) -> Result<Terminal> {
+    let mut screen = Terminal::open(&net.pbx, relay.command(["top", "--sort", sort]), 24, 80)?;
+    screen.wait_for("offloaded")?;
+    // Its first look, which is at everything, is none of what it costs to go on.
+    screen.watch(Duration::from_secs(5))?;
+    Ok(screen)
+}
+
+fn top(net: &Direct, relay: &Relay, sort: &str, options: &Options) -> Result<[String; 2]> {
+    let mut screen = open(net, relay, sort)?;
+    let shares = share(&mut screen, Some(relay), options)?;
+    screen.press("q")?;
+    ensure!(screen.end()?.success(), "`top` failed");
+    Ok(shares)
+}
+
+/// The shares of one core that a screen and the daemon take.
+fn share(screen: &mut Terminal, relay: Option<&Relay>, options: &Options) -> Result<[String; 2]> {
+    let daemon = || relay.map_or(Ok(Duration::ZERO), Relay::cpu_time);
+    let before = [screen.process().cpu_time()?, daemon()?];
+    let begin = Instant::now();
+    screen.watch(Duration::from_secs(options.seconds))?;
+    let took = begin.elapsed().as_secs_f64();
+    let after = [screen.process().cpu_time()?, daemon()?];
+    let share = |which: usize| {
+        let used = after[which].saturating_sub(before[which]).as_secs_f64();
+        format!("{:.1} %", 100.0 * used / took)
+    };
+    Ok([share(0), share(1)])
+}
+
+fn command(net: &Direct, relay: &Relay, arguments: &[&str]) -> Result<Duration> {
+    let begin = Instant::now();
+    let mut command = relay.command(arguments);
+    command.stdout(Stdio::null());
+    let status = net.pbx.spawn(command)?.wait(Duration::from_secs(60))?;
+    ensure!(status.success(), "{arguments:?}: {status}");
+    Ok(begin.elapsed())
+}
+
+/// Bytes of an answer, and the daemon's CPU time for it.
+fn scrape(net: &Direct, relay: &Relay, path: &str) -> Result<(usize, Duration)> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {METRICS}\r\nConnection: close\r\n\r\n");
+    let before = relay.cpu_time()?;
+    let mut bytes = 0;
+    for _ in 0..SCRAPES {
+        bytes = net.pbx.run(|| -> Result<usize> {
+            let mut stream = TcpStream::connect(METRICS)?;
+            stream.write_all(request.as_bytes())?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            Ok(answer.len())
+        })?;
+        // Answers are kept for half a second.
+        std::thread::sleep(Duration::from_millis(600));
+    }
+    let used = relay.cpu_time()?.checked_sub(before);
+    Ok((bytes, used.context("CPU time went back")? / SCRAPES))
+}
