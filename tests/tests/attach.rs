@@ -1098,8 +1098,10 @@ fn outlives_its_daemon(arguments: &[&str]) {
         "what it could not remove"
     );
     assert!(!programs(&host, "eth0").is_empty() && !calls.kernel.is_gone());
-    let gone = calls.relay.run(["list"]).expect("run");
+    let gone = calls.relay.run(["status"]).expect("run");
     assert!(!gone.status.success());
+    let gone = calls.relay.run(["list"]).expect("run");
+    assert!(gone.status.success(), "the maps still tell");
     let text = String::from_utf8_lossy(&gone.stderr);
     assert!(text.contains("relay-user attach"), "{text}");
 
@@ -1135,7 +1137,10 @@ fn is_upgraded(arguments: &[&str]) {
             assert_eq!(pair["state"], "offloaded", "{pair:#}");
             // What moves on.
             for stream in pair["streams"].as_array_mut().expect("streams") {
-                for moving in ["packets", "bytes", "marks", "silent_ms"] {
+                let reception = &stream["reception"];
+                let received = reception["packets"].as_u64() >= stream["packets"].as_u64();
+                assert!(received && reception["lost"] == 0, "{stream:#}");
+                for moving in ["packets", "bytes", "marks", "silent_ms", "reception"] {
                     stream.as_object_mut().expect("a stream").remove(moving);
                 }
             }
