@@ -40,6 +40,12 @@ pub trait Packet {
         false
     }
 
+    /// How many packets it stands for, at least 1.
+    #[inline(always)]
+    fn segments(&self) -> u32 {
+        1
+    }
+
     /// The header at `at` bytes from the start of the frame.
     ///
     /// # Errors

@@ -48,7 +48,7 @@ abi! {
         /// The 64 sequence numbers up to `highest`: a bit is set where the packet came, the lowest
         /// one for `highest` itself.
         pub window: u64,
-        /// Packets received, duplicates included.
+        /// Packets received, duplicates included, and merged ones as what they were.
         pub packets: u32,
         /// Synchronisation source (SSRC).
         pub source: u32,
@@ -91,8 +91,11 @@ abi! {
         pub payload_type: u8,
         /// The payload type that `clock` is of; 0xff for none.
         pub clock_type: u8,
+        /// A payload type of events: packets in a row had one timestamp (RFC 4733 section 2.2.1); 0xff for
+        /// none.
+        pub event_type: u8,
         /// Always 0.
-        pub padding: [u8; 2],
+        pub padding: u8,
     }
 }
 
@@ -102,16 +105,18 @@ impl Default for Reception {
             types: [NONE; TYPES],
             payload_type: NONE,
             clock_type: NONE,
+            event_type: NONE,
             ..zerocopy::FromZeros::new_zeroed()
         }
     }
 }
 
-/// Notes that an RTP packet of the stream's own source has come, at `now` (`CLOCK_MONOTONIC`, ns).
+/// Notes that an RTP packet of the stream's own source has come, at `now` (`CLOCK_MONOTONIC`, ns), and
+/// `segments` - 1 more that are merged into it.
 #[inline(always)]
-pub(crate) fn receive(state: *mut State, now: u64, bytes: usize, rtp: &Rtp) {
+pub(crate) fn receive(state: *mut State, now: u64, bytes: usize, segments: u32, rtp: &Rtp) {
     let packets = load!(state, reception.packets);
-    store!(state, packets.wrapping_add(1), reception.packets);
+    store!(state, packets.wrapping_add(segments), reception.packets);
     let total = load!(state, reception.bytes).wrapping_add(bytes as u64);
     store!(state, total, reception.bytes);
     let packet = Arrived {
@@ -139,6 +144,29 @@ pub(crate) fn receive(state: *mut State, now: u64, bytes: usize, rtp: &Rtp) {
         place(state, &packet);
     }
     store!(state, packet.payload_type, reception.payload_type);
+    if segments > 1 {
+        follow(state, &packet, segments - 1);
+    }
+}
+
+/// Places what is merged behind a packet, whose headers are not seen: in order, as a merger joins only
+/// what came in a row.
+#[inline(always)]
+fn follow(state: *mut State, packet: &Arrived, more: u32) {
+    let highest = load!(state, reception.highest);
+    if highest & 0xffff == packet.sequence {
+        let window = if more < MISORDER_MAX {
+            load!(state, reception.window) << more | ((1 << more) - 1)
+        } else {
+            u64::MAX
+        };
+        store!(state, window, reception.window);
+        store!(state, highest.wrapping_add(more), reception.highest);
+    } else {
+        // Neither lost nor expected.
+        let before = load!(state, reception.expected_before).wrapping_add(more);
+        store!(state, before, reception.expected_before);
+    }
 }
 
 /// What matters of a packet.
@@ -205,6 +233,10 @@ fn place(state: *mut State, packet: &Arrived) {
         store!(state, kept | 1, reception.window);
         store!(state, highest.wrapping_add(ahead), reception.highest);
         store!(state, 0, reception.jump);
+        let before = load!(state, reception.payload_type);
+        if packet.payload_type == before && packet.timestamp == load!(state, reception.timestamp) {
+            store!(state, before, reception.event_type);
+        }
         measure(state, packet);
     } else if load!(state, reception.jump) == CYCLE | packet.sequence {
         // Two in a row, far from all before: the sender has begun anew.
@@ -343,8 +375,12 @@ impl Reception {
         if self.packets == 0 {
             return 0;
         }
-        let sequence = self.highest.wrapping_sub(self.first) as u64 + 1;
-        self.expected_before as u64 + sequence
+        // Read while the datapath begins a new sequence, `first` may be new and `highest` still old.
+        let ahead = self.highest.wrapping_sub(self.first).cast_signed();
+        if ahead < 0 {
+            return self.expected_before as u64;
+        }
+        self.expected_before as u64 + ahead as u64 + 1
     }
 
     /// Packets that have not come.
@@ -417,6 +453,8 @@ mod tests {
         now: u64,
         source: u32,
         payload_type: u8,
+        /// Packets that come as one.
+        segments: u32,
     }
 
     impl Phone {
@@ -426,6 +464,7 @@ mod tests {
                 now: 1_000 * MS,
                 source: 0xfeed_f00d,
                 payload_type: 0,
+                segments: 1,
             }
         }
 
@@ -444,7 +483,7 @@ mod tests {
                 ssrc: halves(self.source),
             };
             self.now += after * MS;
-            receive(&raw mut self.state, self.now, 214, &rtp);
+            receive(&raw mut self.state, self.now, 214, self.segments, &rtp);
             self
         }
 
@@ -493,6 +532,7 @@ mod tests {
         let mut phone = Phone::new();
         phone.numbers([10, 12, 11, 13, 13, 11, 14]);
         assert_eq!(counts(phone.reception()), [7, 5, 0, 1, 2]);
+        assert_eq!(phone.reception().event_type, NONE);
     }
 
     #[test]
@@ -547,6 +587,32 @@ mod tests {
         let reception = phone.reception();
         assert_eq!(counts(reception), [13, 14, 1, 0, 0]);
         assert_eq!((reception.source, reception.source_changes), (7, 1));
+    }
+
+    #[test]
+    fn packets_that_come_merged_are_not_lost() {
+        let mut phone = Phone::new();
+        phone.numbers(65_530..65_534);
+        phone.segments = 4;
+        phone.number(65_534).number(65_538);
+        phone.segments = 1;
+        phone.numbers([65_542, 65_540, 65_543]);
+        assert_eq!(counts(phone.reception()), [15, 14, 0, 0, 1]);
+        // Behind a late one.
+        phone.segments = 100;
+        phone.number(65_541);
+        assert_eq!(phone.reception().lost(), 0);
+        phone.number(65_544);
+        assert_eq!(counts(phone.reception())[1..], [213, 0, 0, 2]);
+    }
+
+    #[test]
+    fn a_sequence_that_is_half_begun_has_lost_nothing() {
+        let mut phone = Phone::new();
+        phone.numbers(10..20);
+        let mut reception = phone.state.reception;
+        reception.first = CYCLE | 40_000;
+        assert_eq!((reception.expected(), reception.lost()), (0, 0));
     }
 
     /// RFC 3550 appendix A.8 in floating point: |D| of each packet, ms, and J after the last.
@@ -631,6 +697,7 @@ mod tests {
         let reception = phone.reception();
         assert_eq!(reception.jitter(), 0);
         assert_eq!(reception.types, [0, 101, NONE, NONE]);
+        assert_eq!(reception.event_type, 101);
         assert_eq!(counts(reception), [12, 12, 0, 0, 0]);
     }
 

@@ -151,7 +151,7 @@ fn decide<P: Packet + ?Sized>(
     // Also what is none of the datapath's: a stream that comes back from the PBX would seem to have
     // lost all that the PBX relayed.
     if let Ok(rtp) = &rtp {
-        receive(state, now, packet.length(), rtp);
+        receive(state, now, packet.length(), packet.segments(), rtp);
     }
     if now >= tables.lease() {
         return Err(Reason::LeaseOver.into());

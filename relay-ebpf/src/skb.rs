@@ -97,6 +97,13 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn segments(&self) -> u32 {
+        // SAFETY: as above.
+        let segments = unsafe { (*self.0.skb.skb).gso_segs };
+        segments.max(1)
+    }
+
+    #[inline(always)]
     fn header<H: Header>(&mut self, at: usize) -> Result<&mut H, Reason> {
         header_at(self.0.data(), self.0.data_end(), at)
     }

@@ -123,10 +123,14 @@ const RATES: [u32; 8] = [
 ];
 
 impl Sample {
-    /// None where the rate is known, or nothing has come.
+    /// None where the rate is known, where nothing has come, and of events: their timestamps tell when
+    /// keys were pressed, which a dialler does at a rhythm of its own.
     #[must_use]
     pub const fn of(reception: &Reception) -> Option<Self> {
-        if reception.packets == 0 || reception.clock_rate().is_some() {
+        if reception.packets == 0
+            || reception.clock_rate().is_some()
+            || reception.payload_type == reception.event_type
+        {
             return None;
         }
         Some(Self {
@@ -138,8 +142,8 @@ impl Sample {
     }
 
     /// The payload type whose clock the time between two samples tells, and that clock, in units of
-    /// [`clock_of`]. None where it fits no rate: an event's timestamp stands still (RFC 4733 section
-    /// 2.2.1), and one of a phone that was silent may too.
+    /// [`clock_of`]. None where it fits no rate: the timestamp of a phone that was silent may have stood
+    /// still.
     #[must_use]
     pub fn clock_since(&self, earlier: &Self) -> Option<(u8, u32)> {
         if (self.source, self.payload_type) != (earlier.source, earlier.payload_type) {
@@ -236,7 +240,7 @@ mod tests {
 
     #[test]
     fn the_clock_shows_in_the_time_between_two_looks() {
-        for (rate, units) in [(48_000, 47_040), (16_000, 16_240), (8_000, 8_000)] {
+        for (rate, units) in [(48_000, 47_520), (16_000, 16_240), (8_000, 8_000)] {
             let later = sample(5_u32.wrapping_add(units), 2_000);
             let told = later.clock_since(&sample(5, 1_000));
             assert_eq!(told, Some((111, clock_of(rate))), "{rate}");
@@ -270,5 +274,12 @@ mod tests {
         }
         assert_eq!(Sample::of(&heard()), None, "its clock is fixed");
         assert_eq!(Sample::of(&Reception::default()), None);
+        let mut dynamic = Reception {
+            payload_type: 101,
+            ..heard()
+        };
+        assert!(Sample::of(&dynamic).is_some());
+        dynamic.event_type = 101;
+        assert_eq!(Sample::of(&dynamic), None, "events have no rate");
     }
 }

@@ -855,6 +855,12 @@ fn packets_that_come_merged_are_taken_apart_and_left_to_the_pbx() {
             (reasons["aggregate"], reasons["relayed"]),
             (expected, 2 * expected)
         );
+        let pair = relay.json(["show", &expected.to_string()]).expect("pair");
+        let reception = &pair["streams"][0]["reception"];
+        assert_eq!(
+            (&reception["packets"], &reception["lost"]),
+            (&(EACH + 2).into(), &0.into())
+        );
     }
 }
 

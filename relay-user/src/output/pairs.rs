@@ -191,6 +191,9 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
     for (name, stream) in ["from first", "from second"].into_iter().zip(&pair.streams) {
         if let Some(why) = &stream.why {
             facts.add(name, why);
+        } else if let Some(proof) = stream.proof {
+            let why = "packets in a row came out of the PBX as they went in";
+            facts.add(name, format_args!("{} {why}", proof.of));
         }
     }
     if pair.streams.is_empty() {
@@ -450,6 +453,7 @@ mod tests {
             "call           0e0f7c4e-6d5e-4b6e-9d3b-0b8f6d0a7c11",
             "first leg      192.0.2.1:10000=192.0.2.11:30000 (PJSIP/alice-00000001)",
             "payload types  0, 101:96",
+            "from first     8 packets in a row came out of the PBX as they went in",
         ] {
             assert!(text.contains(fragment), "{fragment} in {text}");
         }
