@@ -53,7 +53,7 @@ pub enum CaptureError {
 /// longer, or until the relay is detached.
 ///
 /// # Errors
-/// [`CaptureError`]; what was written before is whole.
+/// [`CaptureError`]; where the disk is full, the last packet may be cut short.
 pub async fn run<W: io::Write>(
     tap: &mut Tap,
     out: W,

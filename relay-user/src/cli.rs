@@ -367,10 +367,12 @@ FILTERS
   Words and conditions, separated by spaces, of which all must hold for one of a pair's streams.
     WORD           the pair's number, or part of an address, of a channel's, call's or codec's name,
                    of the state or of the reason
-    KEY=TEXT       text that has this in it, or with != has not: feed, from, to, channel, call, codec,
-                   why; and state, which is one of offloaded, watching, waiting, suspended, refused
-    KEY>NUMBER     or <, >=, <=, =, !=: id, packets (relayed), received, loss (percent), jitter (ms),
-                   mos (1 to 4.5), silent (ms since the last packet). What is not known fits none
+    KEY=TEXT       text that has this in it, or with != has not: feed, from, to, channel, call,
+                   codec, why; and state, which is one of offloaded, watching, waiting, suspended,
+                   refused
+    KEY>NUMBER     or <, >=, <=, =, !=: id, packets (relayed), received, loss (percent),
+                   jitter (ms), mos (1 to 4.5), silent (ms since the last packet). What is not
+                   known fits none
 
 EXAMPLES
     relay-user list
@@ -1125,7 +1127,7 @@ mod tests {
                 "cannot be used with",
             ),
             (&["events", "--since", "now"], "--since"),
-            (&["capture", "-w", "x"], "<ID>"),
+            (&["capture", "-w", "x"], "<ID|--all>"),
             (&["capture", "0", "-w", "x"], "0 is not in 1.."),
             (&["capture", "3", "--all", "-w", "x"], "cannot be used with"),
             (&["capture", "--all"], "--write <FILE>"),

@@ -7,7 +7,7 @@ use nix::sys::utsname::uname;
 /// arrays (5.5), CAP_BPF (5.8), BPF links for XDP (5.9), BPF memory outside the memlock limit (5.11).
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
-/// What maps and netlink need as long as the daemon runs.
+/// What maps and netlink need as long as the daemon runs, and while a capture begins.
 const KEPT: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
 
 /// What attaching needs. CAP_PERFMON is for the verifier: without it a program may not subtract packet
@@ -26,6 +26,12 @@ pub enum PrivilegeError {
         "attaching needs {missing}: run as root with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN (systemd: see CapabilityBoundingSet=)"
     )]
     Capabilities {
+        /// Those that are missing.
+        missing: String,
+    },
+    /// Not root, nor given what capturing takes.
+    #[error("capturing needs {missing}: run this as root")]
+    Capturing {
         /// Those that are missing.
         missing: String,
     },
@@ -59,8 +65,24 @@ pub fn check() -> Result<(), PrivilegeError> {
 pub fn missing_capabilities() -> Result<Vec<String>, PrivilegeError> {
     let effective = caps::read(None, CapSet::Effective);
     effective
-        .map(|effective| missing(&effective))
+        .map(|effective| missing(&NEEDED, &effective))
         .map_err(|error| PrivilegeError::System(error.to_string()))
+}
+
+/// Checks that the maps can be opened, and that the kernel tells what is attached.
+///
+/// # Errors
+/// [`PrivilegeError::Capturing`], [`PrivilegeError::System`].
+pub fn check_for_capturing() -> Result<(), PrivilegeError> {
+    let effective = caps::read(None, CapSet::Effective)
+        .map_err(|error| PrivilegeError::System(error.to_string()))?;
+    let missing = missing(&KEPT, &effective);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(PrivilegeError::Capturing {
+        missing: missing.join(" and "),
+    })
 }
 
 pub(crate) fn check_kernel(release: &str) -> Result<(), PrivilegeError> {
@@ -86,16 +108,16 @@ fn is_before(release: &str, version: (u32, u32)) -> bool {
     )
 }
 
-fn missing(effective: &CapsHashSet) -> Vec<String> {
-    NEEDED
-        .into_iter()
+fn missing(needed: &[Capability], effective: &CapsHashSet) -> Vec<String> {
+    needed
+        .iter()
         .filter(|needed| !effective.contains(needed))
         .map(|needed| needed.to_string())
         .collect()
 }
 
 fn check_capabilities(effective: &CapsHashSet) -> Result<(), PrivilegeError> {
-    let missing = missing(effective);
+    let missing = missing(&NEEDED, effective);
     if missing.is_empty() {
         Ok(())
     } else {

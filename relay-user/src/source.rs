@@ -4,6 +4,7 @@
 use std::{
     fmt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::{
@@ -16,6 +17,9 @@ use crate::{
     snapshot::Snapshot,
     stats::{self, Totals},
 };
+
+/// The daemon answers within 10 s, or says that it is busy: one that does neither hangs.
+const PATIENCE: Duration = Duration::from_secs(11);
 
 /// A daemon, or what it has left.
 #[derive(Debug)]
@@ -110,7 +114,7 @@ impl Source {
     /// [`SourceError::Discovery`].
     pub fn client(&self) -> Result<Client, SourceError> {
         let socket = socket::find(self.socket.as_deref(), self.interface.as_deref())?;
-        Ok(Client::new(socket))
+        Ok(Client::new(socket).with_patience(PATIENCE))
     }
 
     /// Every pair.

@@ -8,8 +8,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
-use clap::{Args, value_parser};
+use anyhow::{Context as _, anyhow};
+use clap::{ArgGroup, Args, value_parser};
 use relay_common::capture::{SNAP_MAX, SNAP_MIN};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -34,6 +34,7 @@ use crate::{
 ///
 /// Calls are private: the file is for its owner alone, and `--snap 54` leaves the voice out.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("pairs").required(true))]
 #[command(after_long_help = "\
 EXAMPLES
   Pair 7 of `relay-user list`, into a file:
@@ -46,10 +47,10 @@ EXAMPLES
     relay-user capture --all --sample 100 --snap 54 -w sample.pcapng")]
 pub(super) struct Capture {
     /// Number of the pair, as `relay-user list` shows it
-    #[arg(value_name = "ID", value_parser = value_parser!(u64).range(1..), required_unless_present = "all")]
+    #[arg(value_name = "ID", value_parser = value_parser!(u64).range(1..), group = "pairs")]
     id: Option<u64>,
     /// Those of all pairs
-    #[arg(long, conflicts_with = "id")]
+    #[arg(long, group = "pairs")]
     all: bool,
     /// File to write, which must not exist yet; - is standard output, for a pipe
     #[arg(short, long, value_name = "FILE", value_parser = config::path)]
@@ -86,6 +87,7 @@ impl Capture {
 
 /// Captures, and tells what came of it.
 pub(super) fn run(arguments: &Capture) -> anyhow::Result<()> {
+    privileges::check_for_capturing()?;
     let mut tap = Tap::open(arguments.interface.as_deref())?;
     if let Some(id) = arguments.id
         && !tap.knows(id)?
@@ -144,7 +146,13 @@ fn output(arguments: &Capture) -> anyhow::Result<File> {
         .create_new(true)
         .mode(0o600)
         .open(path)
-        .with_context(|| format!("cannot create {}", path.display()))
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => anyhow!(
+                "{} is there already, and nothing is written over: name another file",
+                path.display()
+            ),
+            _ => anyhow!("cannot create {}: {error}", path.display()),
+        })
 }
 
 fn words(summary: &Summary, interface: &str) -> String {

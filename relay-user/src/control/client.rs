@@ -37,6 +37,7 @@ const ENDING: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
+    patience: Duration,
 }
 
 /// Why a request came to nothing.
@@ -89,7 +90,17 @@ pub enum ClientError {
 impl Client {
     /// A client of the daemon behind this socket. Connects with each request.
     pub const fn new(socket: PathBuf) -> Self {
-        Self { socket }
+        Self {
+            socket,
+            patience: PATIENCE,
+        }
+    }
+
+    /// How long a whole request may take.
+    #[must_use]
+    pub const fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// The socket.
@@ -195,7 +206,7 @@ impl Client {
         path: &str,
         body: Vec<u8>,
     ) -> Result<T, ClientError> {
-        timeout(PATIENCE, self.exchange(method, path, body))
+        timeout(self.patience, self.exchange(method, path, body))
             .await
             .map_err(|_| ClientError::Silent(self.socket.clone()))?
     }

@@ -181,7 +181,14 @@ pub fn pair(pair: &PairReport, style: Style) -> String {
         facts.add("channels", clean(&pair.channels.join(", ")));
     }
     let types: Vec<_> = pair.payload_types.iter().map(ToString::to_string).collect();
-    facts.add("payload types", types.join(", "));
+    facts.add(
+        "payload types",
+        if types.is_empty() {
+            "-".to_owned()
+        } else {
+            types.join(", ")
+        },
+    );
     if let Some(priority) = pair.priority {
         facts.add("priority", priority);
     }

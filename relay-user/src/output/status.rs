@@ -138,11 +138,7 @@ fn reasons(rows: &[ReasonReport], room: usize, style: Style) -> String {
     let mut lines = drawn(&table);
     if all > room {
         // Writing to a string cannot fail.
-        let _ = writeln!(
-            lines,
-            "and {} reasons more: `relay-user status --json`",
-            all - room
-        );
+        let _ = writeln!(lines, "and {} reasons more: `relay-user stats`", all - room);
     }
     lines
 }

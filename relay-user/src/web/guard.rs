@@ -95,9 +95,11 @@ fn check(hosts: &Hosts, request: &Request) -> Result<(), ApiError> {
             "this server is not asked by that name: use its address, or start the relay with --allowed-host NAME",
         ));
     }
-    // Browsers say so. Another site's page cannot read the answer, but could use up what is bounded.
-    let foreign = header("sec-fetch-site") == Some("cross-site");
-    if foreign && header("sec-fetch-mode") != Some("navigate") {
+    // Browsers say so: the first to addresses of loopback and over HTTPS alone, the second where a script means to
+    // read the answer. It could not, but use up what is bounded.
+    let foreign = header("sec-fetch-site") == Some("cross-site")
+        && header("sec-fetch-mode") != Some("navigate");
+    if foreign || !header("origin").is_none_or(|origin| is_of(origin, host)) {
         return Err(ApiError::new(
             ErrorCode::Forbidden,
             "the pages of other sites may not ask",
@@ -110,6 +112,14 @@ fn check(hosts: &Hosts, request: &Request) -> Result<(), ApiError> {
         ));
     }
     Ok(())
+}
+
+/// Whether an origin (RFC 6454, section 6.1) is the host that was asked.
+fn is_of(origin: &str, host: Option<&str>) -> bool {
+    let asked = origin.split_once("://").map(|(_, authority)| authority);
+    asked
+        .zip(host)
+        .is_some_and(|(asked, host)| asked.eq_ignore_ascii_case(host))
 }
 
 #[cfg(test)]
@@ -141,6 +151,15 @@ mod tests {
             "a b",
         ] {
             assert!(!hosts.allow(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_origin_is_of_the_host_that_was_asked_or_of_another_site() {
+        assert!(is_of("http://192.0.2.1:8080", Some("192.0.2.1:8080")));
+        assert!(is_of("https://PBX.example.com", Some("pbx.example.com")));
+        for other in ["http://evil.example", "http://192.0.2.1", "null", ""] {
+            assert!(!is_of(other, Some("192.0.2.1:8080")), "{other}");
         }
     }
 }

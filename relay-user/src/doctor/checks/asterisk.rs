@@ -21,6 +21,9 @@ const STEPS: [(Stage, &str, &str); 4] = [
     (Stage::Hear, "ami_read", "the user hears of changes"),
 ];
 
+/// Shows whether the manager interface is on, and where it listens.
+const MANAGER: &str = "asterisk -rx 'manager show settings'";
+
 /// A timeout of Asterisk's so short that a third of it is too little for a keepalive to come in time.
 const SHORT_TIMEOUT: u32 = 5;
 
@@ -58,7 +61,7 @@ fn feed_state(ami: &AmiReport) -> Finding {
                 "the daemon has no AMI: {}",
                 cause.as_deref().unwrap_or("it tells no cause")
             ),
-            None,
+            MANAGER.to_owned(),
         ),
     }
 }
@@ -101,7 +104,7 @@ fn session(asterisk: &AsteriskFacts) -> Vec<Finding> {
 /// What to do about a session that did not come about.
 fn remedy(asterisk: &AsteriskFacts, stage: Stage) -> String {
     match stage {
-        Stage::Settings | Stage::Reach => "asterisk -rx 'manager show settings'".to_owned(),
+        Stage::Settings | Stage::Reach => MANAGER.to_owned(),
         Stage::Login => format!(
             "asterisk -rx 'manager show user {}'",
             asterisk.user.replace('\'', r"'\''")
@@ -320,7 +323,10 @@ pub(super) mod tests {
             found(&findings, "ami_feed").what,
             "the daemon has no AMI: refused"
         );
-        assert_eq!(findings[0].level, Level::Problem);
+        assert_eq!(
+            judged(&findings, "ami_feed"),
+            (Level::Problem, Some(MANAGER))
+        );
     }
 
     #[test]

@@ -6,20 +6,32 @@ use crate::{
     doctor::facts::{InterfaceFacts, Place, Program},
 };
 
+const OTHER_XDP: &str = "other_xdp_programs";
+
 pub(super) fn findings(interface: &InterfaceFacts, mode: Option<AttachMode>) -> Vec<Finding> {
     let (tc, xdp): (Vec<_>, Vec<_>) = interface
         .programs
         .iter()
         .filter(|program| !program.ours)
         .partition(|program| matches!(program.place, Place::TcIngress | Place::TcEgress));
+    // Names are root's to read, and by its name the relay's own is told.
+    let untold = !interface.unread.is_empty() && xdp.iter().any(|other| other.name.is_empty());
     vec![
-        others_in_xdp(&interface.name, &xdp, mode),
+        if untold {
+            INTERFACE.warning(
+                OTHER_XDP,
+                format!("{}: without root nobody tells whose it is", named(&xdp)),
+                format!("sudo relay-user doctor {}", word(&interface.name)),
+            )
+        } else {
+            others_in_xdp(&interface.name, &xdp, mode)
+        },
         others_in_tc(&interface.name, &tc),
     ]
 }
 
 fn others_in_xdp(interface: &str, others: &[&Program], mode: Option<AttachMode>) -> Finding {
-    let id = "other_xdp_programs";
+    let id = OTHER_XDP;
     if others.is_empty() {
         return INTERFACE.ok(id, "none");
     }
@@ -67,7 +79,11 @@ fn named(programs: &[&Program]) -> String {
                 .id
                 .map(|id| format!(", id {id}"))
                 .unwrap_or_default();
-            format!("`{}` ({place}{id})", program.name)
+            let name = match program.name.as_str() {
+                "" => "a program without a name".to_owned(),
+                name => format!("`{name}`"),
+            };
+            format!("{name} ({place}{id})")
         })
         .collect();
     some(&names.iter().map(String::as_str).collect::<Vec<_>>(), 4)
@@ -152,6 +168,25 @@ mod tests {
             ..program(Place::XdpNative)
         }]);
         assert_eq!(judged(&findings(&ours, None), id), (Level::Ok, None));
+    }
+
+    #[test]
+    fn a_program_whose_name_only_root_may_read_is_not_taken_for_a_strangers() {
+        let mut unread = with(&[Program {
+            name: String::new(),
+            ..program(Place::XdpGeneric)
+        }]);
+        let judge =
+            |facts: &InterfaceFacts| found(&findings(facts, None), "other_xdp_programs").clone();
+        assert_eq!(judge(&unread).level, Level::Problem, "its name was read");
+        unread.unread = vec!["BPF links (Operation not permitted)".to_owned()];
+        let untold = judge(&unread);
+        let mend = Some("sudo relay-user doctor eth0");
+        assert_eq!(
+            (untold.level, untold.mend.as_deref()),
+            (Level::Warning, mend)
+        );
+        assert!(untold.what.contains("without a name (generic XDP, id 7)"));
     }
 
     #[test]

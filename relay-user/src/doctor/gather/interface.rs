@@ -90,9 +90,14 @@ pub(super) fn facts(interface: &Interface, interfaces: &Interfaces) -> Interface
 
 /// What was asked for, or a note that it could not be had.
 pub(super) fn told<T>(what: &str, answer: io::Result<T>, unread: &mut Vec<String>) -> Option<T> {
-    answer
-        .inspect_err(|error| unread.push(format!("{what} ({error})")))
-        .ok()
+    let trouble = |error: &io::Error| {
+        let trouble = format!("{what} ({error})");
+        // Both directions of a hook are asked, and refused alike.
+        if !unread.contains(&trouble) {
+            unread.push(trouble);
+        }
+    };
+    answer.inspect_err(trouble).ok()
 }
 
 /// What else the kernel says of a link.

@@ -46,7 +46,9 @@ pub(super) fn draw(frame: &mut Frame<'_>, area: Rect, board: &Board, palette: Pa
     ])
     .areas(inner);
     let [left, right] =
-        Layout::horizontal([Constraint::Percentage(55), Constraint::Percentage(45)]).areas(above);
+        Layout::horizontal([Constraint::Percentage(57), Constraint::Percentage(43)])
+            .spacing(1)
+            .areas(above);
     frame.render_widget(facts(of_call(row, palette), palette), left);
     frame.render_widget(facts(of_packets(row, board, palette), palette), right);
     let points = board.points(row, inner.width.into());
