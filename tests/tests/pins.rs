@@ -17,7 +17,8 @@ use aya::{
 };
 use relay_common::{
     stream::{
-        Endpoint, Event, NextHop, PAYLOAD_TYPES, PayloadType, StreamSpec, VlanTag, event, feed,
+        Endpoint, Event, NextHop, OutLeg, PAYLOAD_TYPES, PayloadType, StreamSpec, VlanTag, event,
+        feed,
     },
     wire::Mac,
 };
@@ -563,7 +564,7 @@ fn other_versions_give_way_to_this_one_and_detach_removes_them_all() {
         site.rename("/sys/fs/bpf/relay/v4", "/sys/fs/bpf/relay/v5");
         for name in [names::STREAMS, names::STATE, names::COUNTERS] {
             site.host().run(|| {
-                let map = MapData::from_pin(format!("/sys/fs/bpf/relay/v4/eth0/{name}"));
+                let map = MapData::from_pin(format!("/sys/fs/bpf/relay/v5/eth0/{name}"));
                 fs::create_dir_all("/sys/fs/bpf/relay/v1/eth0").expect("folder");
                 let map = map.expect("map");
                 map.pin(format!("/sys/fs/bpf/relay/v1/eth0/{name}"))
@@ -842,7 +843,7 @@ fn an_out_leg_without_its_stream_does_not_outlive_its_daemon() {
         site.host().run(|| {
             let map = MapData::from_pin(path(names::OUT_LEGS)).expect("map");
             let map = Map::HashMap(map);
-            let map: HashMap<_, [u8; 20], [u8; 28]> = map.try_into().expect("map");
+            let map: HashMap<_, [u8; 20], [u8; size_of::<OutLeg>()]> = map.try_into().expect("map");
             map.keys().count()
         })
     };

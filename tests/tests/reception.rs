@@ -204,7 +204,8 @@ fn disturbed(lost: u64, reordered: u64, jitter: u64) -> Vec<Planned> {
 #[track_caller]
 fn agree(what: &str, ours: f64, theirs: f64) {
     assert!(
-        (ours - theirs).abs() <= theirs * 0.01 + 0.01,
+        // From the phone's end of the cable to the relay takes some time, and not always the same.
+        (ours - theirs).abs() <= theirs * 0.01 + 0.02,
         "{what}: {ours} ms, and {theirs} ms by tshark"
     );
 }
@@ -213,7 +214,7 @@ fn agree(what: &str, ours: f64, theirs: f64) {
 fn statistics_agree_with_wireshark() {
     for (mode, version, lost, reordered, jitter) in [
         ("generic", 4, 0, 0, 4_000),
-        ("generic", 6, 5, 0, 0),
+        ("generic", 6, 5, 0, 5_000),
         ("tc", 4, 3, 4, 6_000),
     ] {
         let line = Line::open(mode, version);

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout, timeout_at},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -27,6 +30,9 @@ use crate::{
 const MOST_ENDPOINTS: usize = 256;
 /// How long the feed may take to judge every call.
 const JUDGING: Duration = Duration::from_secs(30);
+/// How long after that the feed may still be about to tell of a call: one that changes just now is not
+/// judged before it rests.
+const SETTLING: Duration = Duration::from_secs(1);
 /// Events of the feed that wait.
 const EVENTS: usize = 1024;
 
@@ -195,8 +201,16 @@ async fn calls(
     ));
     let mut judged = HashMap::new();
     let judging = async {
+        let mut settled = None;
         loop {
-            match events.recv().await? {
+            let event = match settled {
+                None => events.recv().await,
+                Some(settled) => match timeout_at(settled, events.recv()).await {
+                    Ok(event) => event,
+                    Err(_) => return Some(()),
+                },
+            };
+            match event? {
                 FeedEvent::Offer { call, .. } => judged.insert(call, None),
                 FeedEvent::Refused { call, cause, .. } | FeedEvent::TakeBack { call, cause } => {
                     judged.insert(call, Some(cause))
@@ -204,7 +218,10 @@ async fn calls(
                 FeedEvent::Gone { call } => judged.remove(&call),
                 FeedEvent::Up { .. } => None,
                 FeedEvent::Down { .. } => return None,
-                FeedEvent::Synced => return Some(()),
+                FeedEvent::Synced => {
+                    settled = Some(Instant::now() + SETTLING);
+                    None
+                }
             };
         }
     };
