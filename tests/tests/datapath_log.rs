@@ -1,6 +1,9 @@
 //! The datapath's own log: absent from the object, unless the feature `datapath-log` puts it there.
 
 use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -27,12 +30,34 @@ fn the_object_holds_no_code_that_logs() {
     assert!(holds(b"STREAMS") && holds(b"relay_xdp"));
 }
 
+/// The controller whose object logs, built into a folder of its own: no other test may come upon it.
+fn logging_build() -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("datapath-log");
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--locked", "--package", "relay-user"])
+        .args(["--features", "datapath-log", "--target-dir"])
+        .arg(&target)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo");
+    assert!(built.status.success(), "{built:?}");
+    target.join("debug/relay-user")
+}
+
 #[test]
-#[ignore = "needs RELAY_USER_BIN built with the feature datapath-log, as .ci/run builds it"]
 fn what_the_datapath_says_of_a_stranger_is_in_the_daemons_log() {
+    let logging = logging_build();
+    // The shell runs it in place of the program that it is told to run.
+    let instead = [
+        OsStr::new("sh"),
+        "-c".as_ref(),
+        "shift; exec \"$0\" \"$@\"".as_ref(),
+        logging.as_ref(),
+    ];
     let net = Direct::new(3).expect("network");
     for mode in ["generic", "tc"] {
-        let relay = Relay::attach(&net.pbx, "eth0", ["--mode", mode]).expect("attached");
+        let relay = Relay::attach_through(&net.pbx, instead, "eth0", ["--mode", mode]);
+        let relay = relay.expect("attached");
         let (phones, pbx) = (
             Bank::new(&net.phones).expect("phones"),
             Bank::new(&net.pbx).expect("sockets"),

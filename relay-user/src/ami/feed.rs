@@ -25,8 +25,9 @@ use crate::config::AmiSettings;
 
 /// The first wait after a lost connection; doubled for each one that follows, up to [`MAX_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_millis(500);
-/// The longest wait between two attempts to connect.
-pub const MAX_WAIT: Duration = Duration::from_secs(30);
+/// The longest wait between two attempts to connect: so long at most do calls go without the relay
+/// after AMI is back. A PBX does not feel a connection every few seconds.
+pub const MAX_WAIT: Duration = Duration::from_secs(10);
 
 /// Everything the feed needs to know.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -173,12 +173,12 @@ pub(super) struct LeaseMap(MmapRaw);
 
 impl LeaseMap {
     pub(super) fn new(map: &MapData) -> Result<Self, DatapathError> {
-        mapped(names::LEASE, map, size_of::<Lease>()).map(Self)
+        mapped(names::LEASE, map, size_of::<Lease>(), Access::Write).map(Self)
     }
 
     /// To be read only.
     pub(super) fn read_only(map: &MapData) -> Result<Self, DatapathError> {
-        mapped_read_only(names::LEASE, map, size_of::<Lease>()).map(Self)
+        mapped(names::LEASE, map, size_of::<Lease>(), Access::Read).map(Self)
     }
 
     fn word(&self) -> &AtomicU64 {
@@ -196,28 +196,29 @@ impl LeaseMap {
     }
 }
 
+/// What the memory of a mapped map is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Whoever writes there is killed by the kernel.
+    Read,
+    /// Both.
+    Write,
+}
+
 /// Maps a map's elements into memory.
 pub(super) fn mapped(
     name: &'static str,
     map: &MapData,
     length: usize,
+    access: Access,
 ) -> Result<MmapRaw, DatapathError> {
-    MmapOptions::new()
-        .len(length)
-        .map_raw(&map.fd().as_fd())
-        .map_err(|source| DatapathError::Mmap { map: name, source })
-}
-
-/// The same, to be read only: whoever writes there is killed by the kernel.
-fn mapped_read_only(
-    name: &'static str,
-    map: &MapData,
-    length: usize,
-) -> Result<MmapRaw, DatapathError> {
-    MmapOptions::new()
-        .len(length)
-        .map_raw_read_only(&map.fd().as_fd())
-        .map_err(|source| DatapathError::Mmap { map: name, source })
+    let (mut options, map) = (MmapOptions::new(), map.fd().as_fd());
+    options.len(length);
+    let memory = match access {
+        Access::Read => options.map_raw_read_only(&map),
+        Access::Write => options.map_raw(&map),
+    };
+    memory.map_err(|source| DatapathError::Mmap { map: name, source })
 }
 
 /// `STATE`, mapped into memory: reading 100,000 streams costs no system call.
@@ -229,14 +230,14 @@ pub(super) struct StateMap {
 impl StateMap {
     pub(super) fn new(map: &MapData, entries: u32) -> Result<Self, DatapathError> {
         let length = entries as usize * size_of::<State>();
-        let memory = mapped(names::STATE, map, length)?;
+        let memory = mapped(names::STATE, map, length, Access::Write)?;
         Ok(Self { memory, entries })
     }
 
     /// To be read only.
     pub(super) fn read_only(map: &MapData, entries: u32) -> Result<Self, DatapathError> {
         let length = entries as usize * size_of::<State>();
-        let memory = mapped_read_only(names::STATE, map, length)?;
+        let memory = mapped(names::STATE, map, length, Access::Read)?;
         Ok(Self { memory, entries })
     }
 

@@ -23,7 +23,7 @@ use zerocopy::FromBytes as _;
 use super::{
     AttachMode, DatapathError,
     load::LOAD_BYTES_SINCE,
-    maps::{KEY, VALUE, mapped},
+    maps::{Access, KEY, VALUE, mapped},
     names,
     pins::{self, attached_mode},
 };
@@ -141,7 +141,12 @@ impl Tap {
             map: names::CAPTURED,
             source: Box::new(source),
         };
-        let capture = mapped(names::CAPTURE, &open(names::CAPTURE)?, size_of::<Capture>())?;
+        let capture = mapped(
+            names::CAPTURE,
+            &open(names::CAPTURE)?,
+            size_of::<Capture>(),
+            Access::Write,
+        )?;
         let captured = Map::RingBuf(open(names::CAPTURED)?);
         let kept = Map::PerCpuArray(open(names::KEPT)?);
         Ok(Self {

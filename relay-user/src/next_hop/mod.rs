@@ -16,6 +16,7 @@ use std::{fmt, net::IpAddr};
 
 use nix::errno::Errno;
 
+pub(crate) use self::neighbour::address as neighbour_address;
 pub use self::{
     link::{
         Interface, InterfaceError, Interfaces, LinkLayer, VlanLink, VlanTag, XdpHook, XdpProgram,

@@ -73,7 +73,15 @@ fn message(key: Key) -> NeighbourMessage {
 
 /// Which entry a message is about; `None` for bridge forwarding entries and the like.
 pub(super) fn key(message: &NeighbourMessage) -> Option<Key> {
-    let address = message
+    Some(Key {
+        interface: message.header.ifindex,
+        address: address(message)?,
+    })
+}
+
+/// Whose entry it is.
+pub(crate) fn address(message: &NeighbourMessage) -> Option<IpAddr> {
+    message
         .attributes
         .iter()
         .find_map(|attribute| match attribute {
@@ -84,11 +92,7 @@ pub(super) fn key(message: &NeighbourMessage) -> Option<Key> {
                 Some((*address).into())
             }
             _ => None,
-        })?;
-    Some(Key {
-        interface: message.header.ifindex,
-        address,
-    })
+        })
 }
 
 /// Reads an entry.

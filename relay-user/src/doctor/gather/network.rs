@@ -5,14 +5,14 @@ use std::{fs, net::IpAddr};
 use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    neighbour::{NeighbourMessage, NeighbourState},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 
 use crate::{
     doctor::facts::{Neighbour, NetworkFacts},
     netlink::exchange,
-    next_hop::{Interface, Interfaces},
+    next_hop::{Interface, Interfaces, neighbour_address},
 };
 
 /// Neighbours that are told of at most.
@@ -125,17 +125,5 @@ fn read(message: &NeighbourMessage) -> Option<(IpAddr, Neighbour)> {
         // Multicast and the like, which are never asked.
         _ => return None,
     };
-    let address = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
-                Some((*address).into())
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
-                Some((*address).into())
-            }
-            _ => None,
-        })?;
-    Some((address, state))
+    Some((neighbour_address(message)?, state))
 }
