@@ -3,10 +3,12 @@
 mod interpreter;
 mod program;
 mod qos;
+mod report;
 mod watching;
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -28,7 +30,7 @@ enum Suite {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().suite {
-        Suite::Program(options) => program::run(&options),
+        Suite::Program(options) => publish(program::run(&options)),
         Suite::Qos(options) => qos::run(&options),
         Suite::Watching(options) => watching::run(&options),
     };
@@ -39,4 +41,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Shows what a suite has found, and keeps it.
+fn publish(report: Result<report::Report>) -> Result<()> {
+    let report = report?;
+    report.print();
+    report.write(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/report")))
 }

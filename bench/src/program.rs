@@ -10,7 +10,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
@@ -28,7 +27,10 @@ use relay_tests::{
     tables::Entry,
 };
 
-use crate::interpreter::{self, Trace};
+use crate::{
+    interpreter::{self, Trace},
+    report::{Bound, Column, Machine, Report, Row, Spread, Table, Target},
+};
 
 /// Arguments of the suite.
 #[derive(clap::Args)]
@@ -49,6 +51,9 @@ const REPEAT: u32 = 240;
 
 /// `XDP_TX` (`enum xdp_action` in include/uapi/linux/bpf.h).
 const XDP_TX: i32 = 3;
+
+/// The floor that matters: a packet cannot be sent back with less.
+const SWAP: &str = "swap MACs, XDP_TX";
 
 /// What is measured: a program on a packet.
 struct Case {
@@ -86,8 +91,8 @@ impl Subject {
     }
 }
 
-/// Measures and prints.
-pub(crate) fn run(options: &Options) -> Result<()> {
+/// Measures.
+pub(crate) fn run(options: &Options) -> Result<Report> {
     let mut cpus = CpuSet::new();
     cpus.set(options.cpu)?;
     sched_setaffinity(Pid::from_raw(0), &cpus)
@@ -102,8 +107,34 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             }
         }
     }
-    print_times(&mut cases)?;
-    print_programs(&cases)
+    let times = times(&mut cases)?;
+    let time = |name| times.rows.iter().find(|row| row.name == name)?.cells[0];
+    let (floor, relayed) = (time(SWAP), time("XDP, relayed, IPv4"));
+    let ratio = relayed.context("not measured")? / floor.context("not measured")?;
+    Ok(Report {
+        suite: "program".to_owned(),
+        title: "The datapath's programs alone".to_owned(),
+        command: "cargo xtask bench program".to_owned(),
+        machine: Machine::here()?,
+        method: vec![
+            "`BPF_PROG_TEST_RUN` shows one packet to a program over and over: no driver, no stack. The packets are of \
+             streams that turn a packet into itself, and at the end the frame and the counters must show that every \
+             run did what the row says."
+                .to_owned(),
+            "Times are medians of rounds that measure every row once, on one processor. Instructions are those of BPF \
+             that a packet executes, the calls of kernel functions among them, whose own work is not counted."
+                .to_owned(),
+        ],
+        plots: vec![],
+        targets: vec![Target {
+            what: "program, relayed IPv4, ours ÷ MAC-swap floor".to_owned(),
+            bound: Bound::AtMost(2.5),
+            measured: ratio,
+            decimals: 2,
+            obstacle: None,
+        }],
+        tables: vec![times, programs(&cases)?],
+    })
 }
 
 fn cases() -> Result<Vec<Case>> {
@@ -111,7 +142,7 @@ fn cases() -> Result<Vec<Case>> {
     let voice = fixture::cycle(Family::V4).1.bytes();
     for (name, instructions) in [
         ("return XDP_TX", vec![set(0, XDP_TX), EXIT]),
-        ("swap MACs, XDP_TX", swap_macs()),
+        (SWAP, swap_macs()),
     ] {
         cases.push(Case {
             name: name.to_owned(),
@@ -409,50 +440,42 @@ impl Case {
     }
 }
 
-fn print_times(cases: &mut [Case]) -> Result<()> {
-    let mut table = table(&[
-        "program and packet",
-        "ns",
-        "lowest",
-        "highest",
-        "instructions",
-        "calls",
-    ]);
+/// Time of each case, and what it executes.
+fn times(cases: &mut [Case]) -> Result<Table> {
+    let mut rows = Vec::new();
     for case in cases {
-        case.samples.sort_by(f64::total_cmp);
-        let (Some(lowest), Some(highest)) =
-            (case.samples.first().copied(), case.samples.last().copied())
-        else {
+        let Some(time) = Spread::of(&case.samples) else {
             continue;
         };
-        let median = case.samples[case.samples.len() / 2];
-        let (instructions, calls) = match case.trace()? {
-            Some(trace) => (trace.instructions.to_string(), trace.calls.to_string()),
-            None => (String::new(), String::new()),
-        };
-        table.add_row([
-            case.name.clone(),
-            format!("{median:.1}"),
-            format!("{lowest:.1}"),
-            format!("{highest:.1}"),
-            instructions,
-            calls,
-        ]);
+        let trace = case.trace()?;
+        let counted = |count: fn(&Trace) -> u64| trace.as_ref().map(|it| count(it) as f64);
+        rows.push(Row {
+            name: case.name.clone(),
+            cells: vec![
+                Some(time.median),
+                Some(time.lowest),
+                Some(time.highest),
+                counted(|trace| trace.instructions),
+                counted(|trace| trace.calls),
+            ],
+        });
     }
-    println!(
-        "Time of a run (median of the rounds), and BPF instructions executed with the calls of"
-    );
-    println!("kernel functions among them, whose own work is not counted:\n\n{table}\n");
-    Ok(())
+    Ok(Table {
+        title: "Time of a run".to_owned(),
+        of: "program and packet".to_owned(),
+        columns: vec![
+            Column::new("ns", 1),
+            Column::new("lowest", 1),
+            Column::new("highest", 1),
+            Column::new("BPF instructions", 0),
+            Column::new("calls", 0),
+        ],
+        rows,
+    })
 }
 
-fn print_programs(cases: &[Case]) -> Result<()> {
-    let mut table = table(&[
-        "program",
-        "instructions",
-        "JITed bytes",
-        "instructions verified",
-    ]);
+/// Sizes of the programs.
+fn programs(cases: &[Case]) -> Result<Table> {
     let relays = cases.iter().filter_map(|case| match &case.subject {
         Subject::Relay(relay) => Some(relay),
         Subject::Floor(_) => None,
@@ -465,25 +488,22 @@ fn print_programs(cases: &[Case]) -> Result<()> {
     }
     let relay = relays.clone().next().context("no case has a kernel")?;
     infos.push(relay.kernel.observer_info()?);
-    for info in infos {
-        let shown =
-            |number: Option<u32>| number.map_or_else(|| "?".to_owned(), |it| it.to_string());
-        table.add_row([
-            info.name_as_str().unwrap_or("?").to_owned(),
-            shown(info.size_translated().map(|bytes| bytes / 8)),
-            shown(Some(info.size_jitted())),
-            shown(info.verified_instruction_count()),
-        ]);
-    }
-    println!("The programs:\n\n{table}");
-    Ok(())
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(ASCII_MARKDOWN).set_header(header.to_vec());
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
+    let rows = infos.into_iter().map(|info| Row {
+        name: info.name_as_str().unwrap_or("?").to_owned(),
+        cells: vec![
+            info.size_translated().map(|bytes| f64::from(bytes / 8)),
+            Some(f64::from(info.size_jitted())),
+            info.verified_instruction_count().map(f64::from),
+        ],
+    });
+    Ok(Table {
+        title: "The programs".to_owned(),
+        of: "program".to_owned(),
+        columns: vec![
+            Column::new("instructions", 0),
+            Column::new("JITed bytes", 0),
+            Column::new("instructions verified", 0),
+        ],
+        rows: rows.collect(),
+    })
 }
