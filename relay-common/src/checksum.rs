@@ -177,9 +177,11 @@ fn datagram_sum<P: Packet + ?Sized>(packet: &mut P, at: usize, length: u16) -> R
     }
     pieces!(512 256 128 64 32 16 8 4 2 1);
     if length & 1 != 0 {
-        // The last odd byte counts as if a zero byte followed (RFC 1071 section 4.1).
-        let last = u16::from(*packet.header::<u8>(at + (length & !1))?);
-        sum = Sum::new(sum).word(last << 8).fold();
+        // The last odd byte counts as if a zero byte followed (RFC 1071 section 4.1). It is read with
+        // the one before it: the verifier draws nothing from a comparison with the end of the packet
+        // itself, which is what that of a single byte becomes.
+        let [_, last] = *packet.header::<[u8; 2]>(at + (length & !1) - 1)?;
+        sum = Sum::new(sum).word(u16::from(last) << 8).fold();
     }
     Ok(sum)
 }

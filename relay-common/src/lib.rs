@@ -12,6 +12,7 @@ pub mod capture;
 pub mod checksum;
 pub mod classify;
 mod digest;
+mod network;
 pub mod packet;
 mod parse;
 pub mod proof;

@@ -1,23 +1,16 @@
 //! Frame → where its headers are, and the key of its stream.
 
 use crate::{
+    network::Network,
     packet::Packet,
     reason::Reason,
-    stream::{Address, StreamKey},
-    wire::{Be16, Ethernet, Ipv4, Ipv6, Udp, Vlan, ethertype, protocol},
+    stream::StreamKey,
+    wire::{Be16, Ethernet, Udp, Vlan, ethertype},
 };
-
-/// IP version of a packet.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Family {
-    V4,
-    V6,
-}
 
 /// A UDP packet that could belong to a stream. Lengths are checked against each other and against
 /// the frame.
-pub(crate) struct Parsed {
-    pub(crate) family: Family,
+pub(crate) struct Parsed<N: Network> {
     /// VLAN tags, 0–2, the one beside the frame included.
     pub(crate) vlan_depth: usize,
     /// Offset of the IP header, bytes.
@@ -30,124 +23,80 @@ pub(crate) struct Parsed {
     pub(crate) udp_length: u16,
     /// All zero without an Ethernet header.
     pub(crate) destination_mac: [Be16; 3],
-    pub(crate) source: Address,
+    pub(crate) source: N::Raw,
     pub(crate) source_port: u16,
+    pub(crate) destination: N::Raw,
+    pub(crate) destination_port: u16,
     pub(crate) hop_limit: u8,
     /// DSCP and ECN.
     pub(crate) traffic_class: u8,
     pub(crate) udp_checksum: u16,
-    pub(crate) key: StreamKey,
 }
 
-/// More fragments, or a fragment offset (RFC 791 section 3.1).
-const FRAGMENT: u16 = 0x3fff;
+impl<N: Network> Parsed<N> {
+    /// Where it goes, as a key of the tables.
+    #[inline(always)]
+    pub(crate) fn destination(&self) -> StreamKey {
+        StreamKey::new(N::address(self.destination), self.destination_port)
+    }
 
+    /// Where it comes from, as a key of the tables.
+    #[inline(always)]
+    pub(crate) fn source(&self) -> StreamKey {
+        StreamKey::new(N::address(self.source), self.source_port)
+    }
+}
+
+/// Parses what is behind a [`Link`] header.
 #[inline(always)]
-pub(crate) fn parse<P: Packet + ?Sized>(packet: &mut P) -> Result<Parsed, Reason> {
-    let Link {
-        destination_mac,
-        vlan_depth,
-        kind,
-        ip,
-    } = link(packet)?;
-    let (family, header_length, ip_length, hop_limit, traffic_class, source, destination) =
-        match kind {
-            ethertype::IPV4 => {
-                let header = *packet.header::<Ipv4>(ip)?;
-                match header.version_length {
-                    0x45 => {}
-                    0x46..=0x4f => return Err(Reason::IpOptions),
-                    _ => return Err(Reason::Malformed),
-                }
-                if header.protocol != protocol::UDP {
-                    return Err(Reason::NotUdp);
-                }
-                if header.fragment.get() & FRAGMENT != 0 {
-                    return Err(Reason::Fragment);
-                }
-                (
-                    Family::V4,
-                    Ipv4::LEN,
-                    usize::from(header.total_length.get()),
-                    header.hop_limit,
-                    header.traffic_class,
-                    Address::from_ipv4_halves(header.source),
-                    Address::from_ipv4_halves(header.destination),
-                )
-            }
-            ethertype::IPV6 => {
-                let header = *packet.header::<Ipv6>(ip)?;
-                if header.version_class.get() >> 12 != 6 {
-                    return Err(Reason::Malformed);
-                }
-                match header.next_header {
-                    protocol::UDP => {}
-                    protocol::FRAGMENT => return Err(Reason::Fragment),
-                    protocol::HOP_BY_HOP
-                    | protocol::ROUTING
-                    | protocol::AUTHENTICATION
-                    | protocol::DESTINATION => return Err(Reason::IpOptions),
-                    _ => return Err(Reason::NotUdp),
-                }
-                let destination = Address::from_halves(header.destination);
-                // As a key it would find an IPv4 stream, or one whose local address is still unknown.
-                // The stack drops such packets.
-                if destination.is_mapped() || destination.is(&Address::default()) {
-                    return Err(Reason::NoStream);
-                }
-                (
-                    Family::V6,
-                    Ipv6::LEN,
-                    Ipv6::LEN + usize::from(header.payload_length.get()),
-                    header.hop_limit,
-                    (header.version_class.get() >> 4) as u8,
-                    Address::from_halves(header.source),
-                    destination,
-                )
-            }
-            _ => return Err(Reason::NotIp),
-        };
-
-    let udp = ip + header_length;
-    let header = *packet.header::<Udp>(udp)?;
-    let udp_length = header.length.get();
+pub(crate) fn parse<N: Network, P: Packet + ?Sized>(
+    packet: &mut P,
+    link: &Link,
+) -> Result<Parsed<N>, Reason> {
+    let ip = link.ip;
+    let header = *packet.header::<N>(ip)?;
+    header.check()?;
+    let udp = ip + N::LEN;
+    let ip_length = header.length();
+    let datagram = *packet.header::<Udp>(udp)?;
+    let udp_length = datagram.length.get();
     // What Ethernet pads at the end belongs to no one; a datagram shorter than its IP packet is
     // legal, but nobody's RTP.
-    if usize::from(udp_length) < Udp::LEN || header_length + usize::from(udp_length) != ip_length {
+    if usize::from(udp_length) < Udp::LEN || N::LEN + usize::from(udp_length) != ip_length {
         return Err(Reason::Malformed);
     }
     if ip + ip_length > packet.length() {
         return Err(Reason::Truncated);
     }
     Ok(Parsed {
-        family,
-        vlan_depth,
+        vlan_depth: link.vlan_depth,
         ip,
         udp,
         ip_length,
         udp_length,
-        destination_mac,
-        source,
-        source_port: header.source.get(),
-        hop_limit,
-        traffic_class,
-        udp_checksum: header.checksum.get(),
-        key: StreamKey::new(destination, header.destination.get()),
+        destination_mac: link.destination_mac,
+        source: header.source(),
+        source_port: datagram.source.get(),
+        destination: header.destination(),
+        destination_port: datagram.destination.get(),
+        hop_limit: header.hop_limit(),
+        traffic_class: header.traffic_class(),
+        udp_checksum: datagram.checksum.get(),
     })
 }
 
 /// What is before the IP header.
-struct Link {
+pub(crate) struct Link {
     destination_mac: [Be16; 3],
     vlan_depth: usize,
     /// EtherType of what follows.
-    kind: u16,
+    pub(crate) kind: u16,
     /// Where that begins.
     ip: usize,
 }
 
 #[inline(always)]
-fn link<P: Packet + ?Sized>(packet: &mut P) -> Result<Link, Reason> {
+pub(crate) fn link<P: Packet + ?Sized>(packet: &mut P) -> Result<Link, Reason> {
     if !packet.has_ethernet() {
         let [first, _] = *packet.header::<[u8; 2]>(0)?;
         return Ok(Link {

@@ -6,8 +6,9 @@
 use crate::{
     capture::{self, side},
     digest::digest,
+    network::Network,
     packet::{Packet, Tables},
-    parse::{Parsed, parse},
+    parse::{Link, Parsed, link, parse},
     reason::Reason,
     relay::{is_report_due, nonzero, payload, rtp, u32_of},
     state::{load, store},
@@ -15,7 +16,7 @@ use crate::{
         Address, Event, NOTES, OutLeg, PAYLOAD_TYPES, PayloadType, State, StreamKey, event, mode,
         ticks,
     },
-    wire::Rtp,
+    wire::{Ipv4, Ipv6, Rtp, ethertype},
 };
 
 /// How fresh the last packet of a stream is while the stream flows, ticks.
@@ -60,8 +61,10 @@ pub(crate) fn note<P: Packet + ?Sized>(
     epoch: u32,
     at: usize,
     length: usize,
-    rtp: &Rtp,
 ) {
+    let Ok(rtp) = packet.header::<Rtp>(at).copied() else {
+        return;
+    };
     let noted = load!(state, noted);
     let digest = if packet.is_aggregate() {
         None
@@ -72,7 +75,7 @@ pub(crate) fn note<P: Packet + ?Sized>(
     let digest = digest.unwrap_or(0);
     let index = noted as usize & (NOTES - 1);
     store!(state, digest | u64::from(rtp.marker_type), notes[index]);
-    store!(state, *rtp, heard);
+    store!(state, rtp, heard);
     store!(state, length as u16, heard_length);
     store!(state, u32_of(rtp.ssrc), ssrc);
     store!(state, noted.wrapping_add(1), noted);
@@ -82,10 +85,25 @@ pub(crate) fn note<P: Packet + ?Sized>(
 /// stream that is watched or offloaded.
 #[inline(always)]
 pub fn observe<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Option<Reason> {
+    let link = link(packet).ok()?;
+    match link.kind {
+        ethertype::IPV4 => observe_by::<Ipv4, P>(packet, &link, tables),
+        ethertype::IPV6 => observe_by::<Ipv6, P>(packet, &link, tables),
+        _ => None,
+    }
+}
+
+/// The same for a packet of one network protocol.
+#[inline(always)]
+fn observe_by<N: Network, P: Packet + ?Sized>(
+    packet: &mut P,
+    link: &Link,
+    tables: &impl Tables,
+) -> Option<Reason> {
     let bytes = packet.length();
-    let parsed = parse(packet).ok()?;
-    let key = StreamKey::new(parsed.source, parsed.source_port);
-    let to = (parsed.key.local_address, parsed.key.local_port);
+    let parsed = parse::<N, P>(packet, link).ok()?;
+    let key = parsed.source();
+    let to = (N::address(parsed.destination), parsed.destination_port);
     let Some(out) = tables.out_leg(&key) else {
         sent_from(&key, to, tables);
         return None;
@@ -101,9 +119,9 @@ pub fn observe<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Opti
 
 /// Judges a packet that comes from an address and port of the PBX that a stream leaves by.
 #[inline(always)]
-fn judge<P: Packet + ?Sized>(
+fn judge<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
-    parsed: &Parsed,
+    parsed: &Parsed<N>,
     to: (Address, u16),
     out: &OutLeg,
     tables: &impl Tables,

@@ -130,7 +130,9 @@ pub(crate) fn receive(state: *mut State, now: u64, bytes: usize, segments: u32, 
         let markers = load!(state, reception.markers).wrapping_add(1);
         store!(state, markers, reception.markers);
     }
-    note_type(state, packet.payload_type);
+    if packet.payload_type != load!(state, reception.payload_type) {
+        note_type(state, packet.payload_type);
+    }
     let source = u32_of(rtp.ssrc);
     if packets == 0 || source != load!(state, reception.source) {
         if packets != 0 {
@@ -209,7 +211,21 @@ fn place(state: *mut State, packet: &Arrived) {
     let ahead = packet.sequence.wrapping_sub(highest) & 0xffff;
     let behind = highest.wrapping_sub(packet.sequence) & 0xffff;
     let window = load!(state, reception.window);
-    if behind < MISORDER_MAX {
+    if (1..DROPOUT_MAX).contains(&ahead) {
+        let kept = if ahead < MISORDER_MAX {
+            window << ahead
+        } else {
+            0
+        };
+        store!(state, kept | 1, reception.window);
+        store!(state, highest.wrapping_add(ahead), reception.highest);
+        store!(state, 0, reception.jump);
+        let before = load!(state, reception.payload_type);
+        if packet.payload_type == before && packet.timestamp == load!(state, reception.timestamp) {
+            store!(state, before, reception.event_type);
+        }
+        measure(state, packet);
+    } else if behind < MISORDER_MAX {
         let bit = 1 << behind;
         if window & bit != 0 {
             let duplicates = load!(state, reception.duplicates).wrapping_add(1);
@@ -222,20 +238,6 @@ fn place(state: *mut State, packet: &Arrived) {
             if number < load!(state, reception.first) {
                 store!(state, number, reception.first);
             }
-        }
-        measure(state, packet);
-    } else if ahead < DROPOUT_MAX {
-        let kept = if ahead < MISORDER_MAX {
-            window << ahead
-        } else {
-            0
-        };
-        store!(state, kept | 1, reception.window);
-        store!(state, highest.wrapping_add(ahead), reception.highest);
-        store!(state, 0, reception.jump);
-        let before = load!(state, reception.payload_type);
-        if packet.payload_type == before && packet.timestamp == load!(state, reception.timestamp) {
-            store!(state, before, reception.event_type);
         }
         measure(state, packet);
     } else if load!(state, reception.jump) == CYCLE | packet.sequence {
@@ -288,7 +290,7 @@ fn measure(state: *mut State, packet: &Arrived) {
     refer(state, packet);
     let unit = clock(state, packet.payload_type);
     // All packets of an event have one timestamp (RFC 4733 section 2.2.1), and no clock here.
-    if unit == 0 || unit != clock(state, before) {
+    if unit == 0 || packet.payload_type != before && unit != clock(state, before) {
         return;
     }
     let spacing = (i64::from(units) * i64::from(unit)) >> CLOCK_SHIFT;

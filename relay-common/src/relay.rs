@@ -5,15 +5,16 @@ use core::ptr;
 
 use crate::{
     capture::{self, side},
+    network::Network,
     packet::{Packet, Tables},
-    parse::{Parsed, parse},
+    parse::{Link, Parsed, link, parse},
     proof::{note, renumbered, suspend},
     reason::{Reason, Verdict},
     reception::receive,
     rewrite::{Rewrite, rewrite},
     state::{load, store},
     stream::{Address, Event, MARKS, State, Stream, StreamKey, event, mode, ticks},
-    wire::{Be16, Rtp, RtpExtension, Udp},
+    wire::{Be16, Ipv4, Ipv6, Rtp, RtpExtension, Udp, ethertype},
 };
 
 /// A pause after which a stream's next packet is the PBX's to judge, ticks: a quarter of a second,
@@ -31,22 +32,41 @@ const UNANSWERED_MAX: u32 = 8;
 /// A packet is either rewritten whole or not touched at all.
 #[inline(always)]
 pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Decision {
+    let reason = match link(packet) {
+        Ok(link) => match link.kind {
+            ethertype::IPV4 => return relay_by::<Ipv4, P>(packet, &link, tables),
+            ethertype::IPV6 => return relay_by::<Ipv6, P>(packet, &link, tables),
+            _ => Reason::NotIp,
+        },
+        Err(reason) => reason,
+    };
+    tables.count(reason, packet.length());
+    Decision::by(reason)
+}
+
+/// The same for a packet of one network protocol.
+#[inline(always)]
+fn relay_by<N: Network, P: Packet + ?Sized>(
+    packet: &mut P,
+    link: &Link,
+    tables: &impl Tables,
+) -> Decision {
     let bytes = packet.length();
     let pass = |reason| {
         tables.count(reason, bytes);
         Decision::by(reason)
     };
-    let parsed = match parse(packet) {
+    let parsed = match parse::<N, P>(packet, link) {
         Ok(parsed) => parsed,
         Err(reason) => return pass(reason),
     };
-    let Some(stream) = tables.stream(&parsed.key) else {
+    let Some(stream) = tables.stream(&parsed.destination()) else {
         return pass(missed(packet, &parsed, tables));
     };
     // A switch floods, a port mirrors, an interface is promiscuous: the stack ignores such frames,
     // and relaying them would hand the phone everything twice.
     if packet.has_ethernet()
-        && parsed.destination_mac != stream.next_hop.source_mac.words()
+        && !stream.next_hop.source_mac.is(parsed.destination_mac)
         && stream.next_hop.known != 0
     {
         return pass(Reason::OtherHost);
@@ -69,7 +89,7 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Decisi
     // The note costs the verifier most, which walks through it for all reasons at once only because
     // nothing depends on the reason any more.
     if !up.state.is_null() {
-        note(packet, up.state, up.epoch, up.at, up.length, &up.rtp);
+        note(packet, up.state, up.epoch, up.at, up.length);
     }
     Decision {
         reason,
@@ -114,7 +134,6 @@ struct Up {
     at: usize,
     /// Bytes of RTP.
     length: usize,
-    rtp: Rtp,
 }
 
 impl From<Reason> for Passed {
@@ -125,7 +144,6 @@ impl From<Reason> for Passed {
             epoch: 0,
             at: 0,
             length: 0,
-            rtp: Rtp::default(),
         };
         Self { reason, up }
     }
@@ -133,16 +151,16 @@ impl From<Reason> for Passed {
 
 /// Decides on a packet that has the address and port of a stream.
 #[inline(always)]
-fn decide<P: Packet + ?Sized>(
+fn decide<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
-    parsed: &Parsed,
+    parsed: &Parsed<N>,
     stream: &Stream,
     tables: &impl Tables,
 ) -> Result<(), Passed> {
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
     let now = tables.now_precise();
     let (at, length) = payload(parsed);
-    let is_own = parsed.source.is(&stream.source) && parsed.source_port == stream.source_port;
+    let is_own = N::is(parsed.source, &stream.source) && parsed.source_port == stream.source_port;
     let rtp = if is_own {
         rtp(packet, at, length)
     } else {
@@ -167,7 +185,7 @@ fn decide<P: Packet + ?Sized>(
             kind: event::UNEXPECTED_SOURCE,
             slot: stream.slot,
             epoch,
-            address: parsed.source,
+            address: N::address(parsed.source),
             port: parsed.source_port,
             ..Event::at(now)
         };
@@ -192,12 +210,14 @@ fn decide<P: Packet + ?Sized>(
         last_seen,
         mode,
     };
-    let plan = plan(packet, parsed, stream, state, at, &rtp, &moment);
-    let reason = match plan.and_then(|plan| rewrite(packet, parsed, stream, &plan, tables)) {
-        Ok(()) => {
-            account(state, packet.length());
-            return Ok(());
-        }
+    let reason = match plan(packet, parsed, stream, state, at, &rtp, &moment) {
+        Ok(plan) => match rewrite(packet, parsed, stream, &plan, tables) {
+            Ok(()) => {
+                account(state, packet.length());
+                return Ok(());
+            }
+            Err(reason) => reason,
+        },
         Err(reason) => reason,
     };
     // What the PBX does with it will tell whether it may be trusted with the next ones.
@@ -222,7 +242,6 @@ fn decide<P: Packet + ?Sized>(
             epoch,
             at,
             length,
-            rtp,
         };
     }
     Err(passed)
@@ -244,11 +263,15 @@ pub(crate) const fn nonzero(ticks: u32) -> u32 {
 
 /// What no stream expects: RTCP of one, or a stream whose local address was assumed wrongly.
 #[inline(always)]
-fn missed<P: Packet + ?Sized>(packet: &mut P, parsed: &Parsed, tables: &impl Tables) -> Reason {
-    let port = parsed.key.local_port;
+fn missed<N: Network, P: Packet + ?Sized>(
+    packet: &mut P,
+    parsed: &Parsed<N>,
+    tables: &impl Tables,
+) -> Reason {
+    let port = parsed.destination_port;
     // RTCP has the next higher, odd port (RFC 3550 section 11).
     let key = if port & 1 == 1 {
-        StreamKey::new(parsed.key.local_address, port - 1)
+        StreamKey::new(N::address(parsed.destination), port - 1)
     } else {
         StreamKey::new(Address::unspecified(), port)
     };
@@ -258,7 +281,8 @@ fn missed<P: Packet + ?Sized>(packet: &mut P, parsed: &Parsed, tables: &impl Tab
     let Some(state) = tables.state(stream.slot) else {
         return Reason::NoState;
     };
-    if !parsed.source.is(&stream.source) {
+    // The entry without an address may be one of the other protocol.
+    if !N::address(parsed.source).is(&stream.source) {
         return Reason::NoStream;
     }
     let now = tables.now();
@@ -277,7 +301,7 @@ fn missed<P: Packet + ?Sized>(packet: &mut P, parsed: &Parsed, tables: &impl Tab
             kind: event::RECEIVED_AT,
             slot: stream.slot,
             epoch: load!(state, epoch),
-            address: parsed.key.local_address,
+            address: N::address(parsed.destination),
             port,
             ..Event::at(now)
         };
@@ -288,7 +312,7 @@ fn missed<P: Packet + ?Sized>(packet: &mut P, parsed: &Parsed, tables: &impl Tab
 
 /// Offset and length of what the UDP header announces.
 #[inline(always)]
-pub(crate) fn payload(parsed: &Parsed) -> (usize, usize) {
+pub(crate) fn payload<N: Network>(parsed: &Parsed<N>) -> (usize, usize) {
     // Ethernet pads short frames: what lies past the datagram must not be read as RTP.
     (
         parsed.udp + Udp::LEN,
@@ -339,9 +363,9 @@ pub(crate) const fn is_report_due(reported: u32, now_ticks: u32) -> bool {
 
 /// How to rewrite the packet, or why it is Asterisk's.
 #[inline(always)]
-fn plan<P: Packet + ?Sized>(
+fn plan<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
-    parsed: &Parsed,
+    parsed: &Parsed<N>,
     stream: &Stream,
     state: *mut State,
     at: usize,
@@ -407,9 +431,9 @@ fn is_unanswered(state: *mut State, reason: Reason) -> bool {
 
 /// Everything about the packet that could make it Asterisk's, before a byte of it changes.
 #[inline(always)]
-fn validate<P: Packet + ?Sized>(
+fn validate<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
-    parsed: &Parsed,
+    parsed: &Parsed<N>,
     stream: &Stream,
     state: *mut State,
     at: usize,
@@ -482,7 +506,7 @@ fn mark(state: *mut State, dscp: u8) {
             store!(state, dscp, marks[index].dscp);
         }
         if index == MARKS - 1 || load!(state, marks[index].dscp) == dscp {
-            store!(state, packets.saturating_add(1), marks[index].packets);
+            store!(state, packets.wrapping_add(1), marks[index].packets);
             return;
         }
         index += 1;

@@ -2,11 +2,12 @@
 
 use crate::{
     checksum::{Sum, UdpChange},
+    network::Network,
     packet::{Packet, Tables},
-    parse::{Family, Parsed},
+    parse::Parsed,
     reason::Reason,
     stream::{DSCP_KEEP, DSCP_MAP, NextHop, Stream, VlanTag},
-    wire::{Be16, Ethernet, Ipv4, Ipv6, Rtp, Tag, Udp, Vlan},
+    wire::{Be16, Ethernet, Rtp, Tag, Udp, Vlan},
 };
 
 /// What validation found out and the rewrite needs.
@@ -22,9 +23,9 @@ pub(crate) struct Rewrite {
 /// Rewrites the packet. The checksum goes first: it is the only step that can still pass the packet,
 /// which is then as it arrived.
 #[inline(always)]
-pub(crate) fn rewrite<P: Packet + ?Sized>(
+pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
-    parsed: &Parsed,
+    parsed: &Parsed<N>,
     stream: &Stream,
     plan: &Rewrite,
     tables: &impl Tables,
@@ -40,41 +41,16 @@ pub(crate) fn rewrite<P: Packet + ?Sized>(
             addresses: Sum::new(stream.address_change),
             datagram,
         })?;
-    } else if parsed.family == Family::V6 {
-        // No checksum is a fault there (RFC 8200 section 8.1); the stack drops and counts it.
+    } else if !N::CHECKSUM_OPTIONAL {
+        // The stack drops and counts it.
         return Err(Reason::UdpChecksum);
     } else {
         packet.sum_changed(datagram);
     }
 
     let class = traffic_class(stream, parsed.traffic_class, tables);
-    match parsed.family {
-        Family::V4 => {
-            let header = packet.header::<Ipv4>(parsed.ip)?;
-            let hop_limit = header.hop_limit.wrapping_sub(1);
-            let change = Sum::new(stream.address_change)
-                .change(u16::from(header.traffic_class), u16::from(class))
-                .change(u16::from(header.hop_limit) << 8, u16::from(hop_limit) << 8);
-            header.checksum = Be16::new(change.applied_to(header.checksum.get()));
-            header.traffic_class = class;
-            header.hop_limit = hop_limit;
-            header.source = stream.new_source.ipv4_halves();
-            header.destination = stream.new_destination.ipv4_halves();
-        }
-        Family::V6 => {
-            let header = packet.header::<Ipv6>(parsed.ip)?;
-            let word = header.version_class.get();
-            let new_word = word & 0xf00f | u16::from(class) << 4;
-            let hop_limit = header.hop_limit.wrapping_sub(1);
-            let change = Sum::new(stream.address_change)
-                .change(word, new_word)
-                .change(u16::from(header.hop_limit), u16::from(hop_limit));
-            header.version_class = Be16::new(new_word);
-            header.hop_limit = hop_limit;
-            header.source = stream.new_source.halves();
-            header.destination = stream.new_destination.halves();
-            packet.sum_changed(change);
-        }
+    if let Some(change) = packet.header::<N>(parsed.ip)?.rewrite(stream, class) {
+        packet.sum_changed(change);
     }
 
     let header = packet.header::<Udp>(parsed.udp)?;

@@ -117,6 +117,13 @@ impl Address {
         one[3] == other[3] && one[2] == other[2] && one[1] == other[1] && one[0] == other[0]
     }
 
+    /// Whether an IPv4 address is the same as the words of an IPv4 header.
+    #[inline(always)]
+    pub(crate) fn is_ipv4_halves(&self, halves: [Be16; 2]) -> bool {
+        let other: u32 = zerocopy::transmute!(halves);
+        self.words()[3] == other
+    }
+
     /// Whether this is an IPv4 address.
     #[inline(always)]
     #[must_use]

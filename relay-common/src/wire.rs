@@ -210,6 +210,15 @@ impl Mac {
             Be16::from_bytes([e, f]),
         ]
     }
+
+    /// Whether a header has this address. One branch for all of it.
+    #[inline(always)]
+    #[must_use]
+    pub(crate) fn is(self, other: [Be16; 3]) -> bool {
+        let ([a, b, c], [d, e, f]): ([u16; 3], [u16; 3]) =
+            (zerocopy::transmute!(self), zerocopy::transmute!(other));
+        (a ^ d) | (b ^ e) | (c ^ f) == 0
+    }
 }
 
 /// A VLAN tag as it stands in a frame.

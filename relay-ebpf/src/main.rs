@@ -234,6 +234,7 @@ impl Packet for Xdp<'_> {
 
 /// Relay in the driver's receive path.
 #[xdp]
+#[inline(always)]
 fn relay_xdp(ctx: XdpContext) -> u32 {
     match relay(&mut Xdp(&ctx), &Maps).verdict {
         Verdict::Send => xdp_action::XDP_TX,
@@ -248,6 +249,7 @@ const HEADERS_MAX: u32 = 14 + 8 + 40 + 8 + 12 + 60 + 4;
 
 /// Relay in the ingress traffic control, leaving through the interface's queueing discipline.
 #[classifier]
+#[inline(always)]
 fn relay_tc(ctx: TcContext) -> i32 {
     // Drivers leave as little as the Ethernet header in the linear part.
     let mut packet = Skb(&ctx);
@@ -264,6 +266,7 @@ fn relay_tc(ctx: TcContext) -> i32 {
 /// Observer of what the PBX sends, in the egress traffic control. What the relay sends by XDP does
 /// not come here; what it sends by traffic control does, and is none of the PBX's.
 #[classifier]
+#[inline(always)]
 fn relay_observe(ctx: TcContext) -> i32 {
     let mut packet = Skb(&ctx);
     if packet.came_in_here() {
