@@ -11,6 +11,7 @@ use crate::{apt::Apt, workspace};
 /// What a machine is set up for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Task {
+    Build,
     Demo,
     AsteriskDemo,
     Test,
