@@ -36,11 +36,11 @@ pub(super) enum Subject {
     /// One that does as little as can be.
     Floor(Vec<Instruction>),
     /// Ours.
-    Relay(Relay),
+    Relay(Box<Relay>),
 }
 
 /// The datapath, a stream that it knows, and what it must find the packet to be.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Relay {
     pub(super) hook: Hook,
     pub(super) entry: Entry,
@@ -78,12 +78,12 @@ pub(super) fn cases() -> Vec<Case> {
             }
             cases.push(Case {
                 name: format!("{hook_name}, {name}{captured}"),
-                subject: Subject::Relay(Relay {
+                subject: Subject::Relay(Box::new(Relay {
                     hook,
                     entry,
                     reason,
                     is_captured,
-                }),
+                })),
                 frame: packet.bytes(),
                 after: after.bytes(),
             });
@@ -232,12 +232,13 @@ impl Case {
                 XDP_TX as u32,
             ),
             Subject::Relay(relay) if relay.is_captured => return Ok(None),
-            Subject::Relay(Relay {
-                hook,
-                entry,
-                reason,
-                ..
-            }) => {
+            Subject::Relay(relay) => {
+                let Relay {
+                    hook,
+                    entry,
+                    reason,
+                    ..
+                } = &**relay;
                 let state = flowing(entry, NOW);
                 let entry = Entry { state, ..*entry };
                 let trace = interpreter::trace(*hook, entry, &self.frame, NOW)?;

@@ -26,7 +26,7 @@ pub(super) struct Loaded {
 
 enum Program {
     Floor(OwnedFd),
-    Relay(Box<Kernel>, Relay),
+    Relay(Box<Kernel>, Box<Relay>),
 }
 
 impl Program {
@@ -53,7 +53,7 @@ impl Loaded {
                         ..Capture::default()
                     })?;
                 }
-                Program::Relay(Box::new(kernel), *relay)
+                Program::Relay(Box::new(kernel), relay.clone())
             }
         };
         Ok(Self {
