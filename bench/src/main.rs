@@ -1,5 +1,6 @@
 //! Benchmarks of the relay. They need root.
 
+mod asterisk;
 mod check;
 mod interpreter;
 mod plot;
@@ -48,6 +49,8 @@ enum Command {
 enum Suite {
     /// What the programs cost for each packet, alone: no driver, no stack (BPF_PROG_TEST_RUN)
     Program(program::Options),
+    /// What calls cost a real Asterisk, and how long their packets take, without the relay and with it
+    Asterisk(asterisk::Options),
     /// What a saturated uplink does to a call, without shaping and with it
     Qos(qos::Options),
     /// What looking on costs, with thousands of streams in the table
@@ -58,6 +61,7 @@ impl Suite {
     fn run(&self) -> Result<Report> {
         match self {
             Self::Program(options) => program::run(options),
+            Self::Asterisk(options) => asterisk::run(options),
             Self::Qos(options) => qos::run(options),
             Self::Watching(options) => watching::run(options),
         }

@@ -35,8 +35,8 @@ pub(crate) struct Options {
 /// Where the metrics are served.
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9180);
 
-/// Scrapes of each kind: the kernel counts CPU time in steps of 10 ms.
-const SCRAPES: u32 = 50;
+/// Scrapes of each kind.
+const SCRAPES: u32 = 20;
 
 /// Runs of each command.
 const RUNS: u32 = 5;

@@ -63,7 +63,7 @@ const TOOLS: &[Tool] = &[
         program: "debootstrap",
         package: "debootstrap",
         purpose: "installs the real Asterisk into a folder of its own",
-        tasks: &[Task::AsteriskDemo, Task::Test],
+        tasks: &[Task::AsteriskDemo, Task::Test, Task::Bench],
     },
     Tool {
         program: "chromium",
