@@ -263,7 +263,9 @@ pub(crate) fn markdown<'a>(
 pub(crate) fn grouped(value: f64, decimals: usize) -> String {
     let text = format!("{value:.decimals$}");
     let (sign, digits) = match text.strip_prefix('-') {
-        Some(digits) => ("-", digits),
+        // Where all that was left of it has been rounded away, so is its sign.
+        Some(digits) if digits.contains(|digit: char| matches!(digit, '1'..='9')) => ("-", digits),
+        Some(digits) => ("", digits),
         None => ("", &text[..]),
     };
     let (whole, fraction) = digits.split_at(digits.find('.').unwrap_or(digits.len()));
@@ -345,6 +347,7 @@ mod tests {
             (999.0, 0, "999"),
             (1000.0, 1, "1,000.0"),
             (-1_234_567.891, 2, "-1,234,567.89"),
+            (-0.4, 0, "0"),
         ] {
             assert_eq!(grouped(value, decimals), text);
         }

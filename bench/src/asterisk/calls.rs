@@ -21,8 +21,10 @@ use super::echo::echo;
 
 /// How long a change of all calls may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// From a change until it is measured, and from the end of a measurement until the last packet has arrived.
-const SETTLING: Duration = Duration::from_secs(1);
+/// From a change until it is measured.
+const SETTLING: Duration = Duration::from_millis(1500);
+/// From the end of a measurement until its last packet has arrived.
+const ARRIVING: Duration = Duration::from_millis(300);
 /// Between two looks at a state that nobody announces.
 const LOOK: Duration = Duration::from_millis(50);
 /// Calls are set up by so many at once.
@@ -163,7 +165,7 @@ impl Calls {
         thread::sleep(length);
         let (after, took) = (times()?, begin.elapsed());
         let last = sent();
-        thread::sleep(SETTLING);
+        thread::sleep(ARRIVING);
         let [asterisk, relay, phones, machine] = [0, 1, 2, 3].map(|which| {
             let used: Duration = after[which].saturating_sub(before[which]);
             used.div_duration_f64(took) * 100.0
