@@ -32,7 +32,7 @@ const TEAMS: usize = 4;
 /// The first number that calls are placed to.
 const NUMBER: usize = 5000;
 /// The part of the packets that the kernel must carry: not those by which Asterisk hears that a phone is there.
-const OFFLOADED: f64 = 0.95;
+pub(super) const OFFLOADED: f64 = 0.95;
 /// The part that may be lost on the way through Asterisk: with more the machine is too busy to tell anything.
 const LOST: f64 = 0.01;
 
