@@ -126,7 +126,9 @@ impl Calls {
                 let interface = &net.pbx_interface.name;
                 let relay = Relay::attach(&net.pbx, interface, ami.into_iter().chain(mode))?;
                 self.await_offloaded(&relay)?;
-                let measured = self.observe(carrier, Some(&relay), length)?;
+                let measured = self
+                    .observe(carrier, Some(&relay), length)
+                    .with_context(|| format!("packets by reason: {:?}", relay.reasons()))?;
                 relay.stop()?;
                 measured
             }
@@ -220,7 +222,7 @@ impl Calls {
         };
         ensure!(
             by_kernel as f64 >= expected,
-            "the kernel relayed {by_kernel} of {} packets",
+            "the kernel relayed no more than {by_kernel} of {} packets: the machine is too busy",
             transit.sent
         );
         Ok(transit)
