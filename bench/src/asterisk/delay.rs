@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 use relay_tests::transit::{Delay, Transit};
 
 use super::{Load, calls::Measured, columns};
-use crate::report::{Bar, Plot, PlotKind, Row, Spread, Table};
+use crate::report::{Axis, Line, Plot, PlotKind, Row, Spread, Table};
 
 /// One of the figures of a delay.
 type Figure = fn(&Delay) -> f64;
@@ -80,24 +80,33 @@ pub(super) fn table(load: &Load) -> Result<Table> {
 }
 
 pub(super) fn plot(load: &Load) -> Result<Plot> {
-    let mut bars = Vec::new();
+    /// One packet in so many takes longer.
+    const RARITIES: [f64; 3] = [2.0, 100.0, 1000.0];
+    let mut lines = Vec::new();
     for (name, rounds) in ways(load) {
-        for (which, figure) in FIGURES {
-            let spread = delay(rounds, figure)?;
-            bars.push(Bar {
-                name: format!("{name}, {which}"),
-                value: spread.median,
-                lowest: spread.lowest,
-                highest: spread.highest,
-            });
+        let mut points = Vec::new();
+        for (rarity, (_, figure)) in RARITIES.into_iter().zip(FIGURES) {
+            points.push([rarity, delay(rounds, figure)?.median]);
         }
+        lines.push(Line {
+            name: name.to_owned(),
+            points,
+        });
     }
+    let axis = |name: &str| Axis {
+        name: name.to_owned(),
+        is_logarithmic: true,
+    };
     Ok(Plot {
         file: "asterisk-delay".to_owned(),
-        title: format!("A packet from phone to phone, with {} calls", load.calls),
-        kind: PlotKind::Bars {
-            axis: "µs (median, lowest and highest round)".to_owned(),
-            bars,
+        title: format!(
+            "Delay of a packet from phone to phone, with {} calls",
+            load.calls
+        ),
+        kind: PlotKind::Lines {
+            x: axis("one packet in so many takes longer (2: p50, 100: p99, 1,000: p99.9)"),
+            y: axis("µs"),
+            lines,
         },
     })
 }
