@@ -11,7 +11,7 @@ use relay_common::{
     capture::Capture,
     stream::{Counter, Lease, StreamKey},
 };
-use relay_tests::{fixture::Hook, tables::Entry};
+use relay_tests::{fixture::Hook, program::Instruction, tables::Entry};
 use relay_user::datapath::{OBJECT, names};
 use zerocopy::IntoBytes as _;
 
@@ -54,7 +54,8 @@ struct Machine {
     /// Address and content.
     memory: Vec<(u64, Vec<u8>)>,
     maps: HashMap<u64, String>,
-    stream: Entry,
+    /// The one that its maps know.
+    stream: Option<Entry>,
     now: u64,
 }
 
@@ -86,11 +87,7 @@ pub(crate) fn trace(hook: Hook, stream: Entry, frame: &[u8], now: u64) -> Result
         .with_context(|| format!("no program {name}"))?;
     let program = &object.functions[&program.function_key()].instructions;
 
-    let mut memory = vec![
-        (PACKET, frame.to_vec()),
-        (STACK, vec![0; STACK_SIZE]),
-        (CONTEXT, context(hook, frame.len() as u32)),
-    ];
+    let mut memory = memory(hook, frame);
     let mut handles = HashMap::new();
     for (number, (name, map)) in numbered {
         let handle = MAPS * number as u64;
@@ -105,22 +102,47 @@ pub(crate) fn trace(hook: Hook, stream: Entry, frame: &[u8], now: u64) -> Result
         };
         memory.push((handle, content));
     }
-    let mut machine = Machine {
+    let machine = Machine {
         registers: [0; 11],
         memory,
         maps: handles,
-        stream,
+        stream: Some(stream),
         now,
     };
-    machine.registers[1] = CONTEXT;
-    machine.registers[10] = STACK + STACK_SIZE as u64;
-    let (instructions, calls) = machine.run(program)?;
-    Ok(Trace {
-        verdict: machine.registers[0] as u32,
-        frame: machine.memory.swap_remove(0).1,
-        instructions,
-        calls,
-    })
+    machine.trace(program)
+}
+
+/// Shows a frame to an XDP program that has no maps.
+pub(crate) fn trace_alone(program: &[Instruction], frame: &[u8]) -> Result<Trace> {
+    let program: Vec<_> = program.iter().copied().map(decoded).collect();
+    let machine = Machine {
+        registers: [0; 11],
+        memory: memory(Hook::NativeXdp, frame),
+        maps: HashMap::new(),
+        stream: None,
+        now: 0,
+    };
+    machine.trace(&program)
+}
+
+/// What every program sees: the packet first.
+fn memory(hook: Hook, frame: &[u8]) -> Vec<(u64, Vec<u8>)> {
+    vec![
+        (PACKET, frame.to_vec()),
+        (STACK, vec![0; STACK_SIZE]),
+        (CONTEXT, context(hook, frame.len() as u32)),
+    ]
+}
+
+fn decoded(instruction: Instruction) -> bpf_insn {
+    let [code, registers, a, b, c, d, e, f] = instruction;
+    bpf_insn {
+        code,
+        _bitfield_align_1: [],
+        _bitfield_1: bpf_insn::new_bitfield_1(registers & 0x0f, registers >> 4),
+        off: i16::from_le_bytes([a, b]),
+        imm: i32::from_le_bytes([c, d, e, f]),
+    }
 }
 
 /// `struct xdp_md` or `struct __sk_buff`.
@@ -148,6 +170,19 @@ fn context(hook: Hook, length: u32) -> Vec<u8> {
 }
 
 impl Machine {
+    /// Runs a program on the packet.
+    fn trace(mut self, program: &[bpf_insn]) -> Result<Trace> {
+        self.registers[1] = CONTEXT;
+        self.registers[10] = STACK + STACK_SIZE as u64;
+        let (instructions, calls) = self.run(program)?;
+        Ok(Trace {
+            verdict: self.registers[0] as u32,
+            frame: self.memory.swap_remove(0).1,
+            instructions,
+            calls,
+        })
+    }
+
     /// Runs to the end. Returns how many instructions that took, and how many of them were calls.
     fn run(&mut self, program: &[bpf_insn]) -> Result<(u64, u64)> {
         let (mut at, mut instructions, mut calls) = (0_usize, 0, 0);
@@ -229,12 +264,13 @@ impl Machine {
     /// Address of a map's element, 0 when there is none.
     fn look_up(&mut self) -> Result<u64> {
         let [_, map, key, ..] = self.registers;
+        let stream = self.stream.context("a program without maps")?.stream;
         let found = match &self.maps.get(&map).context("no map")?[..] {
             names::STREAMS => {
-                let known = self.stream.stream.key();
+                let known = stream.key();
                 self.bytes(key, size_of::<StreamKey>())? == known.as_bytes()
             }
-            names::STATE => self.load(key, 4)? == u64::from(self.stream.stream.slot),
+            names::STATE => self.load(key, 4)? == u64::from(stream.slot),
             _ => true,
         };
         Ok(if found { map } else { 0 })

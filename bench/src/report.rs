@@ -1,7 +1,13 @@
 //! What a suite has found, in one form for all: tables, plots and targets. It is kept as JSON, and everything that is
 //! shown is made from that.
 
-use std::{fs, path::Path};
+use std::{
+    fmt::{self, Display, Formatter},
+    fs,
+    io::ErrorKind,
+    ops::RangeBounds,
+    path::Path,
+};
 
 use anyhow::{Context as _, Result};
 use comfy_table::{CellAlignment, presets::ASCII_MARKDOWN};
@@ -54,6 +60,17 @@ impl Machine {
                 .filter(|line| line.starts_with("processor"))
                 .count(),
         })
+    }
+}
+
+impl Display for Machine {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self {
+            kernel,
+            processor,
+            processors,
+        } = self;
+        write!(f, "{processors} × {processor}, Linux {kernel}")
     }
 }
 
@@ -188,31 +205,67 @@ impl Spread {
     }
 }
 
+impl Display for Bound {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtMost(limit) => write!(f, "≤ {}", shortest(*limit)),
+            Self::AtLeast(limit) => write!(f, "≥ {}", shortest(*limit)),
+        }
+    }
+}
+
 impl Table {
     /// As Markdown, which reads well on a terminal too.
     pub(crate) fn markdown(&self) -> String {
-        let mut table = comfy_table::Table::new();
-        table.load_style(ASCII_MARKDOWN);
-        let headings = self.columns.iter().map(|column| &column.name);
-        table.set_header([&self.of].into_iter().chain(headings));
-        for row in &self.rows {
+        let headings = self.columns.iter().map(|column| &column.name[..]);
+        let rows = self.rows.iter().map(|row| {
             let cells = row.cells.iter().zip(&self.columns).map(|(cell, column)| {
                 cell.map_or_else(|| "–".to_owned(), |value| grouped(value, column.decimals))
             });
-            table.add_row([row.name.clone()].into_iter().chain(cells));
-        }
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        table.to_string()
+            [row.name.clone()].into_iter().chain(cells).collect()
+        });
+        markdown([&self.of[..]].into_iter().chain(headings), rows, 1..)
     }
+
+    /// The figures of a column by the rows' names; none where there is no such column.
+    pub(crate) fn column(&self, name: &str) -> Option<Vec<(&str, f64)>> {
+        let column = self.columns.iter().position(|column| column.name == name)?;
+        let figures = self.rows.iter().filter_map(|row| {
+            let figure = row.cells.get(column).copied().flatten()?;
+            Some((&row.name[..], figure))
+        });
+        Some(figures.collect())
+    }
+}
+
+/// A Markdown table, with figures in some columns.
+pub(crate) fn markdown<'a>(
+    headings: impl Iterator<Item = &'a str>,
+    rows: impl Iterator<Item = Vec<String>>,
+    figures: impl RangeBounds<usize>,
+) -> String {
+    // Ends a cell, also where it is code.
+    let escaped = |text: &str| text.replace('|', "\\|");
+    let mut table = comfy_table::Table::new();
+    table.load_style(ASCII_MARKDOWN);
+    table.set_header(headings.map(escaped));
+    for row in rows {
+        table.add_row(row.iter().map(|cell| escaped(cell)));
+    }
+    let columns = table.column_iter_mut().enumerate();
+    for (_, column) in columns.filter(|(index, _)| figures.contains(index)) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
 }
 
 /// A figure with its thousands set apart.
 pub(crate) fn grouped(value: f64, decimals: usize) -> String {
     let text = format!("{value:.decimals$}");
     let (sign, digits) = match text.strip_prefix('-') {
-        Some(digits) => ("-", digits),
+        // Where all that was left of it has been rounded away, so is its sign.
+        Some(digits) if digits.contains(|digit: char| matches!(digit, '1'..='9')) => ("-", digits),
+        Some(digits) => ("", digits),
         None => ("", &text[..]),
     };
     let (whole, fraction) = digits.split_at(digits.find('.').unwrap_or(digits.len()));
@@ -226,6 +279,15 @@ pub(crate) fn grouped(value: f64, decimals: usize) -> String {
     grouped + fraction
 }
 
+/// A figure with as many digits as it needs, up to three behind the point.
+pub(crate) fn shortest(value: f64) -> String {
+    let decimals = [0, 1, 2].into_iter().find(|&decimals| {
+        let steps = value * 10_f64.powi(decimals);
+        (steps - steps.round()).abs() < 1e-6
+    });
+    grouped(value, decimals.unwrap_or(3) as usize)
+}
+
 impl Report {
     /// Shows its tables and targets on standard output.
     pub(crate) fn print(&self) {
@@ -234,13 +296,12 @@ impl Report {
             println!("{}:\n\n{}\n", table.title, table.markdown());
         }
         for target in &self.targets {
-            let limit = match target.bound {
-                Bound::AtMost(limit) => format!("at most {limit}"),
-                Bound::AtLeast(limit) => format!("at least {limit}"),
-            };
             let measured = grouped(target.measured, target.decimals);
             let verdict = if target.is_met() { "met" } else { "MISSED" };
-            println!("{verdict:>6}  {}: {measured} ({limit})", target.what);
+            println!(
+                "{verdict:>6}  {}: {measured} ({})",
+                target.what, target.bound
+            );
         }
     }
 
@@ -252,6 +313,26 @@ impl Report {
         let path = folder.join(format!("{}.json", self.suite));
         let text = serde_json::to_string_pretty(self)? + "\n";
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// What a suite has found before; none where it has not been run.
+    ///
+    /// # Errors
+    /// The file holds something else.
+    pub(crate) fn read(folder: &Path, suite: &str) -> Result<Option<Self>> {
+        let path = folder.join(format!("{suite}.json"));
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        };
+        let report = serde_json::from_slice(&text).with_context(|| {
+            format!(
+                "{} is not of this version: run `cargo xtask bench {suite}`",
+                path.display()
+            )
+        })?;
+        Ok(Some(report))
     }
 }
 
@@ -266,6 +347,7 @@ mod tests {
             (999.0, 0, "999"),
             (1000.0, 1, "1,000.0"),
             (-1_234_567.891, 2, "-1,234,567.89"),
+            (-0.4, 0, "0"),
         ] {
             assert_eq!(grouped(value, decimals), text);
         }

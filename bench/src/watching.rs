@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 use nix::sys::signal::Signal;
 use relay_tests::{
     relay::Relay,
@@ -19,6 +18,8 @@ use relay_user::{
     control::client::Client,
     pair::{Leg, Pair, PayloadTypes, Proof},
 };
+
+use crate::report::{Column, Machine, Report, Row, Spread, Table};
 
 /// Arguments of the suite.
 #[derive(clap::Args)]
@@ -34,11 +35,14 @@ pub(crate) struct Options {
 /// Where the metrics are served.
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9180);
 
-/// Scrapes of each kind: the kernel counts CPU time in steps of 10 ms.
-const SCRAPES: u32 = 50;
+/// Scrapes of each kind.
+const SCRAPES: u32 = 20;
 
-/// Runs the suite and prints its table.
-pub(crate) fn run(options: &Options) -> Result<()> {
+/// Runs of each command.
+const RUNS: u32 = 5;
+
+/// Measures.
+pub(crate) fn run(options: &Options) -> Result<Report> {
     let net = Direct::new(2)?;
     let metrics = METRICS.to_string();
     // Their phones never send.
@@ -46,41 +50,83 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut relay = Relay::attach(&net.pbx, "eth0", settings)?;
     net.pbx.run(|| add(&relay, options.pairs))?;
 
-    let mut table = Table::new();
-    table.load_style(ASCII_MARKDOWN);
-    table.set_header(["what", "its CPU", "the daemon's CPU"]);
-    let mut row = |what: String, own: String, daemon: String| {
-        table.add_row([what, own, daemon]);
-    };
+    let mut standing = Vec::new();
     for sort in ["id", "-loss"] {
         let [own, daemon] = top(&net, &relay, sort, options)?;
-        row(format!("`top --sort {sort}`"), own, daemon);
+        standing.push(Row {
+            name: format!("`top --sort {sort}`"),
+            cells: vec![Some(own), Some(daemon)],
+        });
     }
+    let mut commands = Vec::new();
     for arguments in [&["list"][..], &["list", "--json"], &["stats"]] {
         let took = command(&net, &relay, arguments)?;
-        let what = format!("`{}`, from begin to end", arguments.join(" "));
-        row(what, format!("{took:.2?}"), "-".to_owned());
+        commands.push(Row {
+            name: format!("`{}`", arguments.join(" ")),
+            cells: [took.median, took.lowest, took.highest].map(Some).to_vec(),
+        });
     }
+    let mut scrapes = Vec::new();
     for path in ["/metrics", "/metrics?streams=1000"] {
         let (bytes, cost) = scrape(&net, &relay, path)?;
-        let what = format!("a scrape of `{path}`, {bytes} bytes");
-        row(what, "-".to_owned(), format!("{cost:.2?}"));
+        scrapes.push(Row {
+            name: format!("`{path}`"),
+            cells: vec![Some(cost.as_secs_f64() * 1000.0), Some(bytes as f64)],
+        });
     }
     relay.signal(Signal::SIGKILL);
     relay.wait(Duration::from_secs(10))?;
     let mut screen = open(&net, &relay, "id")?;
-    let share = share(&mut screen, None, options)?;
-    row(
-        "`top`, the daemon dead".to_owned(),
-        share[0].clone(),
-        "-".to_owned(),
-    );
+    let [own, _] = share(&mut screen, None, options)?;
+    standing.push(Row {
+        name: "`top`, the daemon dead".to_owned(),
+        cells: vec![Some(own), None],
+    });
 
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    println!("{} streams:\n\n{table}", 2 * u32::from(options.pairs));
-    Ok(())
+    let streams = 2 * u32::from(options.pairs);
+    let table = |title: &str, of: &str, columns: &[(&str, usize)], rows| Table {
+        title: title.to_owned(),
+        of: of.to_owned(),
+        columns: columns
+            .iter()
+            .map(|(name, decimals)| Column::new(name, *decimals))
+            .collect(),
+        rows,
+    };
+    Ok(Report {
+        suite: "watching".to_owned(),
+        title: format!("What looking on costs, with {streams} streams in the table"),
+        command: "cargo xtask bench watching".to_owned(),
+        machine: Machine::here()?,
+        method: vec![format!(
+            "`top` on a terminal of 24 lines, {} s each after its first look; its CPU, and what the daemon takes while it \
+             asks. A command from its begin to its end, {RUNS} times. The daemon's CPU for a scrape is the mean of \
+             {SCRAPES}, no two of which get the same answer.",
+            options.seconds
+        )],
+        tables: vec![
+            table(
+                "CPU, in percent of one core",
+                "what",
+                &[("its own", 1), ("the daemon's", 1)],
+                standing,
+            ),
+            table(
+                "Time of a command",
+                "command",
+                &[("ms", 0), ("lowest", 0), ("highest", 0)],
+                commands,
+            ),
+            table(
+                "A scrape",
+                "path",
+                &[("the daemon's CPU, ms", 2), ("bytes", 0)],
+                scrapes,
+            ),
+        ],
+        plots: vec![],
+        targets: vec![],
+    })
 }
 
 fn add(relay: &Relay, pairs: u16) -> Result<()> {
@@ -111,7 +157,7 @@ fn open(net: &Direct, relay: &Relay, sort: &str) -> Result<Terminal> {
     Ok(screen)
 }
 
-fn top(net: &Direct, relay: &Relay, sort: &str, options: &Options) -> Result<[String; 2]> {
+fn top(net: &Direct, relay: &Relay, sort: &str, options: &Options) -> Result<[f64; 2]> {
     let mut screen = open(net, relay, sort)?;
     let shares = share(&mut screen, Some(relay), options)?;
     screen.press("q")?;
@@ -119,8 +165,8 @@ fn top(net: &Direct, relay: &Relay, sort: &str, options: &Options) -> Result<[St
     Ok(shares)
 }
 
-/// The shares of one core that a screen and the daemon take.
-fn share(screen: &mut Terminal, relay: Option<&Relay>, options: &Options) -> Result<[String; 2]> {
+/// CPU that a screen and the daemon take, in percent of one core.
+fn share(screen: &mut Terminal, relay: Option<&Relay>, options: &Options) -> Result<[f64; 2]> {
     let daemon = || relay.map_or(Ok(Duration::ZERO), Relay::cpu_time);
     let before = [screen.process().cpu_time()?, daemon()?];
     let begin = Instant::now();
@@ -129,18 +175,23 @@ fn share(screen: &mut Terminal, relay: Option<&Relay>, options: &Options) -> Res
     let after = [screen.process().cpu_time()?, daemon()?];
     let share = |which: usize| {
         let used = after[which].saturating_sub(before[which]).as_secs_f64();
-        format!("{:.1} %", 100.0 * used / took)
+        100.0 * used / took
     };
     Ok([share(0), share(1)])
 }
 
-fn command(net: &Direct, relay: &Relay, arguments: &[&str]) -> Result<Duration> {
-    let begin = Instant::now();
-    let mut command = relay.command(arguments);
-    command.stdout(Stdio::null());
-    let status = net.pbx.spawn(command)?.wait(Duration::from_secs(60))?;
-    ensure!(status.success(), "{arguments:?}: {status}");
-    Ok(begin.elapsed())
+/// Time of a command, ms.
+fn command(net: &Direct, relay: &Relay, arguments: &[&str]) -> Result<Spread> {
+    let mut times = Vec::new();
+    for _ in 0..RUNS {
+        let begin = Instant::now();
+        let mut command = relay.command(arguments);
+        command.stdout(Stdio::null());
+        let status = net.pbx.spawn(command)?.wait(Duration::from_secs(60))?;
+        ensure!(status.success(), "{arguments:?}: {status}");
+        times.push(begin.elapsed().as_secs_f64() * 1000.0);
+    }
+    Spread::of(&times).context("no run")
 }
 
 /// Bytes of an answer, and the daemon's CPU time for it.

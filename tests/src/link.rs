@@ -184,21 +184,17 @@ impl Interface {
     /// # Errors
     /// The kernel (5.9 or later) refuses the program or the link, as when another program is attached.
     pub fn pass_program(&self) -> Result<PassProgram> {
-        self.host
-            .run(|| PassProgram::attach(self.index))
-            .with_context(|| format!("XDP program on {}", self.name))
+        const XDP_PASS: i32 = 2;
+        let program = program::load(Kind::Xdp, &[program::set(0, XDP_PASS), program::EXIT])?;
+        let _link = self.attach_xdp(&program)?;
+        Ok(PassProgram { _link })
     }
-}
 
-/// Holds an XDP program attached whose only act is `XDP_PASS`.
-#[derive(Debug)]
-pub struct PassProgram {
-    _link: OwnedFd,
-}
-
-impl PassProgram {
-    /// Runs inside the machine: an interface index means something only there.
-    fn attach(index: u32) -> Result<Self> {
+    /// Attaches an XDP program in the driver, until the returned link is closed.
+    ///
+    /// # Errors
+    /// As [`Interface::pass_program`].
+    pub fn attach_xdp(&self, program: &OwnedFd) -> Result<OwnedFd> {
         /// The leading fields of `union bpf_attr` for `BPF_LINK_CREATE`; the kernel takes the rest as zero.
         #[repr(C)]
         struct LinkCreate {
@@ -210,18 +206,23 @@ impl PassProgram {
         const BPF_LINK_CREATE: libc::c_long = 28;
         const BPF_XDP: u32 = 37;
         const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
-        const XDP_PASS: i32 = 2;
-        let program = program::load(Kind::Xdp, &[program::set(0, XDP_PASS), program::EXIT])?;
         let mut create = LinkCreate {
             program: program.as_raw_fd(),
-            target: index,
+            target: self.index,
             attach_type: BPF_XDP,
             flags: XDP_FLAGS_DRV_MODE,
         };
-        Ok(Self {
-            _link: program::bpf_descriptor(BPF_LINK_CREATE, &mut create).context("attach")?,
-        })
+        // An interface index means something only inside the machine.
+        self.host
+            .run(|| program::bpf_descriptor(BPF_LINK_CREATE, &mut create))
+            .with_context(|| format!("XDP program on {}", self.name))
     }
+}
+
+/// Holds an XDP program attached whose only act is `XDP_PASS`.
+#[derive(Debug)]
+pub struct PassProgram {
+    _link: OwnedFd,
 }
 
 fn mac_text(mac: [u8; 6]) -> String {

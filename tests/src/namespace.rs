@@ -30,6 +30,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, setns, unshare},
     sys::signal::{Signal, kill},
+    time::ClockId,
     unistd::Pid,
 };
 
@@ -430,26 +431,16 @@ impl Drop for Process {
     }
 }
 
-/// CPU time used so far by all threads of a process, user and system, in steps of a kernel tick (10 ms).
+/// CPU time used so far by all threads of a process, user and system, also of those that have ended.
 ///
 /// # Errors
 /// No such process.
 pub fn cpu_time(pid: u32) -> Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = fs::read_to_string(&path).with_context(|| path.clone())?;
-    // proc(5): the name (field 2) may hold anything, so count after its closing bracket: utime is 14, stime 15.
-    let fields = stat
-        .rsplit(')')
-        .next()
-        .unwrap_or_default()
-        .split_whitespace();
-    let ticks: u64 = fields
-        .skip(11)
-        .take(2)
-        .filter_map(|field| field.parse::<u64>().ok())
-        .sum();
-    // USER_HZ is 100 on every architecture that Rust supports.
-    Ok(Duration::from_millis(ticks * 10))
+    // In nanoseconds, where /proc/PID/stat counts ticks of 10 ms.
+    let clock = ClockId::pid_cpu_clock_id(Pid::from_raw(i32::try_from(pid)?));
+    let time = clock.and_then(ClockId::now);
+    let time = time.with_context(|| format!("CPU time of process {pid}"))?;
+    Ok(time.into())
 }
 
 /// Waits until `descriptor` is readable; false after `timeout`.

@@ -37,8 +37,8 @@ use crate::{
 pub const PACKET_TIME: Duration = Duration::from_millis(20);
 /// First sequence number and timestamp: near the wrap, so that every test longer than a second crosses it.
 const FIRST: (u16, u32) = (65_500, u32::MAX - 10_000);
-/// Time between two RTCP reports of a phone that sends any.
-const REPORT_TIME: Duration = Duration::from_secs(2);
+/// Time between two RTCP reports of a phone that sends any: the least that RFC 3550, section 6.2, recommends.
+const REPORT_TIME: Duration = Duration::from_secs(5);
 /// Packets of one digit while its key is down, and after it: RFC 4733 sends the end three times.
 const DIGIT_PACKETS: u16 = 5;
 const DIGIT_ENDS: u16 = 3;
@@ -502,7 +502,7 @@ impl Phone {
         });
     }
 
-    /// Sends RTCP from now on: a receiver report without content every two seconds, from the port above its own to
+    /// Sends RTCP from now on: a receiver report without content every five seconds, from the port above its own to
     /// the port above `to`.
     ///
     /// # Errors

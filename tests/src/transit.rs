@@ -37,6 +37,8 @@ pub struct Delay {
     pub median: f64,
     /// 99 of 100 packets took no longer.
     pub p99: f64,
+    /// 999 of 1,000 packets took no longer.
+    pub p999: f64,
     /// The slowest packet's.
     pub max: f64,
 }
@@ -89,9 +91,10 @@ impl Delay {
         ways.sort_by(f64::total_cmp);
         Self {
             mean: mean(&ways),
-            median: percentile(&ways, 50),
-            p99: percentile(&ways, 99),
-            max: percentile(&ways, 100),
+            median: quantile(&ways, 500),
+            p99: quantile(&ways, 990),
+            p999: quantile(&ways, 999),
+            max: quantile(&ways, 1000),
         }
     }
 }
@@ -100,9 +103,9 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
-/// The lowest of the sorted values that so many percent do not exceed (nearest rank); 0 of none.
-fn percentile(sorted: &[f64], percent: usize) -> f64 {
-    let rank = (sorted.len() * percent).div_ceil(100);
+/// The lowest of the sorted values that so many of 1,000 do not exceed (nearest rank); 0 of none.
+fn quantile(sorted: &[f64], of_1000: usize) -> f64 {
+    let rank = (sorted.len() * of_1000).div_ceil(1000);
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
 }
 
@@ -129,7 +132,7 @@ mod tests {
         let arrivals = sent.iter().map(|at| *at + milliseconds(30)).enumerate();
         let Transit { jitter, delay, .. } = Transit::of(&sent, arrivals);
         assert!(close(jitter.max, 0.0), "{jitter:?}");
-        for value in [delay.mean, delay.median, delay.p99, delay.max] {
+        for value in [delay.mean, delay.median, delay.p99, delay.p999, delay.max] {
             assert!(close(value, 30.0), "{delay:?}");
         }
     }
@@ -164,12 +167,13 @@ mod tests {
     }
 
     #[test]
-    fn percentiles_are_values_that_occurred() {
-        let values: Vec<f64> = (1..=200).map(f64::from).collect();
-        assert!(close(percentile(&values, 50), 100.0));
-        assert!(close(percentile(&values, 99), 198.0));
-        assert!(close(percentile(&values, 100), 200.0));
-        assert!(close(percentile(&values[..1], 50), 1.0));
-        assert!(close(percentile(&[], 50), 0.0));
+    fn quantiles_are_values_that_occurred() {
+        let values: Vec<f64> = (1..=2000).map(f64::from).collect();
+        assert!(close(quantile(&values, 500), 1000.0));
+        assert!(close(quantile(&values, 990), 1980.0));
+        assert!(close(quantile(&values, 999), 1998.0));
+        assert!(close(quantile(&values, 1000), 2000.0));
+        assert!(close(quantile(&values[..1], 500), 1.0));
+        assert!(close(quantile(&[], 500), 0.0));
     }
 }

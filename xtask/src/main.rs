@@ -56,9 +56,12 @@ enum Xtask {
     },
     /// Take the pictures of the documentation anew (needs root)
     Screenshots,
-    /// Measure packet rates (needs root)
+    /// Run the benchmarks, and write bench/RESULTS.md (needs root)
     Bench {
-        /// Arguments of the benchmark itself
+        /// Count the datapath's instructions, and fail where they are more than in bench/report
+        #[arg(long)]
+        check: bool,
+        /// A suite and its options; all suites without. `help` lists them, `SUITE --help` explains one
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
@@ -93,7 +96,7 @@ fn run(command: Xtask) -> Result<ExitCode> {
                 args.insert(0, "--asterisk".into());
             }
             workspace::build(&["--release", "--package=relay-user", "--package=relay-tests"])?;
-            become_program("demo", args)
+            become_program(Profile::Release, "demo", args)
         }
         Xtask::Test { args, harness } => {
             need_root("the test suite")?;
@@ -107,21 +110,31 @@ fn run(command: Xtask) -> Result<ExitCode> {
             need_root("taking pictures")?;
             setup::ensure(Task::Screenshots)?;
             workspace::build(&["--release", "--package=relay-user", "--package=relay-tests"])?;
-            become_program("screenshots", vec![workspace::folder("docs/images").into()])
+            become_program(
+                Profile::Release,
+                "screenshots",
+                vec![workspace::folder("docs/images").into()],
+            )
         }
-        Xtask::Bench { args } => {
+        Xtask::Bench { check: true, .. } => {
+            setup::ensure(Task::Build)?;
+            // The object is the same in every build (relay-user/build.rs). This is the one that the tests need.
+            workspace::build(&["--workspace", "--all-targets"])?;
+            become_program(Profile::Debug, "relay-bench", vec!["--check".into()])
+        }
+        Xtask::Bench { check: false, args } => {
             need_root("the benchmark")?;
             setup::ensure(Task::Bench)?;
             workspace::build(&["--release", "--package=relay-user", "--package=relay-bench"])?;
-            become_program("relay-bench", args)
+            become_program(Profile::Release, "relay-bench", args)
         }
     }
 }
 
-/// Runs a release binary of the workspace in place of this process, so that signals reach it.
-fn become_program(name: &str, args: Vec<OsString>) -> Result<ExitCode> {
-    let program = workspace::binary(Profile::Release, name)?;
-    let relay_user = workspace::binary(Profile::Release, "relay-user")?;
+/// Runs a binary of the workspace in place of this process, so that signals reach it.
+fn become_program(profile: Profile, name: &str, args: Vec<OsString>) -> Result<ExitCode> {
+    let program = workspace::binary(profile, name)?;
+    let relay_user = workspace::binary(profile, "relay-user")?;
     let failed = Command::new(&program)
         .args(args)
         .env(workspace::RELAY_USER_BIN, relay_user)

@@ -11,6 +11,7 @@ use crate::{apt::Apt, workspace};
 /// What a machine is set up for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Task {
+    Build,
     Demo,
     AsteriskDemo,
     Test,
@@ -62,7 +63,7 @@ const TOOLS: &[Tool] = &[
         program: "debootstrap",
         package: "debootstrap",
         purpose: "installs the real Asterisk into a folder of its own",
-        tasks: &[Task::AsteriskDemo, Task::Test],
+        tasks: &[Task::AsteriskDemo, Task::Test, Task::Bench],
     },
     Tool {
         program: "chromium",
