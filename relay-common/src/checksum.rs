@@ -89,6 +89,8 @@ pub enum PartialChecksum {
 /// How a rewrite changes what the UDP checksum covers.
 #[derive(Clone, Copy, Debug)]
 pub struct UdpChange {
+    /// The field as it is, not 0.
+    pub old: u16,
     /// Offset of the UDP header in the frame, bytes.
     pub udp: usize,
     /// The header's length field, bytes; the whole datagram lies within the frame.
@@ -114,7 +116,7 @@ pub struct ClassChange {
     pub new: u16,
 }
 
-/// The new UDP checksum field for a hook that sees the bytes only, given the old one (`!= 0`).
+/// The new UDP checksum field for a hook that sees the bytes only.
 ///
 /// A field that equals the pseudo-header's sum is most probably an unfinished checksum, which no
 /// delta can repair; adding up the datagram tells. One finished checksum in 65,536 has that same
@@ -125,10 +127,10 @@ pub struct ClassChange {
 #[inline(always)]
 pub fn changed_udp_field<P: Packet + ?Sized>(
     packet: &mut P,
-    old: u16,
     partial: PartialChecksum,
     change: &UdpChange,
 ) -> Result<u16, Reason> {
+    let old = change.old;
     if old != change.pseudo_header.fold() {
         return Ok(udp_field(
             change.addresses.plus(change.datagram).applied_to(old),

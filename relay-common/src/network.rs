@@ -8,7 +8,7 @@ use crate::{
     packet::Header,
     reason::Reason,
     stream::{Address, Stream},
-    wire::{Be16, Ipv4, Ipv6, protocol},
+    wire::{Be16, Ipv4, Ipv4Datagram, Ipv6, Ipv6Datagram, Udp, protocol},
 };
 
 /// The header of a network protocol that RTP comes by.
@@ -21,6 +21,12 @@ pub(crate) trait Network: Header {
 
     /// An address as it stands in the header.
     type Raw: Copy;
+
+    /// The header with what is rewritten behind it: one look at the packet's end is enough for all.
+    type Datagram: Header;
+
+    /// Its parts: this header, that of UDP, and the first bytes of RTP.
+    fn split(datagram: &mut Self::Datagram) -> (&mut Self, &mut Udp, &mut [u8; 2]);
 
     /// Whether it is one of a packet that could belong to a stream.
     ///
@@ -58,6 +64,12 @@ impl Network for Ipv4 {
     const LEN: usize = Self::LEN;
     const CHECKSUM_OPTIONAL: bool = true;
     type Raw = [Be16; 2];
+    type Datagram = Ipv4Datagram;
+
+    #[inline(always)]
+    fn split(datagram: &mut Ipv4Datagram) -> (&mut Self, &mut Udp, &mut [u8; 2]) {
+        (&mut datagram.ip, &mut datagram.udp, &mut datagram.rtp)
+    }
 
     #[inline(always)]
     fn check(&self) -> Result<(), Reason> {
@@ -129,6 +141,12 @@ impl Network for Ipv6 {
     const LEN: usize = Self::LEN;
     const CHECKSUM_OPTIONAL: bool = false;
     type Raw = [Be16; 8];
+    type Datagram = Ipv6Datagram;
+
+    #[inline(always)]
+    fn split(datagram: &mut Ipv6Datagram) -> (&mut Self, &mut Udp, &mut [u8; 2]) {
+        (&mut datagram.ip, &mut datagram.udp, &mut datagram.rtp)
+    }
 
     #[inline(always)]
     fn check(&self) -> Result<(), Reason> {

@@ -86,8 +86,7 @@ pub trait Packet {
     /// A [`Reason`] to pass the packet.
     #[inline(always)]
     fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
-        let old = self.header::<Udp>(change.udp)?.checksum.get();
-        let new = checksum::changed_udp_field(self, old, self.partial_checksum(), change)?;
+        let new = checksum::changed_udp_field(self, self.partial_checksum(), change)?;
         self.header::<Udp>(change.udp)?.checksum = Be16::new(new);
         Ok(())
     }

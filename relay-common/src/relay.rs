@@ -160,27 +160,9 @@ fn decide<N: Network, P: Packet + ?Sized>(
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
     let now = tables.now_precise();
     let (at, length) = payload(parsed);
-    let is_own = N::is(parsed.source, &stream.source) && parsed.source_port == stream.source_port;
-    let rtp = if is_own {
-        rtp(packet, at, length)
-    } else {
-        Err(Reason::UnexpectedSource)
-    };
-    // Also what is none of the datapath's: a stream that comes back from the PBX would seem to have
-    // lost all that the PBX relayed.
-    if let Ok(rtp) = &rtp {
-        receive(state, now, packet.length(), packet.segments(), rtp);
-    }
-    if now >= tables.lease() {
-        return Err(Reason::LeaseOver.into());
-    }
-    let epoch = load!(state, epoch);
-    let mode = mode::of(epoch, load!(state, proven), load!(state, suspended));
-    if mode == mode::SUSPENDED {
-        return Err(Reason::Suspended.into());
-    }
     let now_ticks = nonzero(ticks(now));
-    if !is_own {
+    if !N::is(parsed.source, &stream.source) || parsed.source_port != stream.source_port {
+        let (epoch, _) = standing(state, now, tables)?;
         let event = Event {
             kind: event::UNEXPECTED_SOURCE,
             slot: stream.slot,
@@ -192,16 +174,20 @@ fn decide<N: Network, P: Packet + ?Sized>(
         report_at_times(state, now_ticks, &event, tables);
         return Err(Reason::UnexpectedSource.into());
     }
-    let rtp = match rtp {
+    let rtp = match rtp(packet, at, length) {
         Ok(rtp) => rtp,
         Err(reason) => {
+            standing(state, now, tables)?;
             if reason == Reason::Rtcp {
                 store!(state, now_ticks, last_rtcp);
             }
             return Err(reason.into());
         }
     };
-
+    // Also what is none of the datapath's: a stream that comes back from the PBX would seem to have
+    // lost all that the PBX relayed.
+    receive(state, now, packet.length(), packet.segments(), &rtp);
+    let (epoch, mode) = standing(state, now, tables)?;
     let last_seen = load!(state, last_seen);
     store!(state, now_ticks, last_seen);
     mark(state, parsed.traffic_class >> 2);
@@ -245,6 +231,19 @@ fn decide<N: Network, P: Packet + ?Sized>(
         };
     }
     Err(passed)
+}
+
+/// The round of proof of a stream that the datapath looks after, and its mode.
+#[inline(always)]
+fn standing(state: *mut State, now: u64, tables: &impl Tables) -> Result<(u32, u32), Reason> {
+    if now >= tables.lease() {
+        return Err(Reason::LeaseOver);
+    }
+    let epoch = load!(state, epoch);
+    match mode::of(epoch, load!(state, proven), load!(state, suspended)) {
+        mode::SUSPENDED => Err(Reason::Suspended),
+        mode => Ok((epoch, mode)),
+    }
 }
 
 /// When a packet came, and how the stream stood.
@@ -329,21 +328,31 @@ pub(crate) fn rtp<P: Packet + ?Sized>(
 ) -> Result<Rtp, Reason> {
     /// Shortest RTCP packet: an empty receiver report (RFC 3550 section 6.4.2).
     const RTCP_MIN: usize = 8;
-    if length < RTCP_MIN {
-        return Err(Reason::RtpLength);
+    if length < Rtp::LEN {
+        if length < RTCP_MIN {
+            return Err(Reason::RtpLength);
+        }
+        let [first, second] = *packet.header::<[u8; 2]>(at)?;
+        return Err(not_rtp(first, second).unwrap_or(Reason::RtpLength));
     }
-    let [first, second] = *packet.header::<[u8; 2]>(at)?;
+    let rtp = *packet.header::<Rtp>(at)?;
+    match not_rtp(rtp.version_count, rtp.marker_type) {
+        Some(reason) => Err(reason),
+        None => Ok(rtp),
+    }
+}
+
+/// What else a datagram is that begins with these bytes.
+#[inline(always)]
+const fn not_rtp(first: u8, second: u8) -> Option<Reason> {
     if first >> 6 != 2 {
-        return Err(Reason::NotRtp);
+        return Some(Reason::NotRtp);
     }
     // Where it shares the port (RFC 5761 section 4).
     if matches!(second, 192..=223) {
-        return Err(Reason::Rtcp);
+        return Some(Reason::Rtcp);
     }
-    if length < Rtp::LEN {
-        return Err(Reason::RtpLength);
-    }
-    Ok(*packet.header::<Rtp>(at)?)
+    None
 }
 
 /// Tells the controller of a thing that may come with every packet, at times.
@@ -464,7 +473,6 @@ fn validate<N: Network, P: Packet + ?Sized>(
         return Err(Reason::VlanMismatch);
     }
     Ok(Rewrite {
-        rtp: at,
         marker_type: rtp.marker_type,
         new_marker_type: rtp.marker_type & 0x80 | new_payload_type,
     })

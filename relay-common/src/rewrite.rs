@@ -7,13 +7,11 @@ use crate::{
     parse::Parsed,
     reason::Reason,
     stream::{DSCP_KEEP, DSCP_MAP, NextHop, Stream, VlanTag},
-    wire::{Be16, Ethernet, Rtp, Tag, Udp, Vlan},
+    wire::{Be16, Ethernet, Tag, Vlan},
 };
 
 /// What validation found out and the rewrite needs.
 pub(crate) struct Rewrite {
-    /// Offset of the RTP header, bytes.
-    pub(crate) rtp: usize,
     /// RTP's second byte as it came.
     pub(crate) marker_type: u8,
     /// The same with the payload type of the other leg.
@@ -35,6 +33,7 @@ pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
         .change(u16::from(plan.marker_type), u16::from(plan.new_marker_type));
     if parsed.udp_checksum != 0 {
         packet.change_udp_checksum(&UdpChange {
+            old: parsed.udp_checksum,
             udp: parsed.udp,
             length: parsed.udp_length,
             pseudo_header: Sum::new(stream.pseudo_header).word(parsed.udp_length),
@@ -49,14 +48,14 @@ pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
     }
 
     let class = traffic_class(stream, parsed.traffic_class, tables);
-    if let Some(change) = packet.header::<N>(parsed.ip)?.rewrite(stream, class) {
+    let (ip, udp, [_, marker_type]) = N::split(packet.header(parsed.ip)?);
+    let change = ip.rewrite(stream, class);
+    udp.source = Be16::new(stream.new_source_port);
+    udp.destination = Be16::new(stream.new_destination_port);
+    *marker_type = plan.new_marker_type;
+    if let Some(change) = change {
         packet.sum_changed(change);
     }
-
-    let header = packet.header::<Udp>(parsed.udp)?;
-    header.source = Be16::new(stream.new_source_port);
-    header.destination = Be16::new(stream.new_destination_port);
-    packet.header::<Rtp>(plan.rtp)?.marker_type = plan.new_marker_type;
 
     if packet.has_ethernet() {
         let next_hop = &stream.next_hop;

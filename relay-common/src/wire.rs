@@ -147,6 +147,24 @@ headers! {
         /// Checksum; 0 is none, on IPv4 only.
         checksum: Be16,
     }
+    /// IPv4, UDP, and the first two bytes of RTP.
+    Ipv4Datagram = 30 {
+        /// Without options.
+        ip: Ipv4,
+        /// Right behind it.
+        udp: Udp,
+        /// As in [`Rtp`].
+        rtp: [u8; 2],
+    }
+    /// IPv6, UDP, and the first two bytes of RTP.
+    Ipv6Datagram = 50 {
+        /// Without extension headers.
+        ip: Ipv6,
+        /// Right behind it.
+        udp: Udp,
+        /// As in [`Rtp`].
+        rtp: [u8; 2],
+    }
     /// TCP without options (RFC 9293 section 3.1).
     Tcp = 20 {
         /// Source port.
