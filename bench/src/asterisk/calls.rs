@@ -22,9 +22,12 @@ use super::echo::echo;
 /// How long a change of all calls may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// From a change until it is measured.
-const SETTLING: Duration = Duration::from_millis(1500);
-/// From the end of a measurement until its last packet has arrived.
-const ARRIVING: Duration = Duration::from_millis(300);
+const SETTLING: Duration = Duration::from_secs(1);
+/// For how long all calls must have been offloaded first: an Asterisk that was busier than it could be still sends what
+/// waits in it, and the relay takes that for talk-back.
+const STEADY: Duration = Duration::from_secs(2);
+/// From the end of a measurement until its last packet has arrived, and the phones have read it.
+const ARRIVING: Duration = Duration::from_secs(1);
 /// Between two looks at a state that nobody announces.
 const LOOK: Duration = Duration::from_millis(50);
 /// Calls are set up by so many at once.
@@ -228,12 +231,16 @@ impl Calls {
         Ok(transit)
     }
 
+    /// Waits until all calls are offloaded and stay so.
     fn await_offloaded(&self, relay: &Relay) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
+        let mut since = Instant::now();
         loop {
             let status = relay.json(["status"])?;
             let offloaded = status["offloaded"].as_u64().context("`status`")?;
-            if offloaded == self.phones.len() as u64 {
+            if offloaded != self.phones.len() as u64 {
+                since = Instant::now();
+            } else if since.elapsed() >= STEADY {
                 return Ok(());
             }
             if Instant::now() > deadline {
