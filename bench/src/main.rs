@@ -152,3 +152,23 @@ fn reports(folder: &Path) -> Result<Vec<Report>> {
     }
     Ok(reports)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn every_suite_runs_by_its_name_alone() {
+        Cli::command().debug_assert();
+        let names = Suite::names();
+        assert_eq!(names.first().map(String::as_str), Some(program::NAME));
+        for name in names {
+            let cli = Cli::try_parse_from(["bench", &name]).expect("a name is enough");
+            assert!(matches!(cli.command, Some(Command::Suite(_))), "{name}");
+        }
+        assert!(Cli::try_parse_from(["bench"]).is_ok_and(|cli| cli.command.is_none()));
+        assert!(Cli::try_parse_from(["bench", "--check", "program"]).is_err());
+    }
+}
