@@ -474,8 +474,8 @@ async fn slow_clients_are_cut_off_and_block_nobody() {
 #[tokio::test]
 async fn several_pairs_are_added_each_by_itself() {
     let served = Served::with_controller(SHORT);
-    let added = served.client.add_all(&[pair(30000), pair(1), pair(30000)]);
-    let added: Vec<_> = added.await.expect("answer");
+    let pairs = [pair(30000), pair(1), pair(30000)];
+    let added = served.client.add_all(&pairs).await.expect("answer");
     let codes: Vec<_> = added
         .iter()
         .map(|outcome| outcome.as_ref().map_err(|error| error.code))
