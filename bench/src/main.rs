@@ -8,6 +8,7 @@ mod program;
 mod qos;
 mod report;
 mod results;
+mod scale;
 mod watching;
 
 use std::{env, fs, path::Path, process::ExitCode};
@@ -53,6 +54,8 @@ enum Suite {
     Asterisk(asterisk::Options),
     /// What a saturated uplink does to a call, without shaping and with it
     Qos(qos::Options),
+    /// What a thousand streams cost, and what a million
+    Scale(scale::Options),
     /// What looking on costs, with thousands of streams in the table
     Watching(watching::Options),
 }
@@ -63,6 +66,7 @@ impl Suite {
             Self::Program(options) => program::run(options),
             Self::Asterisk(options) => asterisk::run(options),
             Self::Qos(options) => qos::run(options),
+            Self::Scale(options) => scale::run(options),
             Self::Watching(options) => watching::run(options),
         }
     }

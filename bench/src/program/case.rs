@@ -210,7 +210,7 @@ fn swap_macs() -> Vec<Instruction> {
 }
 
 /// The state of a stream of which packets come one after the other, 20 ms of voice each, the last one just now (ns).
-pub(super) fn flowing(entry: &Entry, now: u64) -> State {
+pub(crate) fn flowing(entry: &Entry, now: u64) -> State {
     const SPACING: u64 = 20_000_000;
     let reception = Reception {
         arrival: now - SPACING,

@@ -14,7 +14,7 @@ use nix::{
 };
 use relay_tests::fixture::Hook;
 
-pub(crate) use self::case::SWAP;
+pub(crate) use self::case::{SWAP, flowing};
 use self::{case::cases, loaded::Loaded};
 use crate::{
     interpreter::Trace,
