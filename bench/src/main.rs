@@ -1,5 +1,6 @@
 //! Benchmarks of the relay. They need root.
 
+mod guest;
 mod interpreter;
 mod program;
 mod qos;
@@ -22,6 +23,9 @@ struct Cli {
 enum Suite {
     /// What the programs cost for each packet, alone: no driver, no stack (BPF_PROG_TEST_RUN)
     Program(program::Options),
+    /// What runs in the guest of suite `guest`
+    #[command(hide = true)]
+    InGuest(guest::inside::Options),
     /// What a saturated uplink does to a call, without shaping and with it
     Qos(qos::Options),
     /// What looking on costs, with thousands of streams in the table
@@ -31,6 +35,7 @@ enum Suite {
 fn main() -> ExitCode {
     let result = match Cli::parse().suite {
         Suite::Program(options) => publish(program::run(&options)),
+        Suite::InGuest(options) => guest::inside::run(&options),
         Suite::Qos(options) => qos::run(&options),
         Suite::Watching(options) => watching::run(&options),
     };

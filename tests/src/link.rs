@@ -15,7 +15,7 @@ use nix::libc;
 
 use crate::{
     namespace::Host,
-    program::{self, Kind},
+    program::{self, Instruction, Kind},
 };
 
 /// How long a link may take to come up.
@@ -141,6 +141,19 @@ impl Offload {
 }
 
 impl Interface {
+    /// One that a machine has.
+    ///
+    /// # Errors
+    /// It has none of that name.
+    pub fn of(host: &Host, name: &str) -> Result<Self> {
+        let index = host.run(|| nix::net::if_::if_nametoindex(name));
+        Ok(Self {
+            host: host.clone(),
+            name: name.to_owned(),
+            index: index.with_context(|| format!("no interface {name}"))?,
+        })
+    }
+
     /// Changes the MAC address, as a failover of a gateway does. Neighbours are not told.
     ///
     /// # Errors
@@ -182,23 +195,32 @@ impl Interface {
     /// veth delivers the native `XDP_TX` of one end only when the other end has an XDP program too.
     ///
     /// # Errors
+    /// As [`Interface::attach`].
+    pub fn pass_program(&self) -> Result<NativeXdp> {
+        const XDP_PASS: i32 = 2;
+        self.attach(&[program::set(0, XDP_PASS), program::EXIT])
+    }
+
+    /// Attaches an XDP program of these instructions in native mode, until the returned guard is dropped.
+    ///
+    /// # Errors
     /// The kernel (5.9 or later) refuses the program or the link, as when another program is attached.
-    pub fn pass_program(&self) -> Result<PassProgram> {
+    pub fn attach(&self, instructions: &[Instruction]) -> Result<NativeXdp> {
         self.host
-            .run(|| PassProgram::attach(self.index))
+            .run(|| NativeXdp::attach(self.index, instructions))
             .with_context(|| format!("XDP program on {}", self.name))
     }
 }
 
-/// Holds an XDP program attached whose only act is `XDP_PASS`.
+/// Holds an XDP program attached.
 #[derive(Debug)]
-pub struct PassProgram {
+pub struct NativeXdp {
     _link: OwnedFd,
 }
 
-impl PassProgram {
+impl NativeXdp {
     /// Runs inside the machine: an interface index means something only there.
-    fn attach(index: u32) -> Result<Self> {
+    fn attach(index: u32, instructions: &[Instruction]) -> Result<Self> {
         /// The leading fields of `union bpf_attr` for `BPF_LINK_CREATE`; the kernel takes the rest as zero.
         #[repr(C)]
         struct LinkCreate {
@@ -210,8 +232,7 @@ impl PassProgram {
         const BPF_LINK_CREATE: libc::c_long = 28;
         const BPF_XDP: u32 = 37;
         const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
-        const XDP_PASS: i32 = 2;
-        let program = program::load(Kind::Xdp, &[program::set(0, XDP_PASS), program::EXIT])?;
+        let program = program::load(Kind::Xdp, instructions)?;
         let mut create = LinkCreate {
             program: program.as_raw_fd(),
             target: index,

@@ -14,7 +14,7 @@ use relay_tests::{
     ami::{Client, Message},
     asterisk::{CALLER, Lab, Leg, SECRET, Stream, USER, streams},
     capture::{Capture, Direction, Recording},
-    link::PassProgram,
+    link::NativeXdp,
     namespace::Host,
     relay::{Relay, ami_arguments, binary},
     rtp::Rtp,
@@ -37,7 +37,7 @@ struct Attached {
     relay: Relay,
     pbx: Host,
     /// Native `XDP_TX` over veth needs a program at the other end.
-    _pass: PassProgram,
+    _pass: NativeXdp,
 }
 
 fn feed(lab: &Lab, user: &str) -> Vec<String> {

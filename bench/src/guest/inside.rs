@@ -1,0 +1,151 @@
+//! What runs in the guest: every subject in turn on the same pair of interfaces.
+
+use std::{
+    fs,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use relay_tests::{link::Interface, namespace::Host};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    cost::{self, Payer},
+    subject::{PHONES, RELAY, Running, Subject},
+    traffic::{PACKET_TIME, Phones, Traffic},
+};
+
+/// Arguments of what runs in the guest.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// What to measure
+    #[arg(long, required = true)]
+    pub(super) subject: Vec<Subject>,
+    /// Packets per second
+    #[arg(long, required = true)]
+    pub(super) rate: Vec<u32>,
+    /// Times that each is measured
+    #[arg(long)]
+    pub(super) rounds: u32,
+    /// File for the samples
+    #[arg(long)]
+    pub(super) samples: PathBuf,
+}
+
+/// What a subject cost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Sample {
+    pub(super) subject: Subject,
+    /// Packets per second.
+    pub(super) rate: u32,
+    pub(super) packets: u64,
+    /// Of these, what the subject says that it relayed; none where it does not count them.
+    pub(super) relayed: Option<u64>,
+    /// CPU time of the threads that poll the interface, ns.
+    pub(super) polling: u64,
+    /// CPU time of its other threads, ns.
+    pub(super) beside: u64,
+}
+
+/// Packets of each stream that tell a relay what it needs to know, and whose cost does not count.
+const FIRST: u64 = 25;
+/// Packets of each stream before the counted ones, without a pause.
+const LEAD: u64 = 5;
+/// Counted packets of each stream.
+const COUNTED: u64 = 100;
+
+/// How long an interface may take to come up.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Measures, and writes the samples.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let host = Host::this("guest")?;
+    let [interface, far] = wire(&host)?;
+    let mut samples = Vec::new();
+    for _ in 0..options.rounds {
+        for rate in &options.rate {
+            for subject in &options.subject {
+                let sample = measure(*subject, *rate, &interface, &far);
+                let sample = sample.with_context(|| format!("{subject:?} at {rate} packets/s"))?;
+                eprintln!("{sample:?}");
+                samples.push(sample);
+            }
+        }
+    }
+    fs::write(&options.samples, serde_json::to_vec(&samples)?)?;
+    Ok(())
+}
+
+/// Sets both ends of the wire up: the relay's, and the phones', which has no address at all.
+fn wire(host: &Host) -> Result<[Interface; 2]> {
+    for scope in ["all", "default"] {
+        host.sysctl(&format!("net/ipv6/conf/{scope}/disable_ipv6"), "1")?;
+    }
+    host.ip("link set lo up\nlink set eth0 up\nlink set eth1 up")?;
+    host.ip(&format!("address add {RELAY}/24 dev eth0"))?;
+    let [interface, far] = ["eth0", "eth1"].map(|name| Interface::of(host, name));
+    let (interface, far) = (interface?, far?);
+    let mac = far.mac()?.map(|byte| format!("{byte:02x}")).join(":");
+    for phone in PHONES {
+        host.ip(&format!("neighbour add {phone} lladdr {mac} dev eth0 nud permanent"))?;
+    }
+    for name in ["eth0", "eth1"] {
+        let state = format!("/sys/class/net/{name}/operstate");
+        let start = Instant::now();
+        while fs::read_to_string(&state)?.trim() != "up" {
+            ensure!(start.elapsed() < PATIENCE, "{name} does not come up");
+            thread::sleep(Duration::from_millis(1));
+        }
+        fs::write(format!("/sys/class/net/{name}/threaded"), "1")?;
+    }
+    Ok([interface, far])
+}
+
+fn measure(subject: Subject, rate: u32, interface: &Interface, far: &Interface) -> Result<Sample> {
+    let calls = (f64::from(rate) * PACKET_TIME.as_secs_f64() / 2.0) as usize;
+    let running = subject.start(interface, calls)?;
+    let phones = Phones::open(far, interface)?;
+    let mut first = Traffic::of(&running.calls, running.way, 0..FIRST, &phones);
+    let count = first.len();
+    phones.play(&mut first, 0..count)?;
+    phones.wait(&mut first, count)?;
+    running.wait_relayed()?;
+    let sample = counted(subject, rate, interface, &phones, &running);
+    let stopped = running.stop();
+    let sample = sample?;
+    stopped?;
+    Ok(sample)
+}
+
+fn counted(
+    subject: Subject,
+    rate: u32,
+    interface: &Interface,
+    phones: &Phones,
+    running: &Running,
+) -> Result<Sample> {
+    let pollers = cost::pollers(&interface.name)?;
+    let numbers = FIRST..FIRST + LEAD + COUNTED;
+    let mut traffic = Traffic::of(&running.calls, running.way, numbers, phones);
+    let lead = 2 * running.calls.len() * LEAD as usize;
+    let all = traffic.len();
+    let costs = |pollers: &[Payer]| -> Result<_> {
+        Ok((cost::time_of(pollers)?, cost::time_of(&running.payers)?))
+    };
+    let relayed = running.relayed()?;
+    phones.play(&mut traffic, 0..lead)?;
+    let before = costs(&pollers)?;
+    phones.play(&mut traffic, lead..all)?;
+    phones.wait(&mut traffic, all)?;
+    let after = costs(&pollers)?;
+    Ok(Sample {
+        subject,
+        rate,
+        packets: (all - lead) as u64,
+        relayed: running.relayed()?.zip(relayed).map(|(after, before)| after - before),
+        polling: after.0 - before.0,
+        beside: after.1 - before.1,
+    })
+}
