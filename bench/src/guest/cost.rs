@@ -15,27 +15,69 @@ pub(super) enum Payer {
 
 /// The threads that poll an interface, which must do so in threads of their own (`/sys/class/net/DEV/threaded`, Linux
 /// 5.12).
-pub(super) fn pollers(interface: &str) -> Result<Vec<Payer>> {
-    // "napi/DEV-ID", cut to 15 bytes (`napi_kthread_create` in net/core/dev.c).
-    let prefix = format!("napi/{interface}-");
-    let mut pollers = Vec::new();
-    for process in fs::read_dir("/proc")? {
-        let process = process?;
-        let Ok(id) = process.file_name().to_string_lossy().parse() else {
-            continue;
-        };
-        // It may have ended just now.
-        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-        if name.starts_with(&prefix) {
-            pollers.push(Payer::Process(id));
-        }
-    }
-    ensure!(!pollers.is_empty(), "no thread polls {interface}");
-    Ok(pollers)
+pub(super) struct Pollers {
+    /// They poll receive queues: all work on a packet that comes in, up to its sending.
+    pub(super) receive: Vec<Payer>,
+    /// They poll transmit queues: they release what has been sent.
+    pub(super) release: Vec<Payer>,
 }
 
-/// CPU time of all of them until now, ns.
-pub(super) fn time_of(payers: &[Payer]) -> Result<u64> {
+impl Pollers {
+    pub(super) fn of(interface: &str) -> Result<Self> {
+        let mut pollers = Self {
+            receive: vec![],
+            release: vec![],
+        };
+        for process in fs::read_dir("/proc")? {
+            let process = process?;
+            let Ok(id) = process.file_name().to_string_lossy().parse() else {
+                continue;
+            };
+            // It may have ended just now.
+            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            match queue_of(name.trim(), interface) {
+                Some(Queue::Receive) => pollers.receive.push(Payer::Process(id)),
+                Some(Queue::Transmit) => pollers.release.push(Payer::Process(id)),
+                None => {}
+            }
+        }
+        ensure!(
+            !pollers.receive.is_empty(),
+            "no thread polls what {interface} receives"
+        );
+        Ok(pollers)
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Queue {
+    Receive,
+    Transmit,
+}
+
+/// What a thread of that name polls of an interface, if anything: it is called `napi/DEV-ID` (`napi_kthread_create` in
+/// net/core/dev.c), and the polls of transmit queues have no ID (`netif_napi_add_tx`).
+fn queue_of(thread: &str, interface: &str) -> Option<Queue> {
+    let id = thread
+        .strip_prefix("napi/")?
+        .strip_prefix(interface)?
+        .strip_prefix('-')?;
+    Some(match id {
+        "0" => Queue::Transmit,
+        _ => Queue::Receive,
+    })
+}
+
+/// CPU time of each group until now, ns.
+pub(super) fn times_of<const N: usize>(groups: [&Vec<Payer>; N]) -> Result<[u64; N]> {
+    let mut times = [0; N];
+    for (time, payers) in times.iter_mut().zip(groups) {
+        *time = time_of(payers)?;
+    }
+    Ok(times)
+}
+
+fn time_of(payers: &[Payer]) -> Result<u64> {
     let mut total = 0;
     for payer in payers {
         let tasks = match payer {
@@ -53,4 +95,17 @@ pub(super) fn time_of(payers: &[Payer]) -> Result<u64> {
         }
     }
     Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn polling_threads_are_told_by_their_names() {
+        assert_eq!(queue_of("napi/eth0-8193", "eth0"), Some(Queue::Receive));
+        assert_eq!(queue_of("napi/eth0-0", "eth0"), Some(Queue::Transmit));
+        assert_eq!(queue_of("napi/eth1-8194", "eth0"), None);
+        assert_eq!(queue_of("ksoftirqd/0", "eth0"), None);
+    }
 }

@@ -12,7 +12,7 @@ use relay_tests::{link::Interface, namespace::Host};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    cost::{self, Payer},
+    cost::{self, Pollers},
     subject::{PHONES, RELAY, Running, Subject},
     traffic::{PACKET_TIME, Phones, Traffic},
 };
@@ -43,9 +43,11 @@ pub(super) struct Sample {
     pub(super) packets: u64,
     /// Of these, what the subject says that it relayed; none where it does not count them.
     pub(super) relayed: Option<u64>,
-    /// CPU time of the threads that poll the interface, ns.
-    pub(super) polling: u64,
-    /// CPU time of its other threads, ns.
+    /// CPU time of the thread that polls what the interface receives, ns.
+    pub(super) receiving: u64,
+    /// CPU time of the thread that releases what it has sent, ns.
+    pub(super) releasing: u64,
+    /// CPU time of the subject's own threads, ns.
     pub(super) beside: u64,
 }
 
@@ -89,7 +91,9 @@ fn wire(host: &Host) -> Result<[Interface; 2]> {
     let (interface, far) = (interface?, far?);
     let mac = far.mac()?.map(|byte| format!("{byte:02x}")).join(":");
     for phone in PHONES {
-        host.ip(&format!("neighbour add {phone} lladdr {mac} dev eth0 nud permanent"))?;
+        host.ip(&format!(
+            "neighbour add {phone} lladdr {mac} dev eth0 nud permanent"
+        ))?;
     }
     for name in ["eth0", "eth1"] {
         let state = format!("/sys/class/net/{name}/operstate");
@@ -126,26 +130,29 @@ fn counted(
     phones: &Phones,
     running: &Running,
 ) -> Result<Sample> {
-    let pollers = cost::pollers(&interface.name)?;
+    let pollers = Pollers::of(&interface.name)?;
+    let groups = [&pollers.receive, &pollers.release, &running.payers];
     let numbers = FIRST..FIRST + LEAD + COUNTED;
     let mut traffic = Traffic::of(&running.calls, running.way, numbers, phones);
     let lead = 2 * running.calls.len() * LEAD as usize;
     let all = traffic.len();
-    let costs = |pollers: &[Payer]| -> Result<_> {
-        Ok((cost::time_of(pollers)?, cost::time_of(&running.payers)?))
-    };
     let relayed = running.relayed()?;
     phones.play(&mut traffic, 0..lead)?;
-    let before = costs(&pollers)?;
+    let before = cost::times_of(groups)?;
     phones.play(&mut traffic, lead..all)?;
     phones.wait(&mut traffic, all)?;
-    let after = costs(&pollers)?;
+    let after = cost::times_of(groups)?;
+    let [receiving, releasing, beside] = [0, 1, 2].map(|group| after[group] - before[group]);
     Ok(Sample {
         subject,
         rate,
         packets: (all - lead) as u64,
-        relayed: running.relayed()?.zip(relayed).map(|(after, before)| after - before),
-        polling: after.0 - before.0,
-        beside: after.1 - before.1,
+        relayed: running
+            .relayed()?
+            .zip(relayed)
+            .map(|(after, before)| after - before),
+        receiving,
+        releasing,
+        beside,
     })
 }

@@ -137,7 +137,10 @@ impl Running {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!("{offloaded} of {} calls are offloaded: {status:#}", self.calls.len());
+                bail!(
+                    "{offloaded} of {} calls are offloaded: {status:#}",
+                    self.calls.len()
+                );
             }
         }
     }
