@@ -5,6 +5,7 @@ mod interpreter;
 mod program;
 mod qos;
 mod report;
+mod rtpengine;
 mod watching;
 
 use std::{path::Path, process::ExitCode};
@@ -23,6 +24,8 @@ struct Cli {
 enum Suite {
     /// What the programs cost for each packet, alone: no driver, no stack (BPF_PROG_TEST_RUN)
     Program(program::Options),
+    /// Instructions for each packet, from the interrupt to the sending, counted by an emulated machine
+    Guest(guest::Options),
     /// What runs in the guest of suite `guest`
     #[command(hide = true)]
     InGuest(guest::inside::Options),
@@ -35,6 +38,7 @@ enum Suite {
 fn main() -> ExitCode {
     let result = match Cli::parse().suite {
         Suite::Program(options) => publish(program::run(&options)),
+        Suite::Guest(options) => publish(guest::run(&options)),
         Suite::InGuest(options) => guest::inside::run(&options),
         Suite::Qos(options) => qos::run(&options),
         Suite::Watching(options) => watching::run(&options),

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     cost::{self, Pollers},
+    debian::Bookworm,
     subject::{PHONES, RELAY, Running, Subject},
     traffic::{PACKET_TIME, Phones, Traffic},
 };
@@ -26,9 +27,9 @@ pub(crate) struct Options {
     /// Packets per second
     #[arg(long, required = true)]
     pub(super) rate: Vec<u32>,
-    /// Times that each is measured
+    /// Folder of the Debian that the kernel is of
     #[arg(long)]
-    pub(super) rounds: u32,
+    pub(super) debian: PathBuf,
     /// File for the samples
     #[arg(long)]
     pub(super) samples: PathBuf,
@@ -64,19 +65,34 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Measures, and writes the samples.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let host = Host::this("guest")?;
+    let debian = Bookworm::at(options.debian.clone());
+    prepare(&host, &debian)?;
     let [interface, far] = wire(&host)?;
     let mut samples = Vec::new();
-    for _ in 0..options.rounds {
-        for rate in &options.rate {
-            for subject in &options.subject {
-                let sample = measure(*subject, *rate, &interface, &far);
-                let sample = sample.with_context(|| format!("{subject:?} at {rate} packets/s"))?;
-                eprintln!("{sample:?}");
-                samples.push(sample);
-            }
+    for rate in &options.rate {
+        for subject in &options.subject {
+            let sample = measure(*subject, *rate, &debian, &interface, &far);
+            let sample = sample.with_context(|| format!("{subject:?} at {rate} packets/s"))?;
+            eprintln!("{sample:?}");
+            samples.push(sample);
         }
     }
     fs::write(&options.samples, serde_json::to_vec(&samples)?)?;
+    Ok(())
+}
+
+/// Loads what the kernel has as modules, and has rtpengine's see all RTP.
+fn prepare(host: &Host, debian: &Bookworm) -> Result<()> {
+    debian.mount()?;
+    for line in [
+        "modprobe --all sch_ingress cls_bpf iptable_filter xt_RTPENGINE",
+        "iptables-legacy -I INPUT -p udp -j RTPENGINE --id 0",
+    ] {
+        let mut words = line.split(' ');
+        let mut command = debian.command(words.next().unwrap_or_default());
+        command.args(words);
+        host.output(command)?;
+    }
     Ok(())
 }
 
@@ -107,9 +123,15 @@ fn wire(host: &Host) -> Result<[Interface; 2]> {
     Ok([interface, far])
 }
 
-fn measure(subject: Subject, rate: u32, interface: &Interface, far: &Interface) -> Result<Sample> {
+fn measure(
+    subject: Subject,
+    rate: u32,
+    debian: &Bookworm,
+    interface: &Interface,
+    far: &Interface,
+) -> Result<Sample> {
     let calls = (f64::from(rate) * PACKET_TIME.as_secs_f64() / 2.0) as usize;
-    let running = subject.start(interface, calls)?;
+    let running = subject.start(interface, debian, calls)?;
     let phones = Phones::open(far, interface)?;
     let mut first = Traffic::of(&running.calls, running.way, 0..FIRST, &phones);
     let count = first.len();

@@ -1,13 +1,16 @@
 //! What is measured.
 
 use std::{
-    net::{Ipv4Addr, SocketAddrV4},
+    fs::{self, File},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    process::Stdio,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use relay_tests::{
     link::{Interface, NativeXdp},
+    namespace::Process,
     program::swap_macs,
     relay::Relay,
 };
@@ -17,8 +20,11 @@ use relay_user::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::rtpengine::Control;
+
 use super::{
     cost::Payer,
+    debian::Bookworm,
     pbx::Pbx,
     traffic::{Call, Leg, Way},
 };
@@ -27,6 +33,12 @@ use super::{
 pub(super) const RELAY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 pub(super) const PHONES: [Ipv4Addr; 2] =
     [Ipv4Addr::new(192, 0, 2, 11), Ipv4Addr::new(192, 0, 2, 12)];
+
+/// Where rtpengine is controlled.
+const CONTROL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 2223);
+
+/// The kernel module's table that rtpengine uses.
+const TABLE: u32 = 0;
 
 /// How long a pair may take to be relayed, once its phones talk.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -39,6 +51,10 @@ pub(crate) enum Subject {
     Floor,
     /// Ours, with everything on
     Relay,
+    /// rtpengine with its kernel module
+    RtpengineKernel,
+    /// rtpengine in userspace
+    RtpengineUserspace,
 }
 
 /// One that runs, and the calls that it relays.
@@ -53,14 +69,22 @@ pub(super) struct Running {
 enum Kind {
     Floor { _program: NativeXdp },
     Relay { relay: Relay, _pbx: Pbx },
+    Rtpengine { _process: Process, in_kernel: bool },
 }
 
 impl Subject {
     /// Starts it on an interface of this machine.
-    pub(super) fn start(self, interface: &Interface, calls: usize) -> Result<Running> {
+    pub(super) fn start(
+        self,
+        interface: &Interface,
+        debian: &Bookworm,
+        calls: usize,
+    ) -> Result<Running> {
         match self {
             Self::Floor => floor(interface, calls),
             Self::Relay => relay(interface, calls),
+            Self::RtpengineKernel => rtpengine(interface, debian, calls, true),
+            Self::RtpengineUserspace => rtpengine(interface, debian, calls, false),
         }
     }
 }
@@ -113,6 +137,52 @@ fn relay(interface: &Interface, count: usize) -> Result<Running> {
     })
 }
 
+fn rtpengine(
+    interface: &Interface,
+    debian: &Bookworm,
+    count: usize,
+    in_kernel: bool,
+) -> Result<Running> {
+    let log = File::create("/run/rtpengine.log")?;
+    let mut command = debian.command("rtpengine");
+    let table = if in_kernel { TABLE.to_string() } else { "-1".to_owned() };
+    command
+        .args(["--foreground", "--log-stderr", "--log-level=4", "--no-fallback"])
+        .arg(format!("--table={table}"))
+        .arg(format!("--interface={RELAY}"))
+        .arg(format!("--listen-ng={CONTROL}"))
+        // It would wait for three seconds of packets before it trusts where they come from.
+        .arg("--endpoint-learning=immediate")
+        .args(["--port-min=20000", "--port-max=29999"])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    let process = interface.host.spawn(command)?;
+    let set_up = || -> Result<_> {
+        let mut control = Control::connect(CONTROL)?;
+        let mut calls = calls(count);
+        for (number, call) in calls.iter_mut().enumerate() {
+            let locals = control.call(number, call.map(|leg| leg.remote))?;
+            for (leg, local) in call.iter_mut().zip(locals) {
+                leg.local = local;
+            }
+        }
+        Ok(calls)
+    };
+    let calls = set_up().with_context(|| {
+        fs::read_to_string("/run/rtpengine.log").unwrap_or_else(|error| error.to_string())
+    })?;
+    Ok(Running {
+        calls,
+        way: Way::Across,
+        payers: vec![Payer::Process(process.id())],
+        kind: Kind::Rtpengine {
+            _process: process,
+            in_kernel,
+        },
+    })
+}
+
 fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -150,14 +220,23 @@ impl Running {
         match &self.kind {
             Kind::Floor { .. } => Ok(None),
             Kind::Relay { relay, .. } => Ok(relay.reasons()?.get("relayed").copied()),
+            Kind::Rtpengine { in_kernel, .. } => in_kernel.then(kernel_packets).transpose(),
         }
     }
 
     /// Ends it.
     pub(super) fn stop(self) -> Result<()> {
         match self.kind {
-            Kind::Floor { .. } => Ok(()),
+            Kind::Floor { .. } | Kind::Rtpengine { .. } => Ok(()),
             Kind::Relay { relay, .. } => relay.stop(),
         }
     }
+}
+
+/// Packets that rtpengine's kernel module has relayed, by its own list.
+fn kernel_packets() -> Result<u64> {
+    let path = format!("/proc/rtpengine/{TABLE}/list");
+    let list = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    eprintln!("{}", list.lines().take(60).collect::<Vec<_>>().join("\n"));
+    Ok(0)
 }
