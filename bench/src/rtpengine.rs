@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 /// How long an answer may take, and how long rtpengine may take to start.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A client.
 pub(crate) struct Control {
@@ -62,7 +62,7 @@ impl Control {
             match control.request(ping) {
                 Ok(_) => return Ok(control),
                 Err(error) if start.elapsed() > PATIENCE => return Err(error),
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) => std::thread::sleep(Duration::from_millis(100)),
             }
         }
     }

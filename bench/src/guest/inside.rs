@@ -3,12 +3,16 @@
 use std::{
     fs,
     path::PathBuf,
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use relay_tests::{link::Interface, namespace::Host};
+use relay_tests::{
+    link::Interface,
+    namespace::{Host, Process},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -66,8 +70,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) fn run(options: &Options) -> Result<()> {
     let host = Host::this("guest")?;
     let debian = Bookworm::at(options.debian.clone());
+    let busy = keep_busy(&host)?;
     prepare(&host, &debian)?;
     let [interface, far] = wire(&host)?;
+    drop(busy);
     let mut samples = Vec::new();
     for rate in &options.rate {
         for subject in &options.subject {
@@ -79,6 +85,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     fs::write(&options.samples, serde_json::to_vec(&samples)?)?;
     Ok(())
+}
+
+/// Gives the guest something to do whenever it has nothing to do, until the returned guard is dropped. While it waits
+/// for a file its clock would leap from timer to timer, and whoever else waits would lose patience.
+fn keep_busy(host: &Host) -> Result<Process> {
+    let mut command = Command::new("chrt");
+    command.args(["--idle", "0", "sh", "-c", "while :; do :; done"]);
+    host.spawn(command)
 }
 
 /// Loads what the kernel has as modules, and has rtpengine's see all RTP.
@@ -131,6 +145,7 @@ fn measure(
     far: &Interface,
 ) -> Result<Sample> {
     let calls = (f64::from(rate) * PACKET_TIME.as_secs_f64() / 2.0) as usize;
+    let busy = keep_busy(&interface.host)?;
     let running = subject.start(interface, debian, calls)?;
     let phones = Phones::open(far, interface)?;
     let mut first = Traffic::of(&running.calls, running.way, 0..FIRST, &phones);
@@ -138,6 +153,7 @@ fn measure(
     phones.play(&mut first, 0..count)?;
     phones.wait(&mut first, count)?;
     running.wait_relayed()?;
+    drop(busy);
     let sample = counted(subject, rate, interface, &phones, &running);
     let stopped = running.stop();
     let sample = sample?;

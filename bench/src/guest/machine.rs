@@ -58,7 +58,6 @@ $bb mkdir /upper/files /upper/work
 $bb mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work overlay /root
 for folder in proc sys dev; do $bb mount --move /$folder /root/$folder; done
 $bb mount -t tmpfs -o mode=755 tmpfs /root/run
-$bb mount -t tmpfs -o mode=1777 tmpfs /root/tmp
 $bb mount -t bpf bpf /root/sys/fs/bpf
 $bb mkdir -p /root/run/share /root/dev/pts /root/lib/modules
 $bb mount -t devpts devpts /root/dev/pts

@@ -8,13 +8,13 @@ mod pbx;
 mod subject;
 mod traffic;
 
-use std::{env, fs, path::Path};
+use std::{env, fs};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
 
 use self::{debian::Bookworm, inside::Sample, machine::Machine, subject::Subject};
-use crate::report::{Machine as Where, Report};
+use crate::report::Report;
 
 /// Arguments of the suite.
 #[derive(clap::Args)]

@@ -151,6 +151,8 @@ fn rtpengine(
         .arg(format!("--table={table}"))
         .arg(format!("--interface={RELAY}"))
         .arg(format!("--listen-ng={CONTROL}"))
+        // By default also at ::1, and there is no IPv6.
+        .arg("--listen-cli=127.0.0.1:2224")
         // It would wait for three seconds of packets before it trusts where they come from.
         .arg("--endpoint-learning=immediate")
         .args(["--port-min=20000", "--port-max=29999"])
