@@ -134,7 +134,9 @@ fn description(phone: SocketAddrV4) -> String {
 /// Where an SDP has its audio received.
 fn media(description: &str) -> Result<SocketAddrV4> {
     let field = |prefix: &str| {
-        let line = description.lines().find_map(|line| line.strip_prefix(prefix));
+        let line = description
+            .lines()
+            .find_map(|line| line.strip_prefix(prefix));
         line.with_context(|| format!("no {prefix} in {description}"))
     };
     let address = field("c=IN IP4 ")?.trim().parse()?;

@@ -61,8 +61,14 @@ const TOOLS: &[Tool] = &[
     Tool {
         program: "debootstrap",
         package: "debootstrap",
-        purpose: "installs the real Asterisk into a folder of its own",
-        tasks: &[Task::AsteriskDemo, Task::Test],
+        purpose: "installs the real Asterisk, and rtpengine, into folders of their own",
+        tasks: &[Task::AsteriskDemo, Task::Test, Task::Bench],
+    },
+    Tool {
+        program: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+        purpose: "counts instructions",
+        tasks: &[Task::Bench],
     },
     Tool {
         program: "chromium",

@@ -83,8 +83,14 @@ impl Bookworm {
     pub(super) fn mount(&self) -> Result<()> {
         let none: Option<&str> = None;
         for (kind, place) in [("proc", "proc"), ("devtmpfs", "dev")] {
-            mount(Some(kind), &self.path(place), Some(kind), MsFlags::empty(), none)
-                .with_context(|| format!("mount {place}"))?;
+            mount(
+                Some(kind),
+                &self.path(place),
+                Some(kind),
+                MsFlags::empty(),
+                none,
+            )
+            .with_context(|| format!("mount {place}"))?;
         }
         Ok(())
     }

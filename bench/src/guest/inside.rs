@@ -45,8 +45,11 @@ pub(super) struct Sample {
     pub(super) subject: Subject,
     /// Packets per second.
     pub(super) rate: u32,
+    /// Packets that were counted.
     pub(super) packets: u64,
-    /// Of these, what the subject says that it relayed; none where it does not count them.
+    /// These, and those just before.
+    pub(super) sent: u64,
+    /// Of all that were sent, those that the subject says that it relayed; none where it does not count them.
     pub(super) relayed: Option<u64>,
     /// CPU time of the thread that polls what the interface receives, ns.
     pub(super) receiving: u64,
@@ -79,7 +82,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         for subject in &options.subject {
             let sample = measure(*subject, *rate, &debian, &interface, &far);
             let sample = sample.with_context(|| format!("{subject:?} at {rate} packets/s"))?;
-            eprintln!("{sample:?}");
             samples.push(sample);
         }
     }
@@ -185,6 +187,7 @@ fn counted(
         subject,
         rate,
         packets: (all - lead) as u64,
+        sent: all as u64,
         relayed: running
             .relayed()?
             .zip(relayed)

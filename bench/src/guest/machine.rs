@@ -15,6 +15,9 @@ use relay_tests::namespace::Host;
 
 use super::debian::Bookworm;
 
+/// QEMU.
+pub(super) const PROGRAM: &str = "qemu-system-x86_64";
+
 /// How long the guest may run. What takes a guest four minutes takes a busy machine ten.
 const PATIENCE: Duration = Duration::from_secs(1200);
 
@@ -79,12 +82,15 @@ impl Machine<'_> {
         fs::write(&initrd, self.initrd()?)?;
         fs::write(share.join("start"), self.start(script)?)?;
         let console = share.join("console");
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = Command::new(PROGRAM);
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-machine", "q35", "-m", "2048"])
             .args(CLOCK)
             .arg("-kernel")
-            .arg(self.debian.path(&format!("boot/vmlinuz-{}", self.debian.kernel()?)))
+            .arg(
+                self.debian
+                    .path(&format!("boot/vmlinuz-{}", self.debian.kernel()?)),
+            )
             .arg("-initrd")
             .arg(&initrd)
             .args(["-append", KERNEL_ARGUMENTS])
@@ -113,14 +119,19 @@ impl Machine<'_> {
                 ));
         }
         let log = File::create(share.join("qemu"))?;
-        qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        qemu.stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         let mut process = Host::this("this machine")?.spawn(qemu)?;
         let ended = process.wait(PATIENCE);
         let told = |file: &str| fs::read_to_string(share.join(file)).unwrap_or_default();
         let told = ["qemu", "console"].map(told).concat();
         let ended = ended.with_context(|| last_lines(&told))?;
         ensure!(ended.success(), "QEMU: {ended}: {}", last_lines(&told));
-        match fs::read_to_string(share.join("status")).as_deref().map(str::trim) {
+        match fs::read_to_string(share.join("status"))
+            .as_deref()
+            .map(str::trim)
+        {
             Ok("0") => Ok(()),
             Ok(status) => bail!("it failed in the guest ({status}): {}", last_lines(&told)),
             Err(_) => bail!("the guest died: {}", last_lines(&told)),
@@ -157,7 +168,9 @@ impl Machine<'_> {
             ("bin/busybox".to_owned(), busybox),
             ("init".to_owned(), init.into_bytes()),
         ];
-        let folder = self.debian.path(&format!("lib/modules/{}", self.debian.kernel()?));
+        let folder = self
+            .debian
+            .path(&format!("lib/modules/{}", self.debian.kernel()?));
         let known = fs::read_to_string(folder.join("modules.dep"))?;
         let mut names = String::new();
         for path in with_dependencies(&known, &MODULES)? {

@@ -2,19 +2,20 @@
 
 mod cost;
 mod debian;
+mod findings;
 pub(crate) mod inside;
 mod machine;
 mod pbx;
 mod subject;
 mod traffic;
 
-use std::{env, fs};
+use std::{env, fs, process::Command};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
 
 use self::{debian::Bookworm, inside::Sample, machine::Machine, subject::Subject};
-use crate::report::Report;
+use crate::report::{self, Report};
 
 /// Arguments of the suite.
 #[derive(clap::Args)]
@@ -33,24 +34,30 @@ pub(crate) struct Options {
 /// Measures.
 pub(crate) fn run(options: &Options) -> Result<Report> {
     let debian = Bookworm::installed()?;
-    let mut boots = Vec::new();
-    for boot in 1..=options.boots {
-        eprintln!("guest {boot} of {}", options.boots);
-        boots.push(samples(&debian, options)?);
-    }
-    eprintln!("{boots:#?}");
-    todo!()
-}
-
-/// What the guest counts in one boot.
-fn samples(debian: &Bookworm, options: &Options) -> Result<Vec<Sample>> {
-    let share = tempfile::tempdir()?;
-    let bench = env::current_exe()?;
-    let relay = relay_tests::relay::binary("relay-user", "RELAY_USER_BIN")?;
     let subjects = match &options.subject[..] {
         [] => Subject::value_variants(),
         some => some,
     };
+    let mut boots = Vec::new();
+    for boot in 1..=options.boots {
+        eprintln!("guest {boot} of {}", options.boots);
+        boots.push(samples(&debian, subjects, &options.rate)?);
+    }
+    let version = Command::new(machine::PROGRAM).arg("--version").output()?;
+    let version = String::from_utf8_lossy(&version.stdout);
+    let here = report::Machine {
+        kernel: debian.kernel()?,
+        processor: version.lines().next().unwrap_or_default().to_owned(),
+        processors: 1,
+    };
+    findings::report(&boots, subjects, &options.rate, here)
+}
+
+/// What the guest counts in one boot.
+fn samples(debian: &Bookworm, subjects: &[Subject], rates: &[u32]) -> Result<Vec<Sample>> {
+    let share = tempfile::tempdir()?;
+    let bench = env::current_exe()?;
+    let relay = relay_tests::relay::binary("relay-user", "RELAY_USER_BIN")?;
     let mut script = format!(
         "ulimit -n 65536; RELAY_USER_BIN='{}' exec '{}' in-guest --debian '{}' --samples /run/share/samples",
         fs::canonicalize(relay)?.display(),
@@ -58,10 +65,12 @@ fn samples(debian: &Bookworm, options: &Options) -> Result<Vec<Sample>> {
         debian.root().display(),
     );
     for subject in subjects {
-        let name = subject.to_possible_value().context("a subject without a name")?;
+        let name = subject
+            .to_possible_value()
+            .context("a subject without a name")?;
         script += &format!(" --subject {}", name.get_name());
     }
-    for rate in &options.rate {
+    for rate in rates {
         script += &format!(" --rate {rate}");
     }
     Machine { debian }.run(&script, share.path())?;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::Signal;
 use relay_tests::{
     link::{Interface, NativeXdp},
     namespace::Process,
@@ -69,10 +70,20 @@ pub(super) struct Running {
 enum Kind {
     Floor { _program: NativeXdp },
     Relay { relay: Relay, _pbx: Pbx },
-    Rtpengine { _process: Process, in_kernel: bool },
+    Rtpengine { process: Process, in_kernel: bool },
 }
 
 impl Subject {
+    /// As a table shows it.
+    pub(super) const fn title(self) -> &'static str {
+        match self {
+            Self::Floor => "swap MACs, XDP_TX (the floor)",
+            Self::Relay => "ours, everything on",
+            Self::RtpengineKernel => "rtpengine, kernel module",
+            Self::RtpengineUserspace => "rtpengine, userspace",
+        }
+    }
+
     /// Starts it on an interface of this machine.
     pub(super) fn start(
         self,
@@ -145,9 +156,18 @@ fn rtpengine(
 ) -> Result<Running> {
     let log = File::create("/run/rtpengine.log")?;
     let mut command = debian.command("rtpengine");
-    let table = if in_kernel { TABLE.to_string() } else { "-1".to_owned() };
+    let table = if in_kernel {
+        TABLE.to_string()
+    } else {
+        "-1".to_owned()
+    };
     command
-        .args(["--foreground", "--log-stderr", "--log-level=4", "--no-fallback"])
+        .args([
+            "--foreground",
+            "--log-stderr",
+            "--log-level=4",
+            "--no-fallback",
+        ])
         .arg(format!("--table={table}"))
         .arg(format!("--interface={RELAY}"))
         .arg(format!("--listen-ng={CONTROL}"))
@@ -178,10 +198,7 @@ fn rtpengine(
         calls,
         way: Way::Across,
         payers: vec![Payer::Process(process.id())],
-        kind: Kind::Rtpengine {
-            _process: process,
-            in_kernel,
-        },
+        kind: Kind::Rtpengine { process, in_kernel },
     })
 }
 
@@ -229,7 +246,12 @@ impl Running {
     /// Ends it.
     pub(super) fn stop(self) -> Result<()> {
         match self.kind {
-            Kind::Floor { .. } | Kind::Rtpengine { .. } => Ok(()),
+            Kind::Floor { .. } => Ok(()),
+            Kind::Rtpengine { mut process, .. } => {
+                // Killed, it would leave its calls in the module, which would go on relaying them.
+                process.signal(Signal::SIGTERM);
+                process.wait(PATIENCE).map(drop)
+            }
             Kind::Relay { relay, .. } => relay.stop(),
         }
     }
@@ -239,6 +261,31 @@ impl Running {
 fn kernel_packets() -> Result<u64> {
     let path = format!("/proc/rtpengine/{TABLE}/list");
     let list = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    eprintln!("{}", list.lines().take(60).collect::<Vec<_>>().join("\n"));
-    Ok(0)
+    Ok(packets_in(&list))
+}
+
+/// The sum of all lines such as `stats: 22188 bytes, 129 packets, 0 errors`.
+fn packets_in(list: &str) -> u64 {
+    let packets = |line: &str| {
+        let counts = line.trim().strip_prefix("stats:")?;
+        let packets = counts.split(',').nth(1)?.trim().strip_suffix(" packets")?;
+        packets.parse::<u64>().ok()
+    };
+    list.lines().filter_map(packets).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::packets_in;
+
+    #[test]
+    fn packets_of_the_module_are_those_of_all_its_streams() {
+        let list = "local inet4 192.0.2.1:20104\n\
+             \x20   stats:                22188 bytes,                  129 packets,                    0 errors\n\
+             \x20       RTP payload type   0:                22188 bytes,                  129 packets\n\
+             local inet4 192.0.2.1:20120\n\
+             \x20   stats:                172 bytes,                  1 packets,                    0 errors\n";
+        assert_eq!(packets_in(list), 130);
+        assert_eq!(packets_in(""), 0);
+    }
 }
