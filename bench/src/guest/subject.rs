@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use nix::sys::signal::Signal;
 use relay_tests::{
     link::{Interface, NativeXdp},
     namespace::Process,
@@ -247,10 +246,14 @@ impl Running {
     pub(super) fn stop(self) -> Result<()> {
         match self.kind {
             Kind::Floor { .. } => Ok(()),
-            Kind::Rtpengine { mut process, .. } => {
-                // Killed, it would leave its calls in the module, which would go on relaying them.
-                process.signal(Signal::SIGTERM);
-                process.wait(PATIENCE).map(drop)
+            Kind::Rtpengine { process, in_kernel } => {
+                drop(process);
+                if in_kernel {
+                    // It leaves its calls in the module, which would go on relaying them.
+                    fs::write("/proc/rtpengine/control", format!("del {TABLE}\n"))
+                        .context("remove rtpengine's table")?;
+                }
+                Ok(())
             }
             Kind::Relay { relay, .. } => relay.stop(),
         }
