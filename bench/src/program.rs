@@ -17,6 +17,7 @@ use nix::{
 use relay_common::{
     capture::{Capture, SNAP_MAX},
     reason::Reason,
+    reception::Reception,
     stream::{Endpoint, State, StreamSpec, VlanTag, ticks},
 };
 use relay_tests::{
@@ -295,11 +296,25 @@ fn packets() -> Vec<(&'static str, Entry, Draft, Reason)> {
     ]
 }
 
-/// The state of a stream whose last packet has come just now (ns).
+/// The state of a stream of which packets come one after the other, 20 ms of voice each, the last one just now (ns).
 fn flowing(entry: &Entry, now: u64) -> State {
+    const SPACING: u64 = 20_000_000;
+    let reception = Reception {
+        arrival: now - SPACING,
+        packets: 100,
+        source: fixture::SSRC,
+        timestamp: fixture::TIMESTAMP - 160,
+        first: 1 << 16,
+        highest: 1 << 16 | u32::from(fixture::SEQUENCE - 1),
+        window: u64::MAX,
+        types: [0, 0xff, 0xff, 0xff],
+        payload_type: 0,
+        ..Reception::default()
+    };
     State {
         last_seen: ticks(now),
         last_passed: ticks(now),
+        reception,
         ..entry.state
     }
 }

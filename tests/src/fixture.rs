@@ -263,10 +263,18 @@ pub fn taken_back(stream: StreamSpec) -> Entry {
 /// Synchronisation source of [`rtp`].
 pub const SSRC: u32 = 0xdead_beef;
 
+/// Sequence number of [`rtp`].
+pub const SEQUENCE: u16 = 0x1234;
+
+/// Timestamp of [`rtp`].
+pub const TIMESTAMP: u32 = 160;
+
 /// An RTP packet with `length` bytes of voice.
 #[must_use]
 pub fn rtp(payload_type: u8, length: usize) -> Vec<u8> {
-    let mut packet = vec![0x80, payload_type, 0x12, 0x34, 0, 0, 0, 160];
+    let mut packet = vec![0x80, payload_type];
+    packet.extend(SEQUENCE.to_be_bytes());
+    packet.extend(TIMESTAMP.to_be_bytes());
     packet.extend(SSRC.to_be_bytes());
     packet.extend((0..length).map(|at| (at * 7) as u8));
     packet
