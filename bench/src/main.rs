@@ -1,10 +1,12 @@
 //! Benchmarks of the relay. They need root.
 
 mod interpreter;
+mod peer;
 mod program;
 mod qos;
 mod report;
 mod watching;
+mod wire;
 
 use std::{path::Path, process::ExitCode};
 
@@ -26,6 +28,8 @@ enum Suite {
     Qos(qos::Options),
     /// What looking on costs, with thousands of streams in the table
     Watching(watching::Options),
+    /// Packets per second without loss, and CPU time a packet, over veth and beside other relays
+    Wire(wire::Options),
 }
 
 fn main() -> ExitCode {
@@ -33,6 +37,7 @@ fn main() -> ExitCode {
         Suite::Program(options) => publish(program::run(&options)),
         Suite::Qos(options) => qos::run(&options),
         Suite::Watching(options) => watching::run(&options),
+        Suite::Wire(options) => publish(wire::run(&options)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
