@@ -225,6 +225,11 @@ impl Lab {
         Ok(())
     }
 
+    /// Stops the Asterisk that plays the phones for good, in the midst of its calls: these stay up, and nobody talks.
+    pub fn freeze_phones(&self) {
+        self.phones.process.signal(Signal::SIGSTOP);
+    }
+
     /// Starts the Asterisk under test again after [`Lab::crash`].
     ///
     /// # Errors

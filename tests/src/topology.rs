@@ -23,8 +23,8 @@ pub const PBX_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 /// The PBX's IPv6 address, /64.
 pub const PBX_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
 
-/// `phones` and `pbx` on one cable.
-#[derive(Debug)]
+/// `phones` and `pbx` on one cable. Clones are the same.
+#[derive(Clone, Debug)]
 pub struct Direct {
     /// The machine with the PBX and the relay: 192.0.2.1/24 and 2001:db8::1/64.
     pub pbx: Host,

@@ -61,6 +61,8 @@ pub struct Sender {
     pub start: u64,
     /// Between two packets, 1/1024 ns.
     pub interval: u64,
+    /// Packets that are due at the same time.
+    pub burst: u64,
     /// Streams.
     pub streams: u32,
     /// Interface that it sends on.

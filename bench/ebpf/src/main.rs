@@ -43,13 +43,15 @@ fn next() -> Option<(Header, u32)> {
         end,
         start,
         interval,
+        burst,
         streams,
         interface,
     } = *sender;
     if sent >= end {
         return None;
     }
-    let due = start + (((sent - first) * interval) >> 10);
+    let number = sent - first;
+    let due = start + (((number - number.checked_rem(burst)?) * interval) >> 10);
     let mut looks = 0;
     // SAFETY: a helper without arguments.
     while unsafe { bpf_ktime_get_ns() } < due {

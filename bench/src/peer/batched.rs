@@ -80,7 +80,9 @@ impl Batched {
             let ready = pin_here(cpu);
             // Whoever started the thread listens.
             let _ = started.send(ready.map(|()| gettid()));
-            let _ = serve(&epoll, &ways);
+            if let Err(error) = serve(&epoll, &ways) {
+                eprintln!("a userspace relay ends: {error}");
+            }
         })?;
         Ok(Self {
             end,

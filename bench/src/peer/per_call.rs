@@ -59,8 +59,9 @@ impl PerCall {
                 let ready = pin_here(cpu);
                 // Whoever started the thread listens.
                 let _ = started.send(ready.map(|()| gettid()));
-                // A socket that is shut down ends it.
-                let _ = serve(&sockets, remotes);
+                if let Err(error) = serve(&sockets, remotes) {
+                    eprintln!("a userspace relay ends: {error}");
+                }
             };
             let thread = thread::Builder::new().name("call".to_owned());
             relay.threads.push(thread.spawn(body)?);

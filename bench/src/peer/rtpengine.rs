@@ -72,7 +72,7 @@ impl Rtpengine {
             "rtpengine",
             "--foreground",
             "--log-stderr",
-            "--log-level=3",
+            "--log-level=2",
             // Without its kernel module.
             "--table=-1",
             // Nobody talks while others are measured.
@@ -82,7 +82,8 @@ impl Rtpengine {
         ]);
         command.arg(format!("--interface={PBX_V4}"));
         command.arg(format!("--listen-ng={CONTROL}"));
-        command.stdin(Stdio::null());
+        // Under overload it complains of every packet.
+        command.stdin(Stdio::null()).stderr(Stdio::null());
         let process = host.spawn(command)?;
         let control = host.run(|| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)))?;
         control.set_read_timeout(Some(AGAIN))?;

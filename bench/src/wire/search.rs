@@ -8,37 +8,31 @@ pub(crate) struct Search {
     /// The lowest rate that failed, if any did.
     failed: Option<f64>,
     first: f64,
+    step: f64,
     ceiling: f64,
 }
 
 /// Where passed and failed are so near to each other, the search is over.
 const RESOLUTION: f64 = 1.01;
-/// From the first rate on, the steps towards the other side grow by this power each.
-const GROWTH: f64 = 2.0;
-/// The first step.
-const STEP: f64 = 1.06;
 /// Nothing is tried below, packets per second.
 const FLOOR: f64 = 1000.0;
 
 impl Search {
-    /// A search that begins at a rate, and tries none above a ceiling (packets per second).
-    pub(crate) fn new(first: f64, ceiling: f64) -> Self {
+    /// A search that begins at a rate, and tries none above a ceiling (packets per second). Until the other side is found,
+    /// it goes on by a factor, and by as much again each time.
+    pub(crate) fn new(first: f64, step: f64, ceiling: f64) -> Self {
         Self {
             passed: None,
             failed: None,
             first: first.min(ceiling),
+            step,
             ceiling,
         }
     }
 
     /// The rate to try next; none where the search is over.
     pub(crate) fn next(&self) -> Option<f64> {
-        let step = |from: f64| {
-            (from / self.first)
-                .max(self.first / from)
-                .powf(GROWTH)
-                .max(STEP)
-        };
+        let step = |from: f64| (from / self.first).max(self.first / from).max(self.step);
         match (self.passed, self.failed) {
             (None, None) => Some(self.first),
             (Some(passed), None) if passed >= self.ceiling => None,
@@ -70,8 +64,8 @@ mod tests {
     use super::*;
 
     /// The rate found, and how many were tried.
-    fn search(first: f64, limit: f64) -> (Option<f64>, u32) {
-        let mut search = Search::new(first, 2e6);
+    fn search(first: f64, step: f64, limit: f64) -> (Option<f64>, u32) {
+        let mut search = Search::new(first, step, 2e6);
         let mut tried = 0;
         while let Some(rate) = search.next() {
             search.note(rate, rate <= limit);
@@ -85,7 +79,7 @@ mod tests {
     fn the_limit_is_found_within_the_resolution() {
         for first in [1000.0, 50_000.0, 2e6] {
             for limit in [1500.0, 44_000.0, 123_456.0, 1_900_000.0] {
-                let (found, _) = search(first, limit);
+                let (found, _) = search(first, 1.5, limit);
                 let found = found.expect("a rate passes");
                 assert!(
                     found <= limit && limit / found <= RESOLUTION,
@@ -97,12 +91,12 @@ mod tests {
 
     #[test]
     fn a_good_guess_takes_few_trials() {
-        assert!(search(200_000.0, 204_000.0).1 <= 5);
+        assert!(search(200_000.0, 1.04, 204_000.0).1 <= 5);
     }
 
     #[test]
     fn the_search_ends_at_its_bounds() {
-        assert_eq!(search(100_000.0, 1e9).0, Some(2e6));
-        assert_eq!(search(100_000.0, 0.0).0, None);
+        assert_eq!(search(100_000.0, 1.5, 1e9).0, Some(2e6));
+        assert_eq!(search(100_000.0, 1.5, 0.0).0, None);
     }
 }

@@ -1,110 +1,125 @@
-//! What is measured: ways to relay, each with a network of its own.
+//! A way to relay, and how it is measured.
 
 use std::{
     any::Any,
-    os::fd::OwnedFd,
-    process,
-    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail, ensure};
 use nix::unistd::Pid;
-use relay_tests::{
-    link::Interface,
-    program::{self, Kind},
-    relay::Relay,
-    topology::Direct,
-};
-
-use relay_user::{
-    control::client::Client,
-    pair::{self, Pair, Proof},
-};
+use relay_tests::{relay::Relay, topology::Direct};
 
 use super::{
     PHONES_CPU, RELAY_CPU,
     call::{self, Call, Way},
     cpu,
-    traffic::Traffic,
-};
-use crate::peer::{
-    batched::Batched, nftables, per_call::PerCall, rtpengine::Rtpengine, swap::swap_macs,
+    search::Search,
+    traffic::{Load, Traffic, Trial},
 };
 
 /// How often the receiver looks whether something has come: as if it were a NIC, nobody who sends has to wake it up.
 const POLL: Duration = Duration::from_micros(50);
+/// How long a load lasts.
+const DURATION: Duration = Duration::from_millis(500);
+/// How often a load is tried until nothing is lost: another guest of the same machine may stop a processor for longer
+/// than a ring lasts.
+const TRIES: u32 = 2;
+/// The share of a rate that the generator must reach.
+const REACHED: f64 = 0.99;
+/// Where a search begins, packets per second, and the first steps of one.
+const GUESS: f64 = 100e3;
+const FAR: f64 = 1.5;
+const NEAR: f64 = 1.04;
+/// No rate above is tried, packets per second.
+const CEILING: f64 = 3e6;
+
+/// What a way to relay is, in comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    /// Does nothing but send back.
+    Floor,
+    /// The relay of this project.
+    Ours,
+    /// Another one in the kernel.
+    Kernel,
+    /// Every packet goes through a process.
+    Userspace,
+}
 
 /// A way to relay, ready to be measured.
-pub(crate) struct Subject {
-    pub(crate) name: &'static str,
-    pub(crate) traffic: Traffic,
+pub(super) struct Subject {
+    pub(super) name: &'static str,
+    pub(super) class: Class,
+    traffic: Traffic,
     /// The kernel's thread that receives for the relay.
     receiver: Pid,
     work: Work,
+    /// Keeps the machines.
     _net: Direct,
+    /// Packets sent since the relay has all calls.
+    sent: u64,
+    /// Packets that it had relayed then.
+    relayed: u64,
 }
 
 /// What runs besides the thread that receives.
-struct Work {
-    threads: Vec<Pid>,
-    processes: Vec<u32>,
-    /// Ends it when dropped.
-    _guard: Box<dyn Any>,
+pub(super) struct Work {
+    pub(super) threads: Vec<Pid>,
+    pub(super) processes: Vec<u32>,
+    /// Where it is ours, among the processes too.
+    pub(super) relay: Option<Relay>,
+    /// Ends the rest when dropped.
+    pub(super) _guard: Box<dyn Any>,
 }
 
-impl Work {
-    /// None that takes CPU time.
-    fn none(guard: impl Any) -> Self {
+impl Default for Work {
+    fn default() -> Self {
         Self {
             threads: Vec::new(),
             processes: Vec::new(),
-            _guard: Box::new(guard),
+            relay: None,
+            _guard: Box::new(()),
         }
+    }
+}
+
+/// What a relay takes at a load at which it loses nothing.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cost {
+    /// Packets per second.
+    pub(super) rate: f64,
+    /// CPU time for a packet, ns.
+    pub(super) per_packet: f64,
+}
+
+impl Cost {
+    /// The share of its CPU.
+    pub(super) fn share(&self) -> f64 {
+        self.rate * self.per_packet / 1e9
     }
 }
 
 impl Subject {
-    /// CPU time of the relay until now: what the kernel does to receive, and its threads and processes.
-    pub(crate) fn cpu_time(&self) -> Result<Duration> {
-        let mut sum = cpu::time_of(self.receiver)?;
-        for &thread in &self.work.threads {
-            sum += cpu::time_of(thread)?;
-        }
-        for &process in &self.work.processes {
-            sum += cpu::time_of_process(process)?;
-        }
-        Ok(sum)
-    }
-
-    fn new(
+    /// Has both ends received by threads of their own, the relay run where it is to be measured, and all calls relayed.
+    ///
+    /// # Errors
+    /// Not all packets come back as they should.
+    pub(super) fn ready(
         name: &'static str,
-        calls: u16,
-        way: Way,
-        start: impl FnOnce(&Direct, &mut [Call]) -> Result<Work>,
+        class: Class,
+        net: &Direct,
+        (calls, work): (Vec<Call>, Work),
     ) -> Result<Self> {
-        let net = network()?;
-        let mut calls = call::between_phones(calls);
-        let work = start(&net, &mut calls).with_context(|| name)?;
-        Self::ready(name, net, &calls, way, work).with_context(|| name)
-    }
-
-    /// Has both ends received by threads of their own, and the relay run where it is to be measured.
-    fn ready(
-        name: &'static str,
-        net: Direct,
-        calls: &[Call],
-        way: Way,
-        work: Work,
-    ) -> Result<Self> {
-        let mut traffic = Traffic::new(&net.phones_interface)?;
-        traffic.plan(&call::streams(calls, way))?;
         let (pbx, phones) = (&net.pbx_interface, &net.phones_interface);
+        let way = match class {
+            Class::Floor => Way::Mirrored,
+            _ => Way::Relayed,
+        };
+        let mut traffic = Traffic::new(phones)?;
+        traffic.plan(&call::streams(&calls, way))?;
         let receiver = pbx.receive_by_thread()?;
-        for (thread, cpu) in [
-            (receiver, RELAY_CPU),
-            (phones.receive_by_thread()?, PHONES_CPU),
-        ] {
+        let of_phones = phones.receive_by_thread()?;
+        for (thread, cpu) in [(receiver, RELAY_CPU), (of_phones, PHONES_CPU)] {
             cpu::pin(thread, cpu)?;
             cpu::put_first(thread)?;
         }
@@ -114,112 +129,111 @@ impl Subject {
         }
         let mut subject = Self {
             name,
+            class,
             traffic,
             receiver,
             work,
-            _net: net,
+            _net: net.clone(),
+            sent: 0,
+            relayed: 0,
         };
-        // Addresses are resolved, streams proven, connections known.
-        let deadline = Instant::now() + Duration::from_secs(10);
+        // Addresses are resolved then, streams proven, connections known.
+        let deadline = Instant::now() + Duration::from_secs(20);
         loop {
-            let trial = subject
-                .traffic
-                .run(5e3, Duration::from_millis(500), PHONES_CPU)?;
+            let (trial, _) = subject.trial(Load::even(5e3))?;
             if trial.is_whole() {
-                return Ok(subject);
+                break;
             }
             if Instant::now() > deadline {
                 bail!("not all is relayed: {trial:?}");
             }
         }
+        subject.sent = 0;
+        subject.relayed = subject.relayed_by_kernel()?;
+        Ok(subject)
     }
-}
 
-/// All of them, at work, each on a cable of its own.
-pub(crate) fn all(calls: u16) -> Result<Vec<Subject>> {
-    let ours = |name, mode: &'static str| {
-        Subject::new(name, calls, Way::Relayed, move |net, calls| {
-            let pbx = PerCall::start(&net.pbx, calls, RELAY_CPU)?;
-            let relay = Relay::attach(
-                &net.pbx,
-                &net.pbx_interface.name,
-                ["--mode", mode, "--expire", "86400"],
-            )?;
-            net.pbx.run(|| add(&relay, calls))?;
-            Ok(Work {
-                threads: pbx.threads().to_vec(),
-                processes: vec![relay.id()],
-                _guard: Box::new((relay, pbx)),
-            })
-        })
-    };
-    Ok(vec![
-        Subject::new("swap", calls, Way::Mirrored, |net, _| {
-            Ok(Work::none(swap(&net.pbx_interface)?))
-        })?,
-        ours("ours, native", "native")?,
-        ours("ours, generic", "generic")?,
-        ours("ours, TC", "tc")?,
-        Subject::new("nftables", calls, Way::Relayed, |net, calls| {
-            nftables::forward(&net.pbx, calls)?;
-            Ok(Work::none(()))
-        })?,
-        Subject::new("per call", calls, Way::Relayed, |net, calls| {
-            let relay = PerCall::start(&net.pbx, calls, RELAY_CPU)?;
-            Ok(Work {
-                threads: relay.threads().to_vec(),
-                processes: vec![],
-                _guard: Box::new(relay),
-            })
-        })?,
-        Subject::new("batched", calls, Way::Relayed, |net, calls| {
-            let relay = Batched::start(&net.pbx, calls, RELAY_CPU)?;
-            Ok(Work {
-                threads: vec![relay.thread()],
-                processes: vec![],
-                _guard: Box::new(relay),
-            })
-        })?,
-        Subject::new("rtpengine", calls, Way::Relayed, |net, calls| {
-            let mut rtpengine = Rtpengine::start(&net.pbx)?;
-            for (number, call) in calls.iter_mut().enumerate() {
-                *call = rtpengine.call(number, call.map(|leg| leg.remote))?;
+    /// What the relay takes at a load; none where it loses something every time.
+    ///
+    /// # Errors
+    /// The kernel does not run the generator.
+    pub(super) fn cost(&mut self, load: Load) -> Result<Option<Cost>> {
+        for _ in 0..TRIES {
+            let (trial, cost) = self.trial(load)?;
+            if trial.is_whole() && trial.rate() >= REACHED * load.rate {
+                return Ok(Some(cost));
             }
-            Ok(Work {
-                threads: vec![],
-                processes: vec![rtpengine.id()],
-                _guard: Box::new(rtpengine),
-            })
-        })?,
-    ])
-}
+        }
+        Ok(None)
+    }
 
-/// Tells the relay of the calls, which it then proves on the wire.
-fn add(relay: &Relay, calls: &[Call]) -> Result<()> {
-    let client = Client::new(relay.socket());
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        for call in calls {
-            let leg = |side: usize| -> Result<pair::Leg> { Ok(call[side].to_string().parse()?) };
-            let pair = Pair::new([leg(0)?, leg(1)?], vec![], Proof::Wire)?;
-            client.add(&pair).await?;
+    /// The highest rate at which it loses nothing, and what it takes there; none where it always loses something. The
+    /// search begins near a rate that is known, or far from any.
+    ///
+    /// # Errors
+    /// The kernel does not run the generator.
+    pub(super) fn loss_free(&mut self, known: Option<f64>) -> Result<Option<Cost>> {
+        let mut search = match known {
+            Some(rate) => Search::new(rate, NEAR, CEILING),
+            None => Search::new(GUESS, FAR, CEILING),
+        };
+        let mut best: Option<Cost> = None;
+        while let Some(rate) = search.next() {
+            let cost = self.cost(Load::even(rate))?;
+            search.note(rate, cost.is_some());
+            best = cost.filter(|_| search.found() == Some(rate)).or(best);
+        }
+        Ok(best)
+    }
+
+    /// Sees that the relay's program has relayed what was sent, and not the PBX behind it. A packet now and then is let
+    /// pass to that, as proof.
+    ///
+    /// # Errors
+    /// It has not.
+    pub(super) fn verify(&self) -> Result<()> {
+        if self.class == Class::Ours {
+            let relayed = self.relayed_by_kernel()? - self.relayed;
+            let share = relayed as f64 / self.sent as f64;
+            // What a ring has lost, nobody relays.
+            ensure!(
+                share > 0.8,
+                "{}: only {relayed} of {} packets were relayed in the kernel",
+                self.name,
+                self.sent
+            );
         }
         Ok(())
-    })
-}
+    }
 
-/// Two machines on a cable whose ends have names that no other interface has.
-fn network() -> Result<Direct> {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let names = ["r", "p"].map(|end| format!("{end}{}x{number}", process::id()));
-    Direct::named(2, names.each_ref().map(String::as_str))
-}
+    fn relayed_by_kernel(&self) -> Result<u64> {
+        let Some(relay) = &self.work.relay else {
+            return Ok(0);
+        };
+        Ok(relay.reasons()?.get("relayed").copied().unwrap_or_default())
+    }
 
-/// Attaches the floor.
-fn swap(interface: &Interface) -> Result<OwnedFd> {
-    let program = program::load(Kind::Xdp, &swap_macs())?;
-    interface.attach_xdp(&program)
+    fn trial(&mut self, load: Load) -> Result<(Trial, Cost)> {
+        let before = self.cpu_time()?;
+        let trial = self.traffic.run(load, DURATION, PHONES_CPU)?;
+        let used = self.cpu_time()?.saturating_sub(before);
+        self.sent += trial.sent;
+        let cost = Cost {
+            rate: trial.rate(),
+            per_packet: used.as_nanos() as f64 / trial.sent as f64,
+        };
+        Ok((trial, cost))
+    }
+
+    /// CPU time of the relay until now: what the kernel does to receive, and its threads and processes.
+    fn cpu_time(&self) -> Result<Duration> {
+        let mut sum = cpu::time_of(self.receiver)?;
+        for &thread in &self.work.threads {
+            sum += cpu::time_of(thread)?;
+        }
+        for &process in &self.work.processes {
+            sum += cpu::time_of_process(process)?;
+        }
+        Ok(sum)
+    }
 }

@@ -19,7 +19,7 @@ use relay_tests::{link::Interface, program};
 use super::cpu;
 
 /// Without a packet for so long, none comes any more.
-const SILENCE: Duration = Duration::from_millis(100);
+const SILENCE: Duration = Duration::from_millis(50);
 /// Runs of the generator in one system call. One run looks at the clock a few dozen times, or sends a packet.
 const RUNS: u32 = 1000;
 /// From the decision to send until the first packet.
@@ -37,6 +37,22 @@ pub(crate) struct Traffic {
     received: Map<{ size_of::<Received>() }>,
     seen: Map<{ size_of::<Seen>() }>,
     streams: u32,
+}
+
+/// How packets are sent.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Load {
+    /// Packets per second, over all streams.
+    pub(crate) rate: f64,
+    /// Packets at once.
+    pub(crate) burst: u64,
+}
+
+impl Load {
+    /// One packet after the other, at even distances.
+    pub(crate) const fn even(rate: f64) -> Self {
+        Self { rate, burst: 1 }
+    }
 }
 
 /// What became of a trial.
@@ -110,12 +126,12 @@ impl Traffic {
         Ok(())
     }
 
-    /// Sends at a rate (packets per second) for so long, on a CPU, and waits until no packet comes any more. It gives up where it
-    /// takes twice the time.
+    /// Sends a load for so long, on a CPU, and waits until no packet comes any more. It gives up where it takes twice the
+    /// time.
     ///
     /// # Errors
     /// The kernel does not run the generator.
-    pub(crate) fn run(&mut self, rate: f64, duration: Duration, on: usize) -> Result<Trial> {
+    pub(crate) fn run(&mut self, load: Load, duration: Duration, on: usize) -> Result<Trial> {
         self.received.set(0, [0; _], 0)?;
         for stream in 0..self.streams {
             self.seen.set(stream, [0; _], 0)?;
@@ -125,9 +141,10 @@ impl Traffic {
         let sender = Sender {
             sent: first,
             first,
-            end: first + (rate * duration.as_secs_f64()) as u64,
+            end: first + (load.rate * duration.as_secs_f64()) as u64,
             start: start.as_nanos() as u64,
-            interval: (1e9 * 1024.0 / rate) as u64,
+            interval: (1e9 * 1024.0 / load.rate) as u64,
+            burst: load.burst,
             streams: self.streams,
             interface: self.interface.index,
         };
