@@ -126,6 +126,11 @@ impl Traffic {
         Ok(())
     }
 
+    /// Streams that are sent.
+    pub(crate) const fn streams(&self) -> u32 {
+        self.streams
+    }
+
     /// Sends a load for so long, on a CPU, and waits until no packet comes any more. It gives up where it takes twice the
     /// time.
     ///
