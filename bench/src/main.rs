@@ -2,11 +2,12 @@
 
 mod guest;
 mod interpreter;
+mod peer;
 mod program;
 mod qos;
 mod report;
-mod rtpengine;
 mod watching;
+mod wire;
 
 use std::{path::Path, process::ExitCode};
 
@@ -33,6 +34,8 @@ enum Suite {
     Qos(qos::Options),
     /// What looking on costs, with thousands of streams in the table
     Watching(watching::Options),
+    /// Packets per second without loss, and CPU time a packet, over veth and beside other relays
+    Wire(wire::Options),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Suite::InGuest(options) => guest::inside::run(&options),
         Suite::Qos(options) => qos::run(&options),
         Suite::Watching(options) => watching::run(&options),
+        Suite::Wire(options) => publish(wire::run(&options)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

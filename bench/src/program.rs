@@ -30,6 +30,7 @@ use relay_tests::{
 
 use crate::{
     interpreter::{self, Trace},
+    peer::swap::swap_macs,
     report::{Bound, Column, Machine, Report, Row, Spread, Table, Target},
 };
 
@@ -143,7 +144,7 @@ fn cases() -> Result<Vec<Case>> {
     let voice = fixture::cycle(Family::V4).1.bytes();
     for (name, instructions) in [
         ("return XDP_TX", vec![set(0, XDP_TX), EXIT]),
-        (SWAP, program::swap_macs()),
+        (SWAP, swap_macs()),
     ] {
         cases.push(Case {
             name: name.to_owned(),

@@ -1,4 +1,4 @@
-//! A Debian in a folder of its own: installed from the mirror once, for all tests and runs.
+//! Programs of Debian's, each in a cache directory with a small Debian of its own, once for all tests and runs.
 
 use std::{
     env, fs,
@@ -16,35 +16,35 @@ use crate::namespace;
 
 const DEFAULT_MIRROR: &str = "http://deb.debian.org/debian";
 
-/// What is to be installed.
+/// A Debian with a program and what that depends on. Services in it are never started.
 #[derive(Clone, Copy, Debug)]
-pub struct Debian<'a> {
-    /// Folder in the user's cache.
-    pub cache: &'a str,
-    /// Names what is made here; a change takes a new name, so that what was made before is not used.
-    pub name: &'a str,
-    /// What it is for, as a message says it.
-    pub purpose: &'a str,
-    /// The release.
-    pub suite: &'a str,
-    /// Packages, besides the smallest Debian that there is.
-    pub packages: &'a [&'a str],
-    /// Command of its shell that finishes the installation, if one is needed.
-    pub finish: Option<&'a str>,
+pub struct Installation {
+    /// What is installed, for messages.
+    pub program: &'static str,
+    /// The folder in the user's cache.
+    pub cache: &'static str,
+    /// The folder in that. Another way to install takes a new name, so that an old cache is not used.
+    pub name: &'static str,
+    /// Debian's release.
+    pub suite: &'static str,
+    /// Packages that are installed.
+    pub packages: &'static [&'static str],
+    /// What its shell runs last, if anything.
+    pub finish: Option<&'static str>,
 }
 
-impl Debian<'_> {
-    /// The root directory; installs it first if need be, which takes minutes.
+impl Installation {
+    /// Its root directory. Installs it first if need be, which takes about a minute.
     ///
     /// # Errors
     /// The cache cannot be written, or the Debian mirror not be reached: the text holds the end of the log.
-    pub fn installed(&self) -> Result<PathBuf> {
+    pub fn root(&self) -> Result<PathBuf> {
         let cache = match (env::var_os("XDG_CACHE_HOME"), env::var_os("HOME")) {
             (Some(cache), _) => PathBuf::from(cache),
             (None, Some(home)) => Path::new(&home).join(".cache"),
             (None, None) => bail!(
                 "neither XDG_CACHE_HOME nor HOME is set: no place to keep {}",
-                self.purpose
+                self.program
             ),
         };
         let cache = cache.join(self.cache);
@@ -76,8 +76,8 @@ impl Debian<'_> {
 
     fn install(&self, root: &Path, log: &Path) -> Result<()> {
         eprintln!(
-            "installing {} into {} (some minutes)",
-            self.purpose,
+            "installing {} into {} (a minute or more)",
+            self.program,
             root.display()
         );
         File::create(log)?;
@@ -104,7 +104,7 @@ impl Debian<'_> {
         if mirror.starts_with("https:") {
             debootstrap.push("--include=ca-certificates");
         }
-        // debootstrap knows no script of releases later than its own: its fourth argument names the generic one.
+        // debootstrap has no script for releases younger than itself: its fourth argument names the generic one.
         debootstrap.extend([self.suite, root_text, &mirror, "sid"]);
         run(log, &debootstrap)?;
         // Services must not start inside.
@@ -115,15 +115,24 @@ impl Debian<'_> {
         let excluded = ["doc", "man", "locale"]
             .map(|name| format!("path-exclude=/usr/share/{name}/*\n"))
             .concat();
-        fs::write(root.join("etc/dpkg/dpkg.cfg.d/relay"), excluded)?;
-        let chroot = ["chroot", root_text];
-        let install = ["apt-get", "install", "-y", "--no-install-recommends"];
-        run(log, &[&chroot, &install[..], self.packages].concat())?;
-        run(log, &[&chroot, &["apt-get", "clean"][..]].concat())?;
-        fs::remove_dir_all(root.join("var/lib/apt/lists"))?;
+        fs::write(root.join("etc/dpkg/dpkg.cfg.d/relay-asterisk"), excluded)?;
+        let mut install = vec![
+            "chroot",
+            root_text,
+            "apt-get",
+            "install",
+            "-y",
+            "--no-install-recommends",
+        ];
+        install.extend(self.packages);
+        run(log, &install)?;
         if let Some(finish) = self.finish {
-            run(log, &[&chroot, &["sh", "-ec", finish][..]].concat())?;
+            run(log, &["chroot", root_text, "sh", "-ec", finish])?;
         }
+        run(log, &["chroot", root_text, "apt-get", "clean"])?;
+        fs::remove_dir_all(root.join("var/lib/apt/lists"))?;
+        // A place to mount what an instance writes.
+        fs::create_dir(root.join("lab"))?;
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Error,
+    io::{self, Error},
     mem,
     net::UdpSocket,
     os::fd::{AsRawFd as _, OwnedFd},
@@ -11,11 +11,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use nix::libc;
+use nix::{libc, unistd::Pid};
 
 use crate::{
     namespace::Host,
-    program::{self, Instruction, Kind},
+    program::{self, Kind},
 };
 
 /// How long a link may take to come up.
@@ -190,37 +190,83 @@ impl Interface {
             .run(|| Offload::TransmitChecksum.set(&self.name, true))
     }
 
+    /// Has packets received as those of a NIC are: from a ring, by a kernel thread of this interface's own (threaded NAPI,
+    /// Linux 5.12). Otherwise a veth's packets wait in a queue that all of its kind share. Returns the thread's id.
+    ///
+    /// # Errors
+    /// The kernel refuses, or the name of the interface is not the only one of its kind on the machine.
+    pub fn receive_by_thread(&self) -> Result<Pid> {
+        // Without XDP, veth has the ring for GRO only, and puts only packets of senders without segmentation into it
+        // (veth_skb_is_eligible_for_gro() in drivers/net/veth.c), as all are whose checksums are not left to the device.
+        self.host.run(|| Offload::Gro.set(&self.name, true))?;
+        let path = format!("/sys/class/net/{}/threaded", self.name);
+        self.host
+            .run(|| fs::write(&path, "1"))
+            .with_context(|| path.clone())?;
+        self.napi_thread()
+    }
+
+    /// Has packets fetched from the ring whenever so much time has passed, for as long as some come, instead of being told
+    /// of each: no sender has to wake the thread of [`Interface::receive_by_thread`].
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn poll_every(&self, interval: Duration) -> Result<()> {
+        /// Looks without a packet, before it waits to be told again.
+        const LOOKS: u32 = 1000;
+        let folder = format!("/sys/class/net/{}", self.name);
+        self.host
+            .run(|| -> io::Result<()> {
+                fs::write(
+                    format!("{folder}/gro_flush_timeout"),
+                    interval.as_nanos().to_string(),
+                )?;
+                fs::write(format!("{folder}/napi_defer_hard_irqs"), LOOKS.to_string())
+            })
+            .with_context(|| folder.clone())
+    }
+
+    /// The kernel thread that receives for this interface. Attaching and detaching XDP may start another.
+    ///
+    /// # Errors
+    /// There is none, or the name of the interface is not the only one of its kind on the machine.
+    pub fn napi_thread(&self) -> Result<Pid> {
+        let name = format!("napi/{}-", self.name);
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").context("/proc")?.flatten() {
+            let id = entry.file_name().to_str().and_then(|id| id.parse().ok());
+            // Some end meanwhile.
+            let comm = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            if let Some(id) = id
+                && comm.starts_with(&name)
+            {
+                found.push(Pid::from_raw(id));
+            }
+        }
+        match found[..] {
+            [thread] => Ok(thread),
+            _ => bail!("{} kernel threads are called {name}*", found.len()),
+        }
+    }
+
     /// Attaches an XDP program that passes everything, until the returned guard is dropped.
     ///
     /// veth delivers the native `XDP_TX` of one end only when the other end has an XDP program too.
     ///
     /// # Errors
-    /// As [`Interface::attach`].
-    pub fn pass_program(&self) -> Result<NativeXdp> {
+    /// The kernel (5.9 or later) refuses the program or the link, as when another program is attached.
+    pub fn pass_program(&self) -> Result<PassProgram> {
         const XDP_PASS: i32 = 2;
-        self.attach(&[program::set(0, XDP_PASS), program::EXIT])
+        let program = program::load(Kind::Xdp, &[program::set(0, XDP_PASS), program::EXIT])?;
+        let _link = self.attach_xdp(&program)?;
+        Ok(PassProgram { _link })
     }
 
-    /// Attaches an XDP program of these instructions in native mode, until the returned guard is dropped.
+    /// Attaches an XDP program in the driver, until the returned link is closed.
     ///
     /// # Errors
-    /// The kernel (5.9 or later) refuses the program or the link, as when another program is attached.
-    pub fn attach(&self, instructions: &[Instruction]) -> Result<NativeXdp> {
-        self.host
-            .run(|| NativeXdp::attach(self.index, instructions))
-            .with_context(|| format!("XDP program on {}", self.name))
-    }
-}
-
-/// Holds an XDP program attached.
-#[derive(Debug)]
-pub struct NativeXdp {
-    _link: OwnedFd,
-}
-
-impl NativeXdp {
-    /// Runs inside the machine: an interface index means something only there.
-    fn attach(index: u32, instructions: &[Instruction]) -> Result<Self> {
+    /// As [`Interface::pass_program`].
+    pub fn attach_xdp(&self, program: &OwnedFd) -> Result<OwnedFd> {
         /// The leading fields of `union bpf_attr` for `BPF_LINK_CREATE`; the kernel takes the rest as zero.
         #[repr(C)]
         struct LinkCreate {
@@ -232,17 +278,23 @@ impl NativeXdp {
         const BPF_LINK_CREATE: libc::c_long = 28;
         const BPF_XDP: u32 = 37;
         const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
-        let program = program::load(Kind::Xdp, instructions)?;
         let mut create = LinkCreate {
             program: program.as_raw_fd(),
-            target: index,
+            target: self.index,
             attach_type: BPF_XDP,
             flags: XDP_FLAGS_DRV_MODE,
         };
-        Ok(Self {
-            _link: program::bpf_descriptor(BPF_LINK_CREATE, &mut create).context("attach")?,
-        })
+        // An interface index means something only inside the machine.
+        self.host
+            .run(|| program::bpf_descriptor(BPF_LINK_CREATE, &mut create))
+            .with_context(|| format!("XDP program on {}", self.name))
     }
+}
+
+/// Holds an XDP program attached whose only act is `XDP_PASS`.
+#[derive(Debug)]
+pub struct PassProgram {
+    _link: OwnedFd,
 }
 
 fn mac_text(mac: [u8; 6]) -> String {

@@ -14,7 +14,7 @@ use relay_tests::{
     ami::{Client, Message},
     asterisk::{CALLER, Lab, Leg, SECRET, Stream, USER, streams},
     capture::{Capture, Direction, Recording},
-    link::NativeXdp,
+    link::PassProgram,
     namespace::Host,
     relay::{Relay, ami_arguments, binary},
     rtp::Rtp,
@@ -37,7 +37,7 @@ struct Attached {
     relay: Relay,
     pbx: Host,
     /// Native `XDP_TX` over veth needs a program at the other end.
-    _pass: NativeXdp,
+    _pass: PassProgram,
 }
 
 fn feed(lab: &Lab, user: &str) -> Vec<String> {

@@ -20,7 +20,7 @@ use pcap_file::pcapng::{
 };
 use relay_tests::{
     capture::{Capture, Direction, Frame},
-    link::NativeXdp,
+    link::PassProgram,
     namespace::{Host, Process},
     pair::{Legs, Sockets},
     pbx::Pbx,
@@ -41,7 +41,7 @@ struct Wire {
     ids: [u64; 2],
     _banks: [Bank; 2],
     /// Lets the phones' end receive what native XDP sends (see the harness's `link`).
-    _pass: Option<NativeXdp>,
+    _pass: Option<PassProgram>,
 }
 
 impl Wire {

@@ -14,7 +14,7 @@ use etherparse::{
 use nix::sys::socket::{setsockopt, sockopt};
 use relay_tests::{
     capture::{Capture, Direction, Frame, Injector},
-    link::{Interface, NativeXdp},
+    link::{Interface, PassProgram},
     namespace::Host,
     pair::{Legs, Sockets},
     phone::{Bank, Phone},
@@ -39,7 +39,7 @@ struct Wire {
     /// Serves the phones.
     _phones: Bank,
     /// Lets the phones' end receive what native XDP sends (see the harness's `link`).
-    _pass: Option<NativeXdp>,
+    _pass: Option<PassProgram>,
 }
 
 impl Wire {

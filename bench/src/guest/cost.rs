@@ -1,25 +1,48 @@
-//! CPU time of threads, to the nanosecond: in the guest, one instruction.
+//! Whose work on packets is counted: threads, by their CPU time, which is to the nanosecond, and so in the guest to the
+//! instruction.
 
-use std::{fs, path::PathBuf};
+use std::fs;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::unistd::Pid;
 
-/// Whose time is counted.
-pub(super) enum Payer {
-    /// All threads of a process.
-    Process(u32),
-    /// One thread of this process.
-    Thread(Pid),
+use crate::wire::cpu;
+
+/// Threads that work for a subject besides those that poll the interface.
+#[derive(Default)]
+pub(super) struct Workers {
+    /// All threads of these processes.
+    pub(super) processes: Vec<u32>,
+    pub(super) threads: Vec<Pid>,
+}
+
+impl Workers {
+    /// Their CPU time until now, ns.
+    pub(super) fn time(&self) -> Result<u64> {
+        let mut sum = time_of(&self.threads)?;
+        for process in &self.processes {
+            sum += cpu::time_of_process(*process)?.as_nanos() as u64;
+        }
+        Ok(sum)
+    }
+}
+
+/// CPU time of kernel threads or of this process's until now, ns.
+pub(super) fn time_of(threads: &[Pid]) -> Result<u64> {
+    let mut sum = 0;
+    for thread in threads {
+        sum += cpu::time_of(*thread)?.as_nanos() as u64;
+    }
+    Ok(sum)
 }
 
 /// The threads that poll an interface, which must do so in threads of their own (`/sys/class/net/DEV/threaded`, Linux
 /// 5.12).
 pub(super) struct Pollers {
     /// They poll receive queues: all work on a packet that comes in, up to its sending.
-    pub(super) receive: Vec<Payer>,
+    pub(super) receive: Vec<Pid>,
     /// They poll transmit queues: they release what has been sent.
-    pub(super) release: Vec<Payer>,
+    pub(super) release: Vec<Pid>,
 }
 
 impl Pollers {
@@ -30,14 +53,19 @@ impl Pollers {
         };
         for process in fs::read_dir("/proc")? {
             let process = process?;
-            let Ok(id) = process.file_name().to_string_lossy().parse() else {
+            let Ok(id) = process
+                .file_name()
+                .to_string_lossy()
+                .parse()
+                .map(Pid::from_raw)
+            else {
                 continue;
             };
             // It may have ended just now.
             let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             match queue_of(name.trim(), interface) {
-                Some(Queue::Receive) => pollers.receive.push(Payer::Process(id)),
-                Some(Queue::Transmit) => pollers.release.push(Payer::Process(id)),
+                Some(Queue::Receive) => pollers.receive.push(id),
+                Some(Queue::Transmit) => pollers.release.push(id),
                 None => {}
             }
         }
@@ -66,35 +94,6 @@ fn queue_of(thread: &str, interface: &str) -> Option<Queue> {
         "0" => Queue::Transmit,
         _ => Queue::Receive,
     })
-}
-
-/// CPU time of each group until now, ns.
-pub(super) fn times_of<const N: usize>(groups: [&Vec<Payer>; N]) -> Result<[u64; N]> {
-    let mut times = [0; N];
-    for (time, payers) in times.iter_mut().zip(groups) {
-        *time = time_of(payers)?;
-    }
-    Ok(times)
-}
-
-fn time_of(payers: &[Payer]) -> Result<u64> {
-    let mut total = 0;
-    for payer in payers {
-        let tasks = match payer {
-            Payer::Process(id) => fs::read_dir(format!("/proc/{id}/task"))?
-                .map(|task| Ok(task?.path()))
-                .collect::<Result<Vec<_>>>()?,
-            Payer::Thread(task) => vec![PathBuf::from(format!("/proc/self/task/{task}"))],
-        };
-        for task in tasks {
-            let path = task.join("schedstat");
-            let text =
-                fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-            let time = text.split(' ').next().and_then(|time| time.parse().ok());
-            total += time.unwrap_or(0_u64);
-        }
-    }
-    Ok(total)
 }
 
 #[cfg(test)]

@@ -9,14 +9,14 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
-use relay_tests::debian::Debian;
+use relay_tests::debian::Installation;
 
 /// The kernel module is taken out of its package and built by hand: the package would build it, with DKMS, for the
 /// kernel that runs now.
-const BOOKWORM: Debian<'_> = Debian {
+const BOOKWORM: Installation = Installation {
     cache: "relay-guest",
     name: "bookworm-1",
-    purpose: "Debian 12 with rtpengine",
+    program: "a Debian 12 with its kernel and rtpengine",
     suite: "bookworm",
     packages: &[
         "busybox-static",
@@ -30,11 +30,9 @@ const BOOKWORM: Debian<'_> = Debian {
     ],
     finish: Some(
         "cd /usr/src
-         apt-get update -qq
          apt-get download -qq rtpengine-kernel-dkms
          dpkg-deb --extract rtpengine-kernel-dkms_*.deb /
          rm rtpengine-kernel-dkms_*.deb
-         rm -r /var/lib/apt/lists
          version=$(basename /lib/modules/*)
          make -C /lib/modules/$version/build M=$(echo $PWD/rtpengine-*) modules
          install -D -m 644 -t /lib/modules/$version/extra rtpengine-*/xt_RTPENGINE.ko
@@ -50,7 +48,7 @@ pub(super) struct Bookworm {
 impl Bookworm {
     /// Installs it, if need be.
     pub(super) fn installed() -> Result<Self> {
-        Ok(Self::at(BOOKWORM.installed()?))
+        Ok(Self::at(BOOKWORM.root()?))
     }
 
     /// The one in this folder.

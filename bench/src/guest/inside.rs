@@ -12,13 +12,14 @@ use anyhow::{Context as _, Result, ensure};
 use relay_tests::{
     link::Interface,
     namespace::{Host, Process},
+    topology::{Direct, PBX_V4},
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
     cost::{self, Pollers},
     debian::Bookworm,
-    subject::{PHONES, RELAY, Running, Subject},
+    subject::{Running, Subject},
     traffic::{PACKET_TIME, Phones, Traffic},
 };
 
@@ -118,11 +119,11 @@ fn wire(host: &Host) -> Result<[Interface; 2]> {
         host.sysctl(&format!("net/ipv6/conf/{scope}/disable_ipv6"), "1")?;
     }
     host.ip("link set lo up\nlink set eth0 up\nlink set eth1 up")?;
-    host.ip(&format!("address add {RELAY}/24 dev eth0"))?;
+    host.ip(&format!("address add {PBX_V4}/24 dev eth0"))?;
     let [interface, far] = ["eth0", "eth1"].map(|name| Interface::of(host, name));
     let (interface, far) = (interface?, far?);
     let mac = far.mac()?.map(|byte| format!("{byte:02x}")).join(":");
-    for phone in PHONES {
+    for phone in [0, 1].map(Direct::phone_v4) {
         host.ip(&format!(
             "neighbour add {phone} lladdr {mac} dev eth0 nud permanent"
         ))?;
@@ -146,7 +147,7 @@ fn measure(
     interface: &Interface,
     far: &Interface,
 ) -> Result<Sample> {
-    let calls = (f64::from(rate) * PACKET_TIME.as_secs_f64() / 2.0) as usize;
+    let calls = (f64::from(rate) * PACKET_TIME.as_secs_f64() / 2.0) as u16;
     let busy = keep_busy(&interface.host)?;
     let running = subject.start(interface, debian, calls)?;
     let phones = Phones::open(far, interface)?;
@@ -171,18 +172,22 @@ fn counted(
     running: &Running,
 ) -> Result<Sample> {
     let pollers = Pollers::of(&interface.name)?;
-    let groups = [&pollers.receive, &pollers.release, &running.payers];
+    let costs = || -> Result<[u64; 3]> {
+        let polling = [&pollers.receive, &pollers.release].map(|threads| cost::time_of(threads));
+        let [receiving, releasing] = polling;
+        Ok([receiving?, releasing?, running.workers.time()?])
+    };
     let numbers = FIRST..FIRST + LEAD + COUNTED;
     let mut traffic = Traffic::of(&running.calls, running.way, numbers, phones);
     let lead = 2 * running.calls.len() * LEAD as usize;
     let all = traffic.len();
     let relayed = running.relayed()?;
     phones.play(&mut traffic, 0..lead)?;
-    let before = cost::times_of(groups)?;
+    let before = costs()?;
     phones.play(&mut traffic, lead..all)?;
     phones.wait(&mut traffic, all)?;
-    let after = cost::times_of(groups)?;
-    let [receiving, releasing, beside] = [0, 1, 2].map(|group| after[group] - before[group]);
+    let after = costs()?;
+    let [receiving, releasing, beside] = [0, 1, 2].map(|which| after[which] - before[which]);
     Ok(Sample {
         subject,
         rate,

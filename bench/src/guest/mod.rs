@@ -5,7 +5,6 @@ mod debian;
 mod findings;
 pub(crate) mod inside;
 mod machine;
-mod pbx;
 mod subject;
 mod traffic;
 

@@ -1,41 +1,32 @@
 //! What is measured.
 
 use std::{
-    fs::{self, File},
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
-    process::Stdio,
+    fs,
+    os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use relay_tests::{
-    link::{Interface, NativeXdp},
-    namespace::Process,
-    program::swap_macs,
+    link::Interface,
+    program::{self, Kind},
     relay::Relay,
 };
 use relay_user::{
     control::client::Client,
-    pair::{Leg as PairLeg, Pair, Proof},
+    pair::{Leg, Pair, Proof},
 };
 use serde::{Deserialize, Serialize};
 
-use crate::rtpengine::Control;
-
-use super::{
-    cost::Payer,
-    debian::Bookworm,
-    pbx::Pbx,
-    traffic::{Call, Leg, Way},
+use super::{cost::Workers, debian::Bookworm};
+use crate::{
+    peer::{
+        batched::Batched,
+        rtpengine::{Rtpengine, WITHOUT_MODULE},
+        swap::swap_macs,
+    },
+    wire::call::{Call, Way, between_phones},
 };
-
-/// The relay's address, and those of the phones.
-pub(super) const RELAY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
-pub(super) const PHONES: [Ipv4Addr; 2] =
-    [Ipv4Addr::new(192, 0, 2, 11), Ipv4Addr::new(192, 0, 2, 12)];
-
-/// Where rtpengine is controlled.
-const CONTROL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 2223);
 
 /// The kernel module's table that rtpengine uses.
 const TABLE: u32 = 0;
@@ -61,15 +52,15 @@ pub(crate) enum Subject {
 pub(super) struct Running {
     pub(super) calls: Vec<Call>,
     pub(super) way: Way,
-    /// Its own threads, besides those that poll the interface.
-    pub(super) payers: Vec<Payer>,
-    kind: Kind,
+    pub(super) workers: Workers,
+    work: Work,
 }
 
-enum Kind {
-    Floor { _program: NativeXdp },
-    Relay { relay: Relay, _pbx: Pbx },
-    Rtpengine { process: Process, in_kernel: bool },
+/// What it is made of. Dropping it ends it.
+enum Work {
+    Floor { _link: OwnedFd },
+    Relay { relay: Relay, _pbx: Batched },
+    Rtpengine { daemon: Rtpengine, in_kernel: bool },
 }
 
 impl Subject {
@@ -88,166 +79,125 @@ impl Subject {
         self,
         interface: &Interface,
         debian: &Bookworm,
-        calls: usize,
+        calls: u16,
     ) -> Result<Running> {
+        let calls = between_phones(calls);
         match self {
             Self::Floor => floor(interface, calls),
             Self::Relay => relay(interface, calls),
-            Self::RtpengineKernel => rtpengine(interface, debian, calls, true),
-            Self::RtpengineUserspace => rtpengine(interface, debian, calls, false),
+            Self::RtpengineKernel => rtpengine(interface, debian, &calls, true),
+            Self::RtpengineUserspace => rtpengine(interface, debian, &calls, false),
         }
     }
 }
 
-/// Calls with the addresses of the relay that they would have.
-fn calls(count: usize) -> Vec<Call> {
-    (0..count as u16)
-        .map(|number| {
-            [0, 1].map(|side| {
-                let port = 10_000 + 4 * number + 2 * side;
-                Leg {
-                    local: SocketAddrV4::new(RELAY, port),
-                    remote: SocketAddrV4::new(PHONES[usize::from(side)], port),
-                }
-            })
-        })
-        .collect()
-}
-
-fn floor(interface: &Interface, count: usize) -> Result<Running> {
+fn floor(interface: &Interface, calls: Vec<Call>) -> Result<Running> {
+    let program = program::load(Kind::Xdp, &swap_macs())?;
     Ok(Running {
-        calls: calls(count),
-        way: Way::Back,
-        payers: vec![],
-        kind: Kind::Floor {
-            _program: interface.attach(&swap_macs())?,
+        calls,
+        way: Way::Mirrored,
+        workers: Workers::default(),
+        work: Work::Floor {
+            _link: interface.attach_xdp(&program)?,
         },
     })
 }
 
-fn relay(interface: &Interface, count: usize) -> Result<Running> {
-    let calls = calls(count);
+fn relay(interface: &Interface, calls: Vec<Call>) -> Result<Running> {
     let relay = Relay::attach(&interface.host, &interface.name, ["--mode", "native"])?;
     let client = Client::new(relay.socket());
-    runtime()?.block_on(async {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
         for call in &calls {
-            let legs = call.map(|Leg { local, remote }| format!("{local}={remote}"));
-            let [first, second] = legs.map(|leg| leg.parse::<PairLeg>());
+            let [first, second] =
+                call.map(|leg| format!("{}={}", leg.local, leg.remote).parse::<Leg>());
             let pair = Pair::new([first?, second?], vec![], Proof::Wire)?;
             client.add(&pair).await?;
         }
         Ok::<_, anyhow::Error>(())
     })?;
-    let pbx = Pbx::start(&calls)?;
+    // The guest has one CPU.
+    let pbx = Batched::start(&interface.host, &calls, 0)?;
     Ok(Running {
         calls,
-        way: Way::Across,
-        payers: vec![Payer::Process(relay.id()), Payer::Thread(pbx.task())],
-        kind: Kind::Relay { relay, _pbx: pbx },
+        way: Way::Relayed,
+        workers: Workers {
+            processes: vec![relay.id()],
+            threads: vec![pbx.thread()],
+        },
+        work: Work::Relay { relay, _pbx: pbx },
     })
 }
 
 fn rtpengine(
     interface: &Interface,
     debian: &Bookworm,
-    count: usize,
+    calls: &[Call],
     in_kernel: bool,
 ) -> Result<Running> {
-    let log = File::create("/run/rtpengine.log")?;
-    let mut command = debian.command("rtpengine");
-    let table = if in_kernel {
-        TABLE.to_string()
-    } else {
-        "-1".to_owned()
-    };
-    command
-        .args([
-            "--foreground",
-            "--log-stderr",
-            "--log-level=4",
-            "--no-fallback",
-        ])
-        .arg(format!("--table={table}"))
-        .arg(format!("--interface={RELAY}"))
-        .arg(format!("--listen-ng={CONTROL}"))
-        // By default also at ::1, and there is no IPv6.
-        .arg("--listen-cli=127.0.0.1:2224")
+    let table = format!("--table={TABLE}");
+    let settings = [
+        if in_kernel { &*table } else { WITHOUT_MODULE },
+        "--no-fallback",
         // It would wait for three seconds of packets before it trusts where they come from.
-        .arg("--endpoint-learning=immediate")
-        .args(["--port-min=20000", "--port-max=29999"])
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log);
-    let process = interface.host.spawn(command)?;
-    let set_up = || -> Result<_> {
-        let mut control = Control::connect(CONTROL)?;
-        let mut calls = calls(count);
-        for (number, call) in calls.iter_mut().enumerate() {
-            let locals = control.call(number, call.map(|leg| leg.remote))?;
-            for (leg, local) in call.iter_mut().zip(locals) {
-                leg.local = local;
-            }
-        }
-        Ok(calls)
-    };
-    let calls = set_up().with_context(|| {
-        fs::read_to_string("/run/rtpengine.log").unwrap_or_else(|error| error.to_string())
-    })?;
+        "--endpoint-learning=immediate",
+        // By default it listens at ::1 as well, and there is no IPv6.
+        "--listen-cli=127.0.0.1:2224",
+    ];
+    let mut daemon = Rtpengine::start_from(debian.root(), &interface.host, &settings)?;
+    let calls = calls.iter().enumerate();
+    let calls = calls.map(|(number, call)| daemon.call(number, call.map(|leg| leg.remote)));
     Ok(Running {
-        calls,
-        way: Way::Across,
-        payers: vec![Payer::Process(process.id())],
-        kind: Kind::Rtpengine { process, in_kernel },
+        calls: calls.collect::<Result<_>>()?,
+        way: Way::Relayed,
+        workers: Workers {
+            processes: vec![daemon.id()],
+            threads: vec![],
+        },
+        work: Work::Rtpengine { daemon, in_kernel },
     })
-}
-
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?)
 }
 
 impl Running {
     /// Waits until every call is relayed by what is measured, once its phones have talked.
     pub(super) fn wait_relayed(&self) -> Result<()> {
-        let Kind::Relay { relay, .. } = &self.kind else {
+        let Work::Relay { relay, .. } = &self.work else {
             return Ok(());
         };
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let status = relay.json(["list"])?;
-            let pairs = status["pairs"].as_array().context("a list without pairs")?;
-            let offloaded = pairs
-                .iter()
-                .filter(|pair| pair["state"] == "offloaded")
-                .count();
+            let list = relay.json(["list"])?;
+            let pairs = list["pairs"].as_array().context("a list without pairs")?;
+            let offloaded = pairs.iter().filter(|pair| pair["state"] == "offloaded");
+            let offloaded = offloaded.count();
             if offloaded == self.calls.len() {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "{offloaded} of {} calls are offloaded: {status:#}",
-                    self.calls.len()
-                );
+                let all = self.calls.len();
+                bail!("{offloaded} of {all} calls are offloaded: {list:#}");
             }
         }
     }
 
-    /// Packets that it says it has relayed until now; none where it does not count them.
+    /// Packets that it says it has relayed in the kernel until now; none where it does not count them.
     pub(super) fn relayed(&self) -> Result<Option<u64>> {
-        match &self.kind {
-            Kind::Floor { .. } => Ok(None),
-            Kind::Relay { relay, .. } => Ok(relay.reasons()?.get("relayed").copied()),
-            Kind::Rtpengine { in_kernel, .. } => in_kernel.then(kernel_packets).transpose(),
+        match &self.work {
+            Work::Floor { .. } => Ok(None),
+            Work::Relay { relay, .. } => Ok(relay.reasons()?.get("relayed").copied()),
+            Work::Rtpengine { in_kernel, .. } => in_kernel.then(kernel_packets).transpose(),
         }
     }
 
     /// Ends it.
     pub(super) fn stop(self) -> Result<()> {
-        match self.kind {
-            Kind::Floor { .. } => Ok(()),
-            Kind::Rtpengine { process, in_kernel } => {
-                drop(process);
+        match self.work {
+            Work::Floor { .. } => Ok(()),
+            Work::Relay { relay, .. } => relay.stop(),
+            Work::Rtpengine { daemon, in_kernel } => {
+                drop(daemon);
                 if in_kernel {
                     // It leaves its calls in the module, which would go on relaying them.
                     fs::write("/proc/rtpengine/control", format!("del {TABLE}\n"))
@@ -255,7 +205,6 @@ impl Running {
                 }
                 Ok(())
             }
-            Kind::Relay { relay, .. } => relay.stop(),
         }
     }
 }

@@ -23,6 +23,8 @@ use relay_tests::{
     rtp::{Rtp, Stamp},
 };
 
+use crate::wire::call::{Call, Way};
+
 /// Between two packets of one stream.
 pub(super) const PACKET_TIME: Duration = Duration::from_millis(20);
 
@@ -36,25 +38,6 @@ const TURN: usize = 32;
 
 /// How long the last packets may take.
 const PATIENCE: Duration = Duration::from_millis(100);
-
-/// One side of a call, as the relay sees it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Leg {
-    pub(super) local: SocketAddrV4,
-    pub(super) remote: SocketAddrV4,
-}
-
-/// Both sides of a call.
-pub(super) type Call = [Leg; 2];
-
-/// Where a packet comes out again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
-    /// At the other phone.
-    Across,
-    /// Where it came from: the program looks at no address.
-    Back,
-}
 
 /// The end of the wire where the phones are.
 pub(super) struct Phones {
@@ -118,8 +101,8 @@ impl Traffic {
                     trailer: vec![],
                 };
                 let expected = match way {
-                    Way::Across => ends(to.local, to.remote),
-                    Way::Back => ends(from.remote, from.local),
+                    Way::Relayed => ends(to.local, to.remote),
+                    Way::Mirrored => ends(from.remote, from.local),
                 };
                 packets.push(Packet {
                     frame: draft.bytes(),
