@@ -45,7 +45,11 @@ const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 mitigati
      no_timer_check audit=0 net.ifnames=0 random.trust_cpu=1";
 
 /// Where the guest has the folder that it shares with this machine.
-const SHARE: &str = "/run/share";
+pub(super) const SHARE: &str = "/run/share";
+
+/// Files in that folder.
+const INITRD: &str = "initrd";
+const CONSOLE: &str = "console";
 
 /// The first process. The guest's root is this machine's, read-only, below a file system in memory.
 const INIT: &str = r#"#!/bin/busybox sh
@@ -78,33 +82,46 @@ impl Machine<'_> {
     /// # Errors
     /// The guest dies, takes too long, or the script fails: the text holds the end of what it printed.
     pub(super) fn run(&self, script: &str, share: &Path) -> Result<()> {
-        let initrd = share.join("initrd");
-        fs::write(&initrd, self.initrd()?)?;
+        fs::write(share.join(INITRD), self.initrd()?)?;
         fs::write(share.join("start"), self.start(script)?)?;
-        let console = share.join("console");
+        let mut qemu = self.qemu(share)?;
+        let log = File::create(share.join("qemu"))?;
+        qemu.stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let mut process = Host::this("this machine")?.spawn(qemu)?;
+        let ended = process.wait(PATIENCE);
+        let read = |file: &str| fs::read_to_string(share.join(file));
+        let told = ["qemu", CONSOLE].map(|file| read(file).unwrap_or_default());
+        let told = last_lines(&told.concat());
+        let ended = ended.with_context(|| told.clone())?;
+        ensure!(ended.success(), "QEMU: {ended}: {told}");
+        match read("status").as_deref().map(str::trim) {
+            Ok("0") => Ok(()),
+            Ok(status) => bail!("it failed in the guest ({status}): {told}"),
+            Err(_) => bail!("the guest died: {told}"),
+        }
+    }
+
+    /// QEMU with the guest's clock, files and network, not yet started.
+    fn qemu(&self, share: &Path) -> Result<Command> {
+        let kernel = format!("boot/vmlinuz-{}", self.debian.kernel()?);
+        let shared = plain(share)?;
         let mut qemu = Command::new(PROGRAM);
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-machine", "q35", "-m", "2048"])
             .args(CLOCK)
             .arg("-kernel")
-            .arg(
-                self.debian
-                    .path(&format!("boot/vmlinuz-{}", self.debian.kernel()?)),
-            )
+            .arg(self.debian.path(&kernel))
             .arg("-initrd")
-            .arg(&initrd)
-            .args(["-append", KERNEL_ARGUMENTS])
-            .arg("-chardev")
-            .arg(argument("file,id=console,path=", &console)?)
+            .arg(share.join(INITRD))
+            .args(["-append", KERNEL_ARGUMENTS, "-chardev"])
+            .arg(format!("file,id=console,path={shared}/{CONSOLE}"))
             .args(["-serial", "chardev:console", "-device", "virtio-rng-pci"]);
-        for (tag, folder, read_only) in [
-            ("root", Path::new("/"), ",readonly=on"),
-            ("share", share, ""),
-        ] {
-            let path = argument("path=", folder)?;
+        for (tag, folder) in [("root", "/,readonly=on"), ("share", shared)] {
             qemu.arg("-fsdev")
                 .arg(format!(
-                    "local,id={tag},security_model=none,multidevs=remap,{path}{read_only}"
+                    "local,id={tag},security_model=none,multidevs=remap,path={folder}"
                 ))
                 .arg("-device")
                 .arg(format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"));
@@ -118,30 +135,12 @@ impl Machine<'_> {
                      ioeventfd=off,tx=timer,x-txtimer={WIRE}"
                 ));
         }
-        let log = File::create(share.join("qemu"))?;
-        qemu.stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        let mut process = Host::this("this machine")?.spawn(qemu)?;
-        let ended = process.wait(PATIENCE);
-        let told = |file: &str| fs::read_to_string(share.join(file)).unwrap_or_default();
-        let told = ["qemu", "console"].map(told).concat();
-        let ended = ended.with_context(|| last_lines(&told))?;
-        ensure!(ended.success(), "QEMU: {ended}: {}", last_lines(&told));
-        match fs::read_to_string(share.join("status"))
-            .as_deref()
-            .map(str::trim)
-        {
-            Ok("0") => Ok(()),
-            Ok(status) => bail!("it failed in the guest ({status}): {}", last_lines(&told)),
-            Err(_) => bail!("the guest died: {}", last_lines(&told)),
-        }
+        Ok(qemu)
     }
 
     /// What the shell of the guest runs when all files are there.
     fn start(&self, script: &str) -> Result<String> {
-        let root = self.debian.root();
-        let root = root.to_str().context("the path of Debian is not UTF-8")?;
+        let root = plain(self.debian.root())?;
         let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
         Ok(format!(
             "export PATH={path} HOME=/root\n\
@@ -193,11 +192,18 @@ impl Machine<'_> {
     }
 }
 
-/// An option of QEMU with a path, which must not hold what QEMU takes for the end of it.
-fn argument(option: &str, path: &Path) -> Result<String> {
-    let path = path.to_str().filter(|path| !path.contains(','));
-    let path = path.context("QEMU takes no path with a comma or other than UTF-8")?;
-    Ok(format!("{option}{path}"))
+/// A path that is one word between single quotes of the shell, and in an option of QEMU.
+///
+/// # Errors
+/// It is not.
+pub(super) fn plain(path: &Path) -> Result<&str> {
+    let plain = path.to_str().filter(|path| !path.contains([',', '\'']));
+    plain.with_context(|| {
+        format!(
+            "{}: neither commas nor quotes can be in this path, and only UTF-8",
+            path.display()
+        )
+    })
 }
 
 /// The files of these modules and of all that they need, in an order to load them in (modules.dep(5): behind each
@@ -246,9 +252,10 @@ mod tests {
     }
 
     #[test]
-    fn a_path_stays_one_argument() {
-        let path = argument("path=", Path::new("/tmp/a b"));
-        assert_eq!(path.expect("a path"), "path=/tmp/a b");
-        assert!(argument("path=", Path::new("/tmp/a,b")).is_err());
+    fn a_path_that_would_be_two_words_is_refused() {
+        assert_eq!(plain(Path::new("/tmp/a b")).expect("a path"), "/tmp/a b");
+        for path in ["/tmp/a,b", "/tmp/a'b"] {
+            assert!(plain(Path::new(path)).is_err(), "{path}");
+        }
     }
 }

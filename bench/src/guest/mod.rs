@@ -12,9 +12,13 @@ use std::{env, fs, process::Command};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
+use relay_tests::relay::binary;
 
 use self::{debian::Bookworm, inside::Sample, machine::Machine, subject::Subject};
 use crate::report::{self, Report};
+
+/// File that the guest leaves.
+const SAMPLES: &str = "samples";
 
 /// Arguments of the suite.
 #[derive(clap::Args)]
@@ -55,13 +59,15 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
 /// What the guest counts in one boot.
 fn samples(debian: &Bookworm, subjects: &[Subject], rates: &[u32]) -> Result<Vec<Sample>> {
     let share = tempfile::tempdir()?;
+    let relay = fs::canonicalize(binary("relay-user", "RELAY_USER_BIN")?)?;
     let bench = env::current_exe()?;
-    let relay = relay_tests::relay::binary("relay-user", "RELAY_USER_BIN")?;
+    let [relay, bench, root] = [&*relay, &bench, debian.root()].map(machine::plain);
     let mut script = format!(
-        "ulimit -n 65536; RELAY_USER_BIN='{}' exec '{}' in-guest --debian '{}' --samples /run/share/samples",
-        fs::canonicalize(relay)?.display(),
-        bench.display(),
-        debian.root().display(),
+        "ulimit -n 65536; RELAY_USER_BIN='{}' exec '{}' in-guest --debian '{}' --samples {}/{SAMPLES}",
+        relay?,
+        bench?,
+        root?,
+        machine::SHARE
     );
     for subject in subjects {
         let name = subject
@@ -73,6 +79,6 @@ fn samples(debian: &Bookworm, subjects: &[Subject], rates: &[u32]) -> Result<Vec
         script += &format!(" --rate {rate}");
     }
     Machine { debian }.run(&script, share.path())?;
-    let samples: Vec<Sample> = serde_json::from_slice(&fs::read(share.path().join("samples"))?)?;
+    let samples: Vec<Sample> = serde_json::from_slice(&fs::read(share.path().join(SAMPLES))?)?;
     Ok(samples)
 }
