@@ -10,6 +10,7 @@ pub mod browser;
 pub mod bulk;
 pub mod capture;
 pub mod crowd;
+pub mod debian;
 pub mod demo;
 pub mod draft;
 pub mod fixture;

@@ -62,8 +62,20 @@ const TOOLS: &[Tool] = &[
     Tool {
         program: "debootstrap",
         package: "debootstrap",
-        purpose: "installs the real Asterisk into a folder of its own",
+        purpose: "installs the real Asterisk, and rtpengine, each into a folder of its own",
         tasks: &[Task::AsteriskDemo, Task::Test, Task::Bench],
+    },
+    Tool {
+        program: "nft",
+        package: "nftables",
+        purpose: "has the kernel change addresses, which the relay is compared with",
+        tasks: &[Task::Bench],
+    },
+    Tool {
+        program: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+        purpose: "counts instructions",
+        tasks: &[Task::Bench],
     },
     Tool {
         program: "chromium",
