@@ -37,7 +37,7 @@ const LOADS: [(Load, &str); 4] = [
     (BURSTS, "20 kpps, 16 at once"),
     (Load::even(50e3), "50 kpps"),
 ];
-/// As many phones that send at the same time do.
+/// As many packets at once as a NIC that moderates its interrupts hands over.
 const BURSTS: Load = Load {
     rate: 20e3,
     burst: 16,
@@ -46,31 +46,6 @@ const BURSTS: Load = Load {
 /// Measures.
 pub(crate) fn run(options: &Options) -> Result<Report> {
     let mut subjects = relays::all(options.calls)?;
-    if std::env::var("WIRE_MIN").is_ok() {
-        for (load, name) in LOADS {
-            let mut mins = vec![vec![]; subjects.len()];
-            for _ in 0..40 {
-                for (subject, mins) in subjects.iter_mut().zip(&mut mins) {
-                    let (trial, cost) = subject.trial(load)?;
-                    if trial.is_whole() {
-                        mins.push(cost.per_packet);
-                    }
-                }
-            }
-            for (subject, mins) in subjects.iter().zip(&mut mins) {
-                mins.sort_by(f64::total_cmp);
-                eprintln!(
-                    "{name:20} {:40} min {:.0} p10 {:.0} median {:.0} n {}",
-                    subject.name,
-                    mins.first().unwrap_or(&0.0),
-                    mins.get(mins.len() / 10).unwrap_or(&0.0),
-                    mins.get(mins.len() / 2).unwrap_or(&0.0),
-                    mins.len()
-                );
-            }
-        }
-        return Ok(findings::report(&[], options)?);
-    }
     let mut found: Vec<_> = subjects.iter().map(Found::new).collect();
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
@@ -81,12 +56,6 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
                 }
             }
             if let Some(best) = subject.loss_free(found.rates.last().copied())? {
-                eprintln!(
-                    "{} {:?} {:?} {best:?}",
-                    subject.name,
-                    found.costs,
-                    best.share()
-                );
                 found.rates.push(best.rate);
                 found.shares.push(100.0 * best.share());
             }

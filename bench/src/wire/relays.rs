@@ -36,18 +36,14 @@ pub(super) fn all(calls: u16) -> Result<Vec<Subject>> {
     let calls = &calls[..];
     let none = Work::default;
     let mut subjects = Vec::new();
-    let mut start = |name: &'static str,
-                     class,
-                     begin: &dyn Fn(&Direct) -> Result<(Vec<Call>, Work)>| {
-        if std::env::var("WIRE_ONLY").is_ok_and(|only| !only.split(',').any(|o| name.contains(o))) {
-            return Ok(());
-        }
-        let net = network()?;
-        eprintln!("starting: {name}");
-        let begun = begin(&net).with_context(|| name)?;
-        subjects.push(Subject::ready(name, class, &net, begun).with_context(|| name)?);
-        Ok::<_, anyhow::Error>(())
-    };
+    let mut start =
+        |name: &'static str, class, begin: &dyn Fn(&Direct) -> Result<(Vec<Call>, Work)>| {
+            let net = network()?;
+            eprintln!("starting: {name}");
+            let begun = begin(&net).with_context(|| name)?;
+            subjects.push(Subject::ready(name, class, &net, begun).with_context(|| name)?);
+            Ok::<_, anyhow::Error>(())
+        };
     start("MAC swap (floor)", Class::Floor, &|net| {
         Ok((
             calls.to_vec(),
