@@ -21,6 +21,8 @@ pub(super) struct Found {
     pub(super) rates: Vec<f64>,
     /// CPU that it took there, percent of one.
     pub(super) shares: Vec<f64>,
+    /// Of what came in, overload included, the share that our relay's program has relayed. None of other relays.
+    pub(super) share_in_kernel: Option<f64>,
 }
 
 /// The load of [`LOADS`] at which relays are compared: 20 kpps, 16 at once.
@@ -38,6 +40,7 @@ impl Found {
             costs: Default::default(),
             rates: Vec::new(),
             shares: Vec::new(),
+            share_in_kernel: None,
         }
     }
 
@@ -149,6 +152,7 @@ fn rates(found: &[Found]) -> Table {
                 rate.map(|rate| rate.lowest),
                 rate.map(|rate| rate.highest),
                 share.map(|share| share.median),
+                found.share_in_kernel.map(|share| 100.0 * share),
             ],
         }
     });
@@ -160,6 +164,7 @@ fn rates(found: &[Found]) -> Table {
             Column::new("lowest", 0),
             Column::new("highest", 0),
             Column::new("its CPU there, %", 0),
+            Column::new("relayed in the kernel, whole run, %", 1),
         ],
         rows: rows.collect(),
     }

@@ -61,8 +61,8 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
             }
         }
     }
-    for subject in &subjects {
-        subject.verify()?;
+    for (subject, found) in subjects.iter().zip(&mut found) {
+        found.share_in_kernel = subject.share_in_kernel()?;
     }
     findings::report(&found, options)
 }
