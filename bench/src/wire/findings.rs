@@ -215,7 +215,9 @@ fn targets(found: &[Found], ours: &Found) -> Result<Vec<Target>> {
         .zip(&floor.rates)
         .map(|(ours, floor)| ours / floor)
         .collect();
-    let rate = Spread::of(&ratios).context("no rate was found")?;
+    let rate = Spread::of(&ratios).context(
+        "the floor or our relay loses packets at every rate: something else keeps the machine busy",
+    )?;
     let own = ours
         .compared()
         .context("our relay loses packets at the rate at which relays are compared")?;
