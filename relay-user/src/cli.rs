@@ -877,7 +877,7 @@ fn follow(arguments: &Events) -> anyhow::Result<()> {
     let style = Style::of_stdout();
     wait_for(async {
         let mut events = client.events(arguments.since).await?;
-        let mut read = arguments.json || printed(&output::events_header())?;
+        let mut read = arguments.json || printed(output::events_header())?;
         let reader_left = reader_left();
         tokio::pin!(reader_left);
         while read {

@@ -121,7 +121,7 @@ impl Rtpengine {
     /// It refuses: the text holds why.
     pub(crate) fn call(&mut self, number: usize, phones: [SocketAddrV4; 2]) -> Result<Call> {
         let call = format!("call-{number}");
-        let [first, second] = phones.map(|phone| session(phone));
+        let [first, second] = phones.map(session);
         let offer = Request {
             command: "offer",
             call: Some(&call),

@@ -27,6 +27,9 @@ use crate::peer::{
     asterisk, batched::Batched, nftables, per_call::PerCall, rtpengine::Rtpengine, swap::swap_macs,
 };
 
+/// Has a network relay the calls: the calls as they come in, and what does the work.
+type Begin<'a> = &'a dyn Fn(&Direct) -> Result<(Vec<Call>, Work)>;
+
 /// Starts all of them.
 ///
 /// # Errors
@@ -36,14 +39,13 @@ pub(super) fn all(calls: u16) -> Result<Vec<Subject>> {
     let calls = &calls[..];
     let none = Work::default;
     let mut subjects = Vec::new();
-    let mut start =
-        |name: &'static str, class, begin: &dyn Fn(&Direct) -> Result<(Vec<Call>, Work)>| {
-            let net = network()?;
-            eprintln!("starting: {name}");
-            let begun = begin(&net).with_context(|| name)?;
-            subjects.push(Subject::ready(name, class, &net, begun).with_context(|| name)?);
-            Ok::<_, anyhow::Error>(())
-        };
+    let mut start = |name: &'static str, class, begin: Begin<'_>| {
+        let net = network()?;
+        eprintln!("starting: {name}");
+        let begun = begin(&net).with_context(|| name)?;
+        subjects.push(Subject::ready(name, class, &net, begun).with_context(|| name)?);
+        Ok::<_, anyhow::Error>(())
+    };
     start("MAC swap (floor)", Class::Floor, &|net| {
         Ok((
             calls.to_vec(),
