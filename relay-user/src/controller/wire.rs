@@ -47,7 +47,9 @@ const FORGIVEN: Duration = Duration::from_secs(60);
 pub(super) struct Watch {
     pairs: BTreeMap<u64, Vigil>,
     /// The pair that was looked at last.
-    looked: u64,
+    looked: Option<u64>,
+    /// When the first of all was.
+    round: Option<Instant>,
 }
 
 /// What goes on with a pair.
@@ -92,12 +94,23 @@ impl Watch {
         );
     }
 
-    /// One pair after the other, around and around.
-    fn next_to_look_at(&mut self) -> Option<u64> {
-        let later = (Bound::Excluded(self.looked), Bound::Unbounded);
-        let next = self.pairs.range(later).chain(&self.pairs).next();
-        self.looked = *next?.0;
-        Some(self.looked)
+    /// One pair after the other, and the first again once [`LOOK`] is over.
+    fn next_to_look_at(&mut self, now: Instant) -> Option<u64> {
+        let later = |looked| (Bound::Excluded(looked), Bound::Unbounded);
+        let next = self.looked.and_then(|looked| {
+            let (id, _) = self.pairs.range(later(looked)).next()?;
+            Some(*id)
+        });
+        if next.is_some() {
+            self.looked = next;
+            return next;
+        }
+        if self.round.is_some_and(|began| now < began + LOOK) {
+            return None;
+        }
+        let (first, _) = self.pairs.first_key_value()?;
+        (self.looked, self.round) = (Some(*first), Some(now));
+        self.looked
     }
 
     /// A pair is no longer in its care. Returns what is left of it in the maps.
@@ -281,7 +294,7 @@ impl Controller {
         }
         let begin = Instant::now();
         for _ in 0..self.wire.pairs.len().div_ceil(PARTS) {
-            let Some(id) = self.wire.next_to_look_at() else {
+            let Some(id) = self.wire.next_to_look_at(now) else {
                 break;
             };
             self.look_at(id, now).await?;
@@ -533,17 +546,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pairs_are_looked_at_in_turn() {
-        let mut watch = Watch::default();
-        assert_eq!(watch.next_to_look_at(), None);
+    fn pairs_are_looked_at_in_turn_and_none_too_soon() {
+        let (start, mut watch) = (Instant::now(), Watch::default());
+        assert_eq!(watch.next_to_look_at(start), None);
         for id in [2, 5, 9] {
-            watch.begin(id, Instant::now());
+            watch.begin(id, start);
         }
-        let mut looked = || watch.next_to_look_at().expect("a pair");
-        assert_eq!([looked(), looked(), looked(), looked()], [2, 5, 9, 2]);
+        // As many as there are answers.
+        fn look<const N: usize>(watch: &mut Watch, now: Instant) -> [Option<u64>; N] {
+            [(); N].map(|()| watch.next_to_look_at(now))
+        }
+        let round = start + LOOK;
+        assert_eq!(look(&mut watch, round), [Some(2), Some(5)]);
         watch.end(5);
-        watch.begin(7, Instant::now());
-        let mut looked = || watch.next_to_look_at().expect("a pair");
-        assert_eq!([looked(), looked(), looked()], [7, 9, 2]);
+        watch.begin(7, start);
+        assert_eq!(look(&mut watch, round + TICK), [Some(7), Some(9), None]);
+        watch.begin(10, start);
+        assert_eq!(look(&mut watch, round + 2 * TICK), [Some(10), None]);
+        assert_eq!(look(&mut watch, round + LOOK), [Some(2), Some(7)]);
     }
 }
