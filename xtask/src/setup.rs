@@ -120,7 +120,9 @@ const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 /// # Errors
 /// Says what is missing and the command that mends it, when it cannot be installed from here.
 pub(crate) fn run() -> Result<()> {
-    install(&TOOLS.iter().collect::<Vec<_>>())?;
+    // What only benchmarks run is large, and installed by them.
+    let tools = TOOLS.iter().filter(|tool| tool.tasks != [Task::Bench]);
+    install(&tools.collect::<Vec<_>>())?;
     say(
         "done",
         "`cargo xtask demo` and `cargo xtask test` have all they need",
