@@ -37,7 +37,6 @@ type Begin<'a> = &'a dyn Fn(&Direct) -> Result<(Vec<Call>, Work)>;
 pub(super) fn all(calls: u16) -> Result<Vec<Subject>> {
     let calls = call::between_phones(calls);
     let calls = &calls[..];
-    let none = Work::default;
     let mut subjects = Vec::new();
     let mut start = |name: &'static str, class, begin: Begin<'_>| {
         let net = network()?;
@@ -47,13 +46,8 @@ pub(super) fn all(calls: u16) -> Result<Vec<Subject>> {
         Ok::<_, anyhow::Error>(())
     };
     start("MAC swap (floor)", Class::Floor, &|net| {
-        Ok((
-            calls.to_vec(),
-            Work {
-                _guard: Box::new(swap(&net.pbx_interface)?),
-                ..none()
-            },
-        ))
+        let link = swap(&net.pbx_interface)?;
+        Ok((calls.to_vec(), Work::of_threads(&[], link)))
     })?;
     for (name, mode) in [
         (OURS, "native"),
@@ -66,58 +60,27 @@ pub(super) fn all(calls: u16) -> Result<Vec<Subject>> {
     }
     start("nftables NAT", Class::Kernel, &|net| {
         nftables::forward(&net.pbx, calls)?;
-        Ok((calls.to_vec(), none()))
+        Ok((calls.to_vec(), Work::default()))
     })?;
     start("userspace, one thread, batches", Class::Userspace, &|net| {
         let relay = Batched::start(&net.pbx, calls, RELAY_CPU)?;
-        let threads = vec![relay.thread()];
-        Ok((
-            calls.to_vec(),
-            Work {
-                threads,
-                _guard: Box::new(relay),
-                ..none()
-            },
-        ))
+        Ok((calls.to_vec(), Work::of_threads(&[relay.thread()], relay)))
     })?;
     start("userspace, a thread per call", Class::Userspace, &|net| {
         let relay = PerCall::start(&net.pbx, calls, RELAY_CPU)?;
         let threads = relay.threads().to_vec();
-        Ok((
-            calls.to_vec(),
-            Work {
-                threads,
-                _guard: Box::new(relay),
-                ..none()
-            },
-        ))
+        Ok((calls.to_vec(), Work::of_threads(&threads, relay)))
     })?;
     start("rtpengine, userspace", Class::Userspace, &|net| {
         let mut rtpengine = Rtpengine::start(&net.pbx)?;
         let calls = calls.iter().enumerate();
         let calls = calls.map(|(number, call)| rtpengine.call(number, call.map(|leg| leg.remote)));
         let calls = calls.collect::<Result<_>>()?;
-        let processes = vec![rtpengine.id()];
-        Ok((
-            calls,
-            Work {
-                processes,
-                _guard: Box::new(rtpengine),
-                ..none()
-            },
-        ))
+        Ok((calls, Work::of_process(rtpengine.id(), rtpengine)))
     })?;
     start("Asterisk", Class::Userspace, &|net| {
         let (lab, calls) = asterisk::bridge(net.clone(), calls.len())?;
-        let processes = vec![lab.id()];
-        Ok((
-            calls,
-            Work {
-                processes,
-                _guard: Box::new(lab),
-                ..none()
-            },
-        ))
+        Ok((calls, Work::of_process(lab.id(), lab)))
     })?;
     Ok(subjects)
 }

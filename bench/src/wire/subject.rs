@@ -71,6 +71,26 @@ pub(super) struct Work {
     pub(super) _guard: Box<dyn Any>,
 }
 
+impl Work {
+    /// Threads of this process, which end with the guard.
+    pub(super) fn of_threads(threads: &[Pid], guard: impl Any) -> Self {
+        Self {
+            threads: threads.to_vec(),
+            _guard: Box::new(guard),
+            ..Self::default()
+        }
+    }
+
+    /// A process, which ends with the guard.
+    pub(super) fn of_process(process: u32, guard: impl Any) -> Self {
+        Self {
+            processes: vec![process],
+            _guard: Box::new(guard),
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for Work {
     fn default() -> Self {
         Self {
