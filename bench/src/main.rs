@@ -2,13 +2,17 @@
 
 mod asterisk;
 mod check;
+mod guest;
 mod interpreter;
+mod peer;
 mod plot;
 mod program;
 mod qos;
 mod report;
 mod results;
+mod scale;
 mod watching;
+mod wire;
 
 use std::{env, fs, path::Path, process::ExitCode};
 
@@ -40,6 +44,9 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Suite(Suite),
+    /// What runs in the guest of suite `guest`
+    #[command(hide = true)]
+    InGuest(guest::inside::Options),
     /// Draw the pictures and write RESULTS.md anew from what was found before; measures nothing
     Report,
 }
@@ -49,8 +56,14 @@ enum Command {
 enum Suite {
     /// What the programs cost for each packet, alone: no driver, no stack (BPF_PROG_TEST_RUN)
     Program(program::Options),
+    /// Packets per second without loss, and CPU time a packet, over veth and beside other relays
+    Wire(wire::Options),
+    /// Instructions for each packet, from the interrupt to the sending, counted by an emulated machine
+    Guest(guest::Options),
     /// What calls cost a real Asterisk, and how long their packets take, without the relay and with it
     Asterisk(asterisk::Options),
+    /// What a thousand streams cost, and what a million
+    Scale(scale::Options),
     /// What a saturated uplink does to a call, without shaping and with it
     Qos(qos::Options),
     /// What looking on costs, with thousands of streams in the table
@@ -61,7 +74,10 @@ impl Suite {
     fn run(&self) -> Result<Report> {
         match self {
             Self::Program(options) => program::run(options),
+            Self::Wire(options) => wire::run(options),
+            Self::Guest(options) => guest::run(options),
             Self::Asterisk(options) => asterisk::run(options),
+            Self::Scale(options) => scale::run(options),
             Self::Qos(options) => qos::run(options),
             Self::Watching(options) => watching::run(options),
         }
@@ -82,6 +98,7 @@ fn main() -> ExitCode {
     let result = match command {
         _ if check => check::run(folder),
         Some(Command::Suite(suite)) => suite.run().and_then(|report| publish(&report, folder)),
+        Some(Command::InGuest(options)) => guest::inside::run(&options),
         Some(Command::Report) => redraw(folder),
         None => run_all(),
     };
@@ -151,4 +168,24 @@ fn reports(folder: &Path) -> Result<Vec<Report>> {
         bail!("{} holds no report", folder.display());
     }
     Ok(reports)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn every_suite_runs_by_its_name_alone() {
+        Cli::command().debug_assert();
+        let names = Suite::names();
+        assert_eq!(names.first().map(String::as_str), Some(program::NAME));
+        for name in names {
+            let cli = Cli::try_parse_from(["bench", &name]).expect("a name is enough");
+            assert!(matches!(cli.command, Some(Command::Suite(_))), "{name}");
+        }
+        assert!(Cli::try_parse_from(["bench"]).is_ok_and(|cli| cli.command.is_none()));
+        assert!(Cli::try_parse_from(["bench", "--check", "program"]).is_err());
+    }
 }

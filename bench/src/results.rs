@@ -11,7 +11,7 @@ What `cargo xtask bench` has found. It is written by that command, from the figu
 
 | command | does |
 |---|---|
-| `cargo xtask bench` | measures everything, suite after suite, each in less than five minutes |
+| `cargo xtask bench` | measures everything, suite after suite, each in some five minutes at most |
 | `cargo xtask bench SUITE` | measures one of them; `--help` has its options |
 | `cargo xtask bench report` | draws and writes all of this anew from the figures, and measures nothing |
 | `cargo xtask bench --check` | counts the datapath's instructions again, and fails where they are more |

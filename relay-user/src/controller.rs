@@ -30,7 +30,7 @@ use crate::{
     next_hop::{NextHops, Notice, Stopped},
     pair::Pair,
     priority::Priority,
-    registry::{Change, Origin, Policy, Refusal, Registry},
+    registry::{Change, Origin, Policy, Refusal, Registry, Watched},
     stats,
 };
 
@@ -174,13 +174,14 @@ impl Controller {
             );
             self.apply(vec![Change::Remove(orphan)]).await?;
         }
+        let paths = heirlooms
+            .iter()
+            .flat_map(|heirloom| Registry::paths_of(&heirloom.pair));
+        let mut notices = self.next_hops.watch_all(paths.collect()).await?.into_iter();
         for heirloom in heirlooms {
             let (id, leftovers) = (heirloom.id, heirloom.removal());
             let [first, second] = Registry::paths_of(&heirloom.pair);
-            let watched = [
-                self.next_hops.watch(first).await?.into(),
-                self.next_hops.watch(second).await?.into(),
-            ];
+            let watched = watched(&mut notices)?;
             match self.registry.adopt(heirloom, watched) {
                 Ok(changes) => {
                     self.apply(changes).await?;
@@ -346,13 +347,16 @@ impl Controller {
                         .pair_report(id)
                         .ok_or_else(|| ApiError::unknown_pair(id)),
                     Err(refusal) => {
-                        let subject = Subject::feed(Feed::Api);
-                        let cause = refusal.to_string();
-                        self.events.publish(subject, TransitionKind::Refused, cause);
+                        self.tell_refusal(&refusal);
                         Err(refusal.into())
                     }
                 };
                 send(reply, answer);
+            }
+            Command::AddAll { pairs, reply } => {
+                let added = self.add_all(pairs).await?.into_iter();
+                let added = added.map(|outcome| outcome.map_err(ApiError::from));
+                send(reply, Ok(added.collect()));
             }
             Command::Remove { id, reply } => {
                 let answer = match self.pair_report(id) {
@@ -371,7 +375,15 @@ impl Controller {
                 }
                 send(reply, Ok(reports));
             }
-            Command::List { reply } => send(reply, Ok(self.reports())),
+            Command::List {
+                after,
+                limit,
+                reply,
+            } => {
+                let ids = self.registry.ids_after(after);
+                let reports = ids.filter_map(|id| self.pair_report(id)).take(limit);
+                send(reply, Ok(reports.collect()));
+            }
             Command::Show { id, reply } => {
                 let report = self.pair_report(id);
                 send(reply, report.ok_or_else(|| ApiError::unknown_pair(id)));
@@ -435,11 +447,40 @@ impl Controller {
         if let Err(refusal) = self.registry.check(&pair) {
             return Ok(Err(self.refused(refusal)));
         }
+        let paths = Registry::paths_of(&pair).into();
+        let mut notices = self.next_hops.watch_all(paths).await?.into_iter();
+        let watched = watched(&mut notices)?;
+        self.take(origin, pair, watched, rtp_timeout).await
+    }
+
+    /// Adds pairs of clients; each stands for itself.
+    async fn add_all(
+        &mut self,
+        pairs: Vec<Pair>,
+    ) -> Result<Vec<Result<u64, Refusal>>, ControllerError> {
+        let paths = pairs.iter().flat_map(Registry::paths_of).collect();
+        let mut notices = self.next_hops.watch_all(paths).await?.into_iter();
+        let mut added = Vec::with_capacity(pairs.len());
+        for pair in pairs {
+            let watched = watched(&mut notices)?;
+            let outcome = self.take(Origin::Api, pair, watched, [None; 2]).await?;
+            if let Err(refusal) = &outcome {
+                self.tell_refusal(refusal);
+            }
+            added.push(outcome);
+        }
+        Ok(added)
+    }
+
+    /// Takes a pair whose paths are being watched.
+    async fn take(
+        &mut self,
+        origin: Origin,
+        pair: Pair,
+        watched: [Watched; 2],
+        rtp_timeout: [Option<Duration>; 2],
+    ) -> Result<Result<u64, Refusal>, ControllerError> {
         let [first, second] = Registry::paths_of(&pair);
-        let watched = [
-            self.next_hops.watch(first).await?.into(),
-            self.next_hops.watch(second).await?.into(),
-        ];
         match self.registry.add(origin, pair, watched, rtp_timeout) {
             Ok((id, changes)) => {
                 self.apply(changes).await?;
@@ -453,6 +494,13 @@ impl Controller {
                 Ok(Err(self.refused(refusal)))
             }
         }
+    }
+
+    /// Publishes that a client's pair was refused.
+    fn tell_refusal(&self, refusal: &Refusal) {
+        let subject = Subject::feed(Feed::Api);
+        let cause = refusal.to_string();
+        self.events.publish(subject, TransitionKind::Refused, cause);
     }
 
     fn refused(&mut self, refusal: Refusal) -> Refusal {
@@ -594,6 +642,14 @@ impl Controller {
                 })
                 .collect(),
         })
+    }
+}
+
+/// Of the answers to several watches, those of the next pair.
+fn watched(notices: &mut impl Iterator<Item = Notice>) -> Result<[Watched; 2], Stopped> {
+    match [notices.next(), notices.next()] {
+        [Some(first), Some(second)] => Ok([first.into(), second.into()]),
+        _ => Err(Stopped),
     }
 }
 

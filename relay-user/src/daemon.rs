@@ -226,7 +226,13 @@ async fn attach(
             let proving = (settings.proof != 0).then(|| Proving {
                 own_addresses: interface.addresses(),
             });
-            let settings = FeedSettings { ami, proving };
+            // A call that is relayed takes two streams.
+            let max_bridges = ami::BRIDGES.max(settings.max_streams as usize / 2);
+            let settings = FeedSettings {
+                ami,
+                proving,
+                max_bridges,
+            };
             let feed = ami::run(session, settings, events_in, questions, stop.clone());
             (Some(tokio::spawn(feed)), Some(events), Some(questions_in))
         }

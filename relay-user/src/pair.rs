@@ -132,6 +132,24 @@ impl Leg {
         }
     }
 
+    /// Reads both halves of a leg.
+    ///
+    /// # Errors
+    /// As of the text form, which they are quoted in.
+    pub fn parse(local: &str, remote: &str) -> Result<Self, PairError> {
+        let address = |half: &str| {
+            half.parse()
+                .map(canonical)
+                .map_err(|_| PairError::MalformedAddress {
+                    address: half.to_owned(),
+                    leg: format!("{local}={remote}"),
+                })
+        };
+        let leg = Self::new(address(local)?, address(remote)?);
+        leg.check()?;
+        Ok(leg)
+    }
+
     fn check(&self) -> Result<(), PairError> {
         for address in [self.local, self.remote] {
             if address.port() == 0 {
@@ -165,17 +183,7 @@ impl FromStr for Leg {
         let (local, remote) = text
             .split_once('=')
             .ok_or_else(|| PairError::Malformed(text.to_owned()))?;
-        let address = |half: &str| {
-            half.parse()
-                .map(canonical)
-                .map_err(|_| PairError::MalformedAddress {
-                    address: half.to_owned(),
-                    leg: text.to_owned(),
-                })
-        };
-        let leg = Self::new(address(local)?, address(remote)?);
-        leg.check()?;
-        Ok(leg)
+        Self::parse(local, remote)
     }
 }
 

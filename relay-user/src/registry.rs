@@ -7,6 +7,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::SocketAddr,
+    ops::Bound,
     time::Duration,
 };
 
@@ -1005,6 +1006,22 @@ impl Registry {
         self.entries.keys().copied()
     }
 
+    /// Those that follow on a number.
+    pub fn ids_after(&self, id: u64) -> impl Iterator<Item = u64> + '_ {
+        let after = (Bound::Excluded(id), Bound::Unbounded);
+        self.entries.range(after).map(|(id, _)| *id)
+    }
+
+    /// Why a stream is not offloaded, in words; none where it is, or where its pair is the PBX's. `state`
+    /// reads a slot.
+    pub fn why_stopped(&self, id: u64, leg: usize, state: impl Fn(u32) -> State) -> Option<String> {
+        let Body::Held { streams, .. } = &self.entries.get(&id)?.body else {
+            return None;
+        };
+        let stream = &streams[leg];
+        why_not(stream, stream_state(stream, &state), &state(stream.slot))
+    }
+
     /// Pairs by state. `state` reads a slot.
     pub fn census(&self, state: impl Fn(u32) -> State) -> Census {
         let mut census = Census::default();
@@ -1038,6 +1055,17 @@ impl Registry {
             Origin::Ami { call, channels } => {
                 (Feed::Ami, Some(call.to_string()), channels.as_slice())
             }
+        };
+        let read = match &entry.body {
+            Body::Held { streams, .. } => streams
+                .each_ref()
+                .map(|stream| (stream.slot, state(stream.slot))),
+            Body::Aside { .. } => Default::default(),
+        };
+        // Once for all that is asked of them below, which is then of one moment, too.
+        let state = |slot| {
+            let read = read.iter().find(|(of, _)| *of == slot);
+            read.map_or_else(State::default, |(_, state)| *state)
         };
         let (pair_state, why) = summary(&entry.body, &state);
         let (pair, streams) = match &entry.body {
@@ -1400,8 +1428,8 @@ fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
 
 fn next_hop_report(next_hop: &NextHop) -> NextHopReport {
     let mac = |which: fn(Macs) -> [u8; 6]| {
-        let bytes = next_hop.macs.map(which)?;
-        Some(bytes.map(|byte| format!("{byte:02x}")).join(":"))
+        let [a, b, c, d, e, f] = next_hop.macs.map(which)?;
+        Some(format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"))
     };
     NextHopReport {
         source_mac: mac(|macs| macs.source),

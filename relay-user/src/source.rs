@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     control::{
-        client::{Client, ClientError},
+        client::{Client, ClientError, Text},
         model::{ApiError, PairReport},
         socket::{self, DiscoveryError},
     },
@@ -124,6 +124,18 @@ impl Source {
     pub async fn pairs(&self) -> Result<Found<Vec<PairReport>>, SourceError> {
         let asked = async { Ok(self.client()?.list().await?.pairs) }.await;
         self.or_maps(asked, Snapshot::pairs)
+    }
+
+    /// Every pair, in the JSON that the daemon writes, unread; none where no daemon answers.
+    ///
+    /// # Errors
+    /// [`SourceError::Discovery`] and [`SourceError::Client`].
+    pub async fn pairs_text(&self) -> Result<Option<Text>, SourceError> {
+        let asked: Result<_, SourceError> = async { Ok(self.client()?.list_text().await?) }.await;
+        match asked {
+            Err(error) if error.is_absence() => Ok(None),
+            asked => asked.map(Some),
+        }
     }
 
     /// One pair.

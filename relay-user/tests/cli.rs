@@ -229,11 +229,15 @@ async fn controller(mut commands: mpsc::Receiver<control::Command>, detached: on
             Command::Show { id, reply } | Command::Remove { id, reply } => {
                 reply.send(numbered(id)).is_ok()
             }
-            Command::List { reply } | Command::Flush { reply } => {
-                reply.send(Ok(vec![pair()])).is_ok()
+            Command::List { after, reply, .. } => {
+                let pairs = [pair()].into_iter().filter(|pair| pair.id > after);
+                reply.send(Ok(pairs.collect())).is_ok()
             }
+            Command::Flush { reply } => reply.send(Ok(vec![pair()])).is_ok(),
             Command::Status { reply } => reply.send(Ok(example("The status"))).is_ok(),
-            Command::Metrics { .. } => unreachable!("no command of the program asks for metrics"),
+            Command::AddAll { .. } | Command::Metrics { .. } => {
+                unreachable!("no command of the program asks for it")
+            }
             Command::Detach { reply } => {
                 let _ = reply.send(Ok(example("Detaching")));
                 break;

@@ -3,8 +3,6 @@
 //! A call: phones (Milliwatt) → leg A at 192.0.2.11 → Asterisk under test, `Dial` → leg B at 192.0.2.12 → phones
 //! (answer, Milliwatt). The extension chooses what Asterisk does with it: see `asterisk/pbx/extensions.conf`.
 
-mod install;
-
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
@@ -27,6 +25,7 @@ use nix::{
 use crate::{
     ami::{Client, Message},
     capture::{Direction, Flow, Quality, Recording},
+    debian::Installation,
     namespace::{Host, Process},
     rtp::Rtp,
     topology::{Direct, PBX_V4},
@@ -41,6 +40,15 @@ pub const SECRET: &str = "not a secret";
 /// An ordinary caller: one of the endpoints in `asterisk/pbx/pjsip.conf`.
 pub const CALLER: &str = "caller";
 
+/// Asterisk 22, which Debian 12 and 13 do not have.
+const INSTALLATION: Installation = Installation {
+    program: "Asterisk",
+    cache: "relay-asterisk",
+    name: "forky-1",
+    suite: "forky",
+    packages: &["asterisk", "asterisk-core-sounds-en-wav"],
+    finish: None,
+};
 /// How long an Asterisk may take to boot.
 const BOOT: Duration = Duration::from_secs(60);
 /// Between two looks at a state that no event announces.
@@ -131,8 +139,15 @@ impl Lab {
     /// # Errors
     /// No Debian mirror can be reached, or an Asterisk does not boot: the text holds its log.
     pub fn up() -> Result<Self> {
-        let root = install::installed()?;
-        let net = Direct::new(2)?;
+        Self::up_in(Direct::new(2)?)
+    }
+
+    /// The same in a network with two phones.
+    ///
+    /// # Errors
+    /// As [`Lab::up`].
+    pub fn up_in(net: Direct) -> Result<Self> {
+        let root = INSTALLATION.root()?;
         let (pbx, phones) = thread::scope(|scope| {
             let pbx = scope.spawn(|| Instance::start(&net.pbx, &root, &PBX_FILES));
             let phones = Instance::start(&net.phones, &root, &PHONES_FILES);
@@ -209,6 +224,11 @@ impl Lab {
         self.pbx.process.signal(Signal::SIGKILL);
         self.pbx.process.wait(BOOT)?;
         Ok(())
+    }
+
+    /// Stops the Asterisk that plays the phones for good, in the midst of its calls: these stay up, and nobody talks.
+    pub fn freeze_phones(&self) {
+        self.phones.process.signal(Signal::SIGSTOP);
     }
 
     /// Starts the Asterisk under test again after [`Lab::crash`].

@@ -699,6 +699,19 @@ fn attach_filter(socket: &OwnedFd, program: &[libc::sock_filter]) -> io::Result<
     }
 }
 
+/// A packet socket for all protocols that shows only what comes in, and sends past the queueing discipline. Runs inside
+/// the machine.
+///
+/// # Errors
+/// Not root, or no such interface.
+pub fn bare_packet_socket(index: u32) -> Result<OwnedFd> {
+    let socket = packet_socket(index)?;
+    for option in [libc::PACKET_IGNORE_OUTGOING, libc::PACKET_QDISC_BYPASS] {
+        datagram::set_option(socket.as_fd(), libc::SOL_PACKET, option, 1)?;
+    }
+    Ok(socket)
+}
+
 /// A packet socket (packet(7)) for all protocols, bound to an interface. Runs inside the machine.
 fn packet_socket(index: u32) -> Result<OwnedFd> {
     let protocol = (libc::ETH_P_ALL as u16).to_be();

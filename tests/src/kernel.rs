@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
     maps::{Array, HashMap, Map, PerCpuArray, PerCpuValues, RingBuf},
-    programs::{Program, ProgramInfo, SchedClassifier, TcAttachType, tc},
+    programs::{Program, ProgramInfo, SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
     util::nr_cpus,
 };
 use nix::time::{ClockId, clock_gettime};
@@ -249,6 +249,23 @@ impl Kernel {
         Ok(())
     }
 
+    /// Attaches the program of XDP to an interface in generic mode, for as long as this lives. Runs inside the machine.
+    ///
+    /// With each call, `BPF_PROG_TEST_RUN` makes a program known to all processors that they do not know from an
+    /// interface, and waits until they do: more than 10 ms (`bpf_dispatcher_change_prog` in kernel/bpf/dispatcher.c).
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn attach_xdp(&mut self, interface: &str) -> Result<()> {
+        let program: &mut Xdp = self
+            .ebpf
+            .program_mut(names::XDP)
+            .with_context(|| format!("no program {}", names::XDP))?
+            .try_into()?;
+        program.attach(interface, XdpMode::Skb)?;
+        Ok(())
+    }
+
     /// What the kernel tells of a hook's program.
     ///
     /// # Errors
@@ -287,7 +304,7 @@ impl Kernel {
             .with_context(|| format!("no program {name}"))
     }
 
-    fn map(&self, name: &str) -> Result<&Map> {
+    pub(crate) fn map(&self, name: &str) -> Result<&Map> {
         self.ebpf
             .map(name)
             .with_context(|| format!("no map {name}"))

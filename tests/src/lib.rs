@@ -9,6 +9,8 @@ pub mod asterisk;
 pub mod browser;
 pub mod bulk;
 pub mod capture;
+pub mod crowd;
+pub mod debian;
 pub mod demo;
 pub mod draft;
 pub mod fixture;

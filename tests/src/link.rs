@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Error,
+    io::{self, Error},
     mem,
     net::UdpSocket,
     os::fd::{AsRawFd as _, OwnedFd},
@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use nix::libc;
+use nix::{libc, unistd::Pid};
 
 use crate::{
     namespace::Host,
@@ -141,6 +141,19 @@ impl Offload {
 }
 
 impl Interface {
+    /// One that a machine has.
+    ///
+    /// # Errors
+    /// It has none of that name.
+    pub fn of(host: &Host, name: &str) -> Result<Self> {
+        let index = host.run(|| nix::net::if_::if_nametoindex(name));
+        Ok(Self {
+            host: host.clone(),
+            name: name.to_owned(),
+            index: index.with_context(|| format!("no interface {name}"))?,
+        })
+    }
+
     /// Changes the MAC address, as a failover of a gateway does. Neighbours are not told.
     ///
     /// # Errors
@@ -175,6 +188,65 @@ impl Interface {
     pub fn leave_checksums_to_device(&self) -> Result<()> {
         self.host
             .run(|| Offload::TransmitChecksum.set(&self.name, true))
+    }
+
+    /// Has packets received as those of a NIC are: from a ring, by a kernel thread of this interface's own (threaded NAPI,
+    /// Linux 5.12). Otherwise a veth's packets wait in a queue that all of its kind share. Returns the thread's id.
+    ///
+    /// # Errors
+    /// The kernel refuses, or the name of the interface is not the only one of its kind on the machine.
+    pub fn receive_by_thread(&self) -> Result<Pid> {
+        // Without XDP, veth has the ring for GRO only, and puts only packets of senders without segmentation into it
+        // (veth_skb_is_eligible_for_gro() in drivers/net/veth.c), as all are whose checksums are not left to the device.
+        self.host.run(|| Offload::Gro.set(&self.name, true))?;
+        let path = format!("/sys/class/net/{}/threaded", self.name);
+        self.host
+            .run(|| fs::write(&path, "1"))
+            .with_context(|| path.clone())?;
+        self.napi_thread()
+    }
+
+    /// Has packets fetched from the ring whenever so much time has passed, for as long as some come, instead of being told
+    /// of each: no sender has to wake the thread of [`Interface::receive_by_thread`].
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn poll_every(&self, interval: Duration) -> Result<()> {
+        /// Looks without a packet, before it waits to be told again.
+        const LOOKS: u32 = 1000;
+        let folder = format!("/sys/class/net/{}", self.name);
+        self.host
+            .run(|| -> io::Result<()> {
+                fs::write(
+                    format!("{folder}/gro_flush_timeout"),
+                    interval.as_nanos().to_string(),
+                )?;
+                fs::write(format!("{folder}/napi_defer_hard_irqs"), LOOKS.to_string())
+            })
+            .with_context(|| folder.clone())
+    }
+
+    /// The kernel thread that receives for this interface. Attaching and detaching XDP may start another.
+    ///
+    /// # Errors
+    /// There is none, or the name of the interface is not the only one of its kind on the machine.
+    pub fn napi_thread(&self) -> Result<Pid> {
+        let name = format!("napi/{}-", self.name);
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").context("/proc")?.flatten() {
+            let id = entry.file_name().to_str().and_then(|id| id.parse().ok());
+            // Some end meanwhile.
+            let comm = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            if let Some(id) = id
+                && comm.starts_with(&name)
+            {
+                found.push(Pid::from_raw(id));
+            }
+        }
+        match found[..] {
+            [thread] => Ok(thread),
+            _ => bail!("{} kernel threads are called {name}*", found.len()),
+        }
     }
 
     /// Attaches an XDP program that passes everything, until the returned guard is dropped.

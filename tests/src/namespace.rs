@@ -50,6 +50,20 @@ pub(crate) struct Namespaces {
     mount: OwnedFd,
 }
 
+impl Namespaces {
+    fn of_this_thread() -> Result<Self> {
+        let open = |path| {
+            File::open(path)
+                .map(OwnedFd::from)
+                .with_context(|| format!("open {path}"))
+        };
+        Ok(Self {
+            net: open("/proc/thread-self/ns/net")?,
+            mount: open("/proc/thread-self/ns/mnt")?,
+        })
+    }
+}
+
 impl Host {
     /// Makes a machine whose only interface is `lo` (up). `name` is for messages only: two machines may share it.
     ///
@@ -74,6 +88,17 @@ impl Host {
         }
         host.ip("link set lo up")?;
         Ok(host)
+    }
+
+    /// The machine that this thread runs in, for programs that have a whole one to themselves.
+    ///
+    /// # Errors
+    /// `/proc` is not there.
+    pub fn this(name: &str) -> Result<Self> {
+        Ok(Self {
+            name: name.to_owned(),
+            namespaces: Arc::new(Namespaces::of_this_thread()?),
+        })
     }
 
     /// The name given to [`Host::new`].
@@ -298,15 +323,7 @@ fn create() -> Result<Namespaces> {
         Some("mode=0755"),
     )
     .context("mount /run")?;
-    let open = |path| {
-        File::open(path)
-            .map(OwnedFd::from)
-            .with_context(|| format!("open {path}"))
-    };
-    Ok(Namespaces {
-        net: open("/proc/thread-self/ns/net")?,
-        mount: open("/proc/thread-self/ns/mnt")?,
-    })
+    Namespaces::of_this_thread()
 }
 
 type Birth = Box<dyn FnOnce() + Send>;

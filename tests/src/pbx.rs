@@ -123,6 +123,20 @@ impl Pbx {
         self.command(&format!("call {first} {second} {caller} {callee}"))
     }
 
+    /// Begins as many calls as are asked for that only AMI tells of: they have no ports, and nobody sends. The legs'
+    /// ports follow on `local`, two apart; the phones' addresses, all with the port of `phone`, on that.
+    ///
+    /// # Errors
+    /// There are not so many ports.
+    pub fn silent_calls(
+        &self,
+        count: u16,
+        local: SocketAddr,
+        phone: SocketAddr,
+    ) -> Result<Vec<Call>> {
+        self.command(&format!("silent {count} {local} {phone}"))
+    }
+
     /// Ends a call.
     ///
     /// # Errors

@@ -83,7 +83,17 @@ pub fn test_run(
     repeat: u32,
     flags: u32,
 ) -> io::Result<Run> {
-    run(program, frame, after, repeat, flags, &mut [])
+    run(program, frame, after, repeat, flags, 0, &mut [])
+}
+
+/// Runs an XDP program `repeat` times on frames that it may send (`BPF_F_TEST_XDP_LIVE_FRAMES`, Linux 5.18). They leave
+/// when it has run on `batch` of them.
+///
+/// # Errors
+/// As [`test_run`], or a signal came.
+pub fn run_live(program: BorrowedFd<'_>, frame: &[u8], repeat: u32, batch: u32) -> io::Result<()> {
+    const LIVE_FRAMES: u32 = 1 << 1;
+    run(program, frame, &mut [], repeat, LIVE_FRAMES, batch, &mut []).map(drop)
 }
 
 /// What a TC program is told of a packet besides its bytes, and may change (`struct __sk_buff` in
@@ -117,7 +127,15 @@ pub fn test_run_skb(
     repeat: u32,
     skb: &mut SkBuff,
 ) -> io::Result<Run> {
-    run(program, frame, after, repeat, 0, std::slice::from_mut(skb))
+    run(
+        program,
+        frame,
+        after,
+        repeat,
+        0,
+        0,
+        std::slice::from_mut(skb),
+    )
 }
 
 fn run(
@@ -126,6 +144,7 @@ fn run(
     after: &mut [u8],
     repeat: u32,
     flags: u32,
+    batch: u32,
     context: &mut [SkBuff],
 ) -> io::Result<Run> {
     /// `struct { … } test` of `union bpf_attr`.
@@ -155,7 +174,10 @@ fn run(
     run.input_size = frame.len() as u32;
     run.output_size = after.len() as u32;
     run.input = frame.as_ptr().addr() as u64;
-    run.output = after.as_mut_ptr().addr() as u64;
+    // Without a size, the kernel takes any address for one of a buffer that is large enough.
+    if !after.is_empty() {
+        run.output = after.as_mut_ptr().addr() as u64;
+    }
     run.repeat = repeat;
     if !context.is_empty() {
         run.context_input_size = mem::size_of_val(context) as u32;
@@ -164,6 +186,7 @@ fn run(
         run.context_output = context.as_mut_ptr().addr() as u64;
     }
     run.flags = flags;
+    run.batch_size = batch;
     bpf(BPF_PROG_TEST_RUN, &mut run)?;
     Ok(Run {
         verdict: run.verdict,

@@ -23,8 +23,8 @@ pub const PBX_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 /// The PBX's IPv6 address, /64.
 pub const PBX_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
 
-/// `phones` and `pbx` on one cable.
-#[derive(Debug)]
+/// `phones` and `pbx` on one cable. Clones are the same.
+#[derive(Clone, Debug)]
 pub struct Direct {
     /// The machine with the PBX and the relay: 192.0.2.1/24 and 2001:db8::1/64.
     pub pbx: Host,
@@ -45,17 +45,29 @@ impl Direct {
     /// # Panics
     /// More than 240 addresses do not fit in the /24.
     pub fn new(phones: u8) -> Result<Self> {
+        Self::named(phones, ["eth0", "eth0"])
+    }
+
+    /// The same with names for the interfaces of the PBX and of the phones. The kernel's threads bear them, which belong
+    /// to no namespace.
+    ///
+    /// # Errors
+    /// As [`Direct::new`].
+    ///
+    /// # Panics
+    /// As [`Direct::new`].
+    pub fn named(phones: u8, names: [&str; 2]) -> Result<Self> {
         let (pbx, phones_host) = (Host::new("pbx")?, Host::new("phones")?);
         let [pbx_interface, phones_interface] = connect(
             End {
                 host: &pbx,
-                name: "eth0",
+                name: names[0],
                 mac: PBX_MAC,
                 addresses: &pbx_addresses(),
             },
             End {
                 host: &phones_host,
-                name: "eth0",
+                name: names[1],
                 mac: PHONES_MAC,
                 addresses: &phone_addresses(phones, Self::phone_v4, Self::phone_v6),
             },

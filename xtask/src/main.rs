@@ -125,7 +125,12 @@ fn run(command: Xtask) -> Result<ExitCode> {
         Xtask::Bench { check: false, args } => {
             need_root("the benchmark")?;
             setup::ensure(Task::Bench)?;
-            workspace::build(&["--release", "--package=relay-user", "--package=relay-bench"])?;
+            workspace::build(&[
+                "--release",
+                "--package=relay-user",
+                "--package=relay-tests",
+                "--package=relay-bench",
+            ])?;
             become_program(Profile::Release, "relay-bench", args)
         }
     }

@@ -62,8 +62,20 @@ const TOOLS: &[Tool] = &[
     Tool {
         program: "debootstrap",
         package: "debootstrap",
-        purpose: "installs the real Asterisk into a folder of its own",
+        purpose: "installs the real Asterisk, and rtpengine, each into a folder of its own",
         tasks: &[Task::AsteriskDemo, Task::Test, Task::Bench],
+    },
+    Tool {
+        program: "nft",
+        package: "nftables",
+        purpose: "has the kernel change addresses, which the relay is compared with",
+        tasks: &[Task::Bench],
+    },
+    Tool {
+        program: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+        purpose: "counts instructions",
+        tasks: &[Task::Bench],
     },
     Tool {
         program: "chromium",
@@ -108,7 +120,9 @@ const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 /// # Errors
 /// Says what is missing and the command that mends it, when it cannot be installed from here.
 pub(crate) fn run() -> Result<()> {
-    install(&TOOLS.iter().collect::<Vec<_>>())?;
+    // What only benchmarks run is large, and installed by them.
+    let tools = TOOLS.iter().filter(|tool| tool.tasks != [Task::Bench]);
+    install(&tools.collect::<Vec<_>>())?;
     say(
         "done",
         "`cargo xtask demo` and `cargo xtask test` have all they need",

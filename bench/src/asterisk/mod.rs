@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use self::calls::{Calls, Carrier, Measured, OFFLOADED};
+use self::calls::{ATTEMPTS, Calls, Carrier, Measured, OFFLOADED};
 use crate::report::{Column, Machine, Report};
 
 /// Arguments of the suite.
@@ -96,7 +96,8 @@ fn method(options: &Options) -> Vec<String> {
              Asterisk; the relay learns them from AMI, and is attached in native XDP mode in mid-call. The same calls \
              are measured without it and with it in turns, {} rounds of {} s without and twice as long with it, in \
              which the daemon asks Asterisk about every call once; figures are medians of the rounds. Every packet is \
-             judged by its number: with the relay none may be lost, and {:.0} % must come from the kernel.",
+             judged by its number: with the relay none may be lost, and {:.0} % must come from the kernel. Where the \
+             machine was too busy for that, it is measured again, {ATTEMPTS} times in all.",
             options.rounds,
             options.seconds,
             OFFLOADED * 100.0

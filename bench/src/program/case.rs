@@ -13,7 +13,10 @@ use relay_tests::{
     tables::Entry,
 };
 
-use crate::interpreter::{self, Trace};
+use crate::{
+    interpreter::{self, Trace},
+    peer::swap::swap_macs,
+};
 
 /// Runs in one call. A packet of TTL 255 can be relayed that often.
 pub(super) const REPEAT: u32 = 240;
@@ -177,40 +180,8 @@ fn packets() -> Vec<(&'static str, Entry, Draft, Reason)> {
     ]
 }
 
-/// Swaps the MAC addresses, if the frame has a header, and sends the packet back.
-fn swap_macs() -> Vec<Instruction> {
-    const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
-        let [a, b] = offset.to_le_bytes();
-        let [c, d, e, f] = immediate.to_le_bytes();
-        [code, to | from << 4, a, b, c, d, e, f]
-    }
-    const LOAD_32: u8 = 0x61;
-    const LOAD_16: u8 = 0x69;
-    const STORE_32: u8 = 0x63;
-    const STORE_16: u8 = 0x6b;
-    vec![
-        // r2 = data, r3 = data_end
-        instruction(LOAD_32, 2, 1, 0, 0),
-        instruction(LOAD_32, 3, 1, 4, 0),
-        // r4 = r2 + 14; if r4 > r3, skip 8
-        instruction(0xbf, 4, 2, 0, 0),
-        instruction(0x07, 4, 0, 0, 14),
-        instruction(0x2d, 4, 3, 8, 0),
-        instruction(LOAD_32, 5, 2, 0, 0),
-        instruction(LOAD_16, 6, 2, 4, 0),
-        instruction(LOAD_32, 7, 2, 6, 0),
-        instruction(LOAD_16, 8, 2, 10, 0),
-        instruction(STORE_32, 2, 7, 0, 0),
-        instruction(STORE_16, 2, 8, 4, 0),
-        instruction(STORE_32, 2, 5, 6, 0),
-        instruction(STORE_16, 2, 6, 10, 0),
-        set(0, XDP_TX),
-        EXIT,
-    ]
-}
-
 /// The state of a stream of which packets come one after the other, 20 ms of voice each, the last one just now (ns).
-pub(super) fn flowing(entry: &Entry, now: u64) -> State {
+pub(crate) fn flowing(entry: &Entry, now: u64) -> State {
     const SPACING: u64 = 20_000_000;
     let reception = Reception {
         arrival: now - SPACING,

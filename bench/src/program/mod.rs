@@ -1,7 +1,7 @@
 //! Suite `program`: the datapath's programs alone, on one packet over and over.
 //!
 //! `BPF_PROG_TEST_RUN` hands each run what the one before it left. The packets are therefore of streams that turn a
-//! packet into itself, and each starts with the highest TTL that there is: enough for [`REPEAT`] runs, after which the
+//! packet into itself, and each starts with the highest TTL that there is: enough for [`case::REPEAT`] runs, after which the
 //! frame shows that every one of them relayed it.
 
 mod case;
@@ -14,7 +14,7 @@ use nix::{
 };
 use relay_tests::fixture::Hook;
 
-pub(crate) use self::case::SWAP;
+pub(crate) use self::case::{SWAP, flowing};
 use self::{case::cases, loaded::Loaded};
 use crate::{
     interpreter::Trace,

@@ -19,7 +19,7 @@ pub use super::{
 };
 use super::{
     session::{AmiError, Incoming, Session, connect},
-    tracker::{MAX_BRIDGES, Output, Query, Tracker},
+    tracker::{Output, Query, Tracker},
 };
 use crate::config::AmiSettings;
 
@@ -36,6 +36,8 @@ pub struct FeedSettings {
     pub ami: AmiSettings,
     /// Set where a proof on the wire follows each offer.
     pub proving: Option<Proving>,
+    /// Bridges tracked at a time.
+    pub max_bridges: usize,
 }
 
 /// Why serving a session ended.
@@ -64,19 +66,24 @@ pub async fn run(
     commands: Receiver<FeedCommand>,
     shutdown: CancellationToken,
 ) {
-    let FeedSettings { ami, proving } = settings;
+    let FeedSettings {
+        ami,
+        proving,
+        max_bridges,
+    } = settings;
     let ends = Ends {
         events,
         commands,
         shutdown,
     };
-    drive(session, proving, || connect(&ami), ends).await;
+    let tracker = Tracker::new(max_bridges, proving);
+    drive(session, tracker, || connect(&ami), ends).await;
 }
 
 /// [`run`] over any byte stream and any way to open it anew.
 async fn drive<S, C, F>(
     mut session: Session<S>,
-    proving: Option<Proving>,
+    mut tracker: Tracker,
     mut connect: C,
     mut ends: Ends,
 ) where
@@ -84,7 +91,6 @@ async fn drive<S, C, F>(
     C: FnMut() -> F,
     F: Future<Output = Result<Session<S>, AmiError>>,
 {
-    let mut tracker = Tracker::new(MAX_BRIDGES, proving);
     let mut wait = FIRST_WAIT;
     loop {
         let since = Instant::now();
@@ -254,7 +260,7 @@ mod tests {
             commands: commands_out,
             shutdown: shutdown.clone(),
         };
-        let task = tokio::spawn(drive(session, None, connect, ends));
+        let task = tokio::spawn(drive(session, Tracker::new(1000, None), connect, ends));
         (
             Feed {
                 events,

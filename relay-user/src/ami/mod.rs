@@ -22,3 +22,4 @@ mod simulation;
 
 pub use feed::{CallId, FeedCommand, FeedEvent, FeedSettings, Proving, run};
 pub use session::{AmiError, PRIVILEGES, Session, connect};
+pub use tracker::BRIDGES;

@@ -35,8 +35,8 @@ pub const PROVEN_POLL: Duration = Duration::from_secs(10);
 /// Every so many polls the technology is asked as well. Its changes raise events, so this guards
 /// against the unknown only, and costs Asterisk half as much as the poll.
 const BRIDGE_POLLS: u8 = 5;
-/// Bridges tracked at a time, unless the caller says otherwise: half of the default 65,536 streams.
-pub const MAX_BRIDGES: usize = 32_768;
+/// Bridges tracked at a time, at least: half of the default 65,536 streams.
+pub const BRIDGES: usize = 32_768;
 /// Longest bridge id or channel name taken, in bytes. Asterisk's own are at most 80
 /// (AST_CHANNEL_NAME) and 36.
 pub const MAX_NAME: usize = 200;

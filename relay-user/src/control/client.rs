@@ -21,7 +21,10 @@ use tokio::{
 };
 
 use super::{
-    model::{AddRequest, ApiError, Detached, ErrorBody, PairList, PairReport, StatusReport},
+    model::{
+        AddAllReport, AddAllRequest, AddRequest, AddResult, ApiError, Detached, ErrorBody,
+        PairList, PairReport, StatusReport,
+    },
     socket::{self, Occupant},
 };
 use crate::{events::Event, pair::Pair};
@@ -118,6 +121,33 @@ impl Client {
         self.request(Method::POST, "/v1/pairs", body).await
     }
 
+    /// Adds several pairs, at most [`BATCH`](super::model::BATCH), in a fraction of the time that they
+    /// would take one by one. Returns their numbers, or why they were refused, in the same order.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn add_all(&self, pairs: &[Pair]) -> Result<Vec<Result<u64, ApiError>>, ClientError> {
+        let request = AddAllRequest {
+            pairs: pairs.iter().map(AddRequest::from).collect(),
+        };
+        let body =
+            serde_json::to_vec(&request).map_err(|error| self.answer_error(error.to_string()))?;
+        let report: AddAllReport = self.request(Method::POST, "/v1/pairs/batch", body).await?;
+        if report.results.len() != pairs.len() {
+            return Err(self.answer_error("not one result for each pair".to_owned()));
+        }
+        let results = report.results.into_iter();
+        results
+            .map(|result| match result {
+                AddResult { id: Some(id), .. } => Ok(Ok(id)),
+                AddResult {
+                    error: Some(error), ..
+                } => Ok(Err(error)),
+                _ => Err(self.answer_error("a result that is none".to_owned())),
+            })
+            .collect()
+    }
+
     /// Takes a pair back; returns it as it last was.
     ///
     /// # Errors
@@ -141,6 +171,24 @@ impl Client {
     /// Every [`ClientError`].
     pub async fn list(&self) -> Result<PairList, ClientError> {
         self.request(Method::GET, "/v1/pairs", Vec::new()).await
+    }
+
+    /// Every pair, in the JSON that the daemon writes, unread.
+    ///
+    /// # Errors
+    /// Every [`ClientError`].
+    pub async fn list_text(&self) -> Result<Text, ClientError> {
+        let sent = timeout(
+            self.patience,
+            self.send(Method::GET, "/v1/pairs", Vec::new()),
+        );
+        let response = sent
+            .await
+            .map_err(|_| ClientError::Silent(self.socket.clone()))??;
+        Ok(Text {
+            client: self.clone(),
+            body: response.into_body(),
+        })
     }
 
     /// One pair.
@@ -287,6 +335,36 @@ impl Client {
         ClientError::Answer {
             path: self.socket.clone(),
             what,
+        }
+    }
+}
+
+/// An answer as it arrives.
+#[derive(Debug)]
+pub struct Text {
+    client: Client,
+    body: Incoming,
+}
+
+impl Text {
+    /// The next part of it; none at the end.
+    ///
+    /// # Errors
+    /// [`ClientError::Broken`] and [`ClientError::Silent`].
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        loop {
+            let frame = timeout(self.client.patience, self.body.frame())
+                .await
+                .map_err(|_| ClientError::Silent(self.client.socket.clone()))?;
+            match frame {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+                Some(Err(error)) => return Err(self.client.broken(error)),
+                None => return Ok(None),
+            }
         }
     }
 }

@@ -34,6 +34,8 @@ pub(crate) struct Limits {
     pub(crate) connections: usize,
     /// Longest body of a request, in bytes.
     pub(crate) body: usize,
+    /// The same of a request about several pairs.
+    pub(crate) batch_body: usize,
     /// Largest request head, in bytes.
     pub(crate) head: usize,
     /// For the head of a request to arrive, and for its body.
@@ -59,6 +61,7 @@ pub(crate) struct Limits {
 pub(crate) const LIMITS: Limits = Limits {
     connections: 64,
     body: 64 * 1024,
+    batch_body: 1024 * 1024,
     head: 16 * 1024,
     arrival: Duration::from_secs(5),
     answer: Duration::from_secs(10),

@@ -40,7 +40,8 @@ impl Command {
             Self::Add { reply, .. } | Self::Remove { reply, .. } | Self::Show { reply, .. } => {
                 reply.is_closed()
             }
-            Self::Flush { reply } | Self::List { reply } => reply.is_closed(),
+            Self::AddAll { reply, .. } => reply.is_closed(),
+            Self::Flush { reply } | Self::List { reply, .. } => reply.is_closed(),
             Self::Status { reply } => reply.is_closed(),
             Self::Metrics { reply } => reply.is_closed(),
             Self::Detach { reply } => reply.is_closed(),
@@ -58,6 +59,13 @@ pub enum Command {
         /// Gets the new pair as it stands.
         reply: Reply<PairReport>,
     },
+    /// The same with several pairs, each of which is taken or refused by itself.
+    AddAll {
+        /// The pairs.
+        pairs: Vec<Pair>,
+        /// Gets their numbers, or why they were refused, in the same order.
+        reply: Reply<Vec<Result<u64, ApiError>>>,
+    },
     /// Take one pair back and forget it.
     Remove {
         /// The pair's number.
@@ -70,9 +78,14 @@ pub enum Command {
         /// Gets the pairs as they last were.
         reply: Reply<Vec<PairReport>>,
     },
-    /// Report every pair.
+    /// Report the pairs that follow on a number, so that between one part of a long list and the next
+    /// other things are done.
     List {
-        /// Gets them in the order of their numbers.
+        /// The number; 0 before the first.
+        after: u64,
+        /// At most so many.
+        limit: usize,
+        /// Gets them in the order of their numbers: fewer than asked for are the last.
         reply: Reply<Vec<PairReport>>,
     },
     /// Report one pair.

@@ -44,6 +44,48 @@ pub struct LegAddresses {
     pub remote: String,
 }
 
+/// Most pairs in an [`AddAllRequest`].
+pub const BATCH: usize = 1000;
+
+/// Body of `POST /v1/pairs/batch`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddAllRequest {
+    /// At most [`BATCH`] pairs.
+    pub pairs: Vec<AddRequest>,
+}
+
+/// What became of the pairs of an [`AddAllRequest`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddAllReport {
+    /// One for each pair, in the same order.
+    pub results: Vec<AddResult>,
+}
+
+/// What became of one of several pairs to be added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddResult {
+    /// Its number; none where it was refused.
+    pub id: Option<u64>,
+    /// Why it was refused; none where it was not.
+    pub error: Option<ApiError>,
+}
+
+impl From<Result<u64, ApiError>> for AddResult {
+    fn from(outcome: Result<u64, ApiError>) -> Self {
+        match outcome {
+            Ok(id) => Self {
+                id: Some(id),
+                error: None,
+            },
+            Err(error) => Self {
+                id: None,
+                error: Some(error),
+            },
+        }
+    }
+}
+
 fn pcmu() -> Vec<PayloadTypes> {
     vec![PayloadTypes::same(0)]
 }
@@ -596,11 +638,12 @@ impl TryFrom<AddRequest> for Pair {
     type Error = PairError;
 
     fn try_from(request: AddRequest) -> Result<Self, PairError> {
-        // Through the text form, whose errors quote what the client wrote.
-        let leg = |leg: &LegAddresses| format!("{}={}", leg.local, leg.remote).parse::<Leg>();
         let [first, second] = &request.legs;
         Self::new(
-            [leg(first)?, leg(second)?],
+            [
+                Leg::parse(&first.local, &first.remote)?,
+                Leg::parse(&second.local, &second.remote)?,
+            ],
             request.payload_types,
             request.proof,
         )
@@ -657,6 +700,17 @@ mod tests {
         documented::<Detached>("Detaching");
         documented::<crate::doctor::Report>("The doctor");
         documented::<ErrorBody>("Errors");
+    }
+
+    #[test]
+    fn the_description_shows_several_pairs_and_their_results() {
+        let [request, report] = examples("Adding several pairs")
+            .try_into()
+            .expect("two examples");
+        let read: AddAllRequest = serde_json::from_value(request.clone()).expect("request");
+        assert_eq!(serde_json::to_value(read).expect("request"), request);
+        let read: AddAllReport = serde_json::from_value(report.clone()).expect("report");
+        assert_eq!(serde_json::to_value(read).expect("report"), report);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! It only turns requests into [`Command`]s and answers into JSON, and the [`EventBus`] into streams.
 
 use std::{
+    collections::BTreeMap,
     convert::Infallible,
     future::Future,
     io,
@@ -19,10 +20,10 @@ use axum::{
     response::Response,
     routing::{delete, get, post},
 };
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use nix::unistd::geteuid;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::{Mutex, Semaphore, mpsc, oneshot},
@@ -34,11 +35,15 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Command, MetricsReport, Reply,
     connection::{self, LIMITS, Limits, Place},
-    model::{AddRequest, ApiError, ErrorBody, ErrorCode, PairList, PairReport, StatusReport},
+    model::{
+        AddAllReport, AddAllRequest, AddRequest, AddResult, ApiError, BATCH, ErrorBody, ErrorCode,
+        PairList, PairReport, StatusReport,
+    },
     selection::Selection,
     socket::ControlSocket,
 };
 use crate::{
+    clock,
     events::{Crowded, Event, EventBus, Lagged, Subscription},
     pair::Pair,
 };
@@ -140,6 +145,7 @@ impl<T: Clone> Recent<T> {
 fn routes(api: Arc<Api>) -> Router {
     let writing = Router::new()
         .route("/v1/pairs", post(add).delete(flush))
+        .route("/v1/pairs/batch", post(add_all))
         .route("/v1/pairs/{id}", delete(remove))
         .route("/v1/detach", post(detach))
         .with_state(api.clone());
@@ -162,15 +168,40 @@ pub(crate) fn reading(api: Arc<Api>) -> Router {
 
 async fn add(State(api): State<Arc<Api>>, request: Request) -> Response {
     answer(StatusCode::CREATED, async {
-        let body = api.body(request).await?;
-        let request: AddRequest = serde_json::from_slice(&body).map_err(|error| {
-            ApiError::new(
-                ErrorCode::InvalidRequest,
-                format_args!("the body is not the JSON of a pair: {error}"),
-            )
-        })?;
+        let request: AddRequest = api.body(request, api.limits.body, "a pair").await?;
         let pair = Pair::try_from(request)?;
         api.ask(|reply| Command::Add { pair, reply }).await
+    })
+    .await
+}
+
+async fn add_all(State(api): State<Arc<Api>>, request: Request) -> Response {
+    answer(StatusCode::OK, async {
+        let longest = api.limits.batch_body;
+        let request: AddAllRequest = api.body(request, longest, "several pairs").await?;
+        if request.pairs.len() > BATCH {
+            return Err(ApiError::new(
+                ErrorCode::InvalidRequest,
+                format_args!("there are more than {BATCH} pairs: add them in several requests"),
+            ));
+        }
+        let mut pairs = Vec::with_capacity(request.pairs.len());
+        let mut invalid = BTreeMap::new();
+        for (index, pair) in request.pairs.into_iter().enumerate() {
+            match Pair::try_from(pair) {
+                Ok(pair) => pairs.push(pair),
+                Err(error) => {
+                    invalid.insert(index, ApiError::from(error));
+                }
+            }
+        }
+        let mut results = api.ask(|reply| Command::AddAll { pairs, reply }).await?;
+        // In ascending order, so that each comes to stand where it was.
+        for (index, error) in invalid {
+            results.insert(index, Err(error));
+        }
+        let results = results.into_iter().map(AddResult::from).collect();
+        Ok(AddAllReport { results })
     })
     .await
 }
@@ -179,8 +210,8 @@ async fn list(
     State(api): State<Arc<Api>>,
     query: Result<Query<Selection>, QueryRejection>,
 ) -> Response {
-    answer(StatusCode::OK, async {
-        let Query(mut selection) = query.map_err(|rejection| {
+    let selection = || {
+        let Query(selection) = query.map_err(|rejection| {
             let wrong = rejection.body_text();
             ApiError::new(
                 ErrorCode::InvalidRequest,
@@ -197,6 +228,16 @@ async fn list(
                 format_args!("a filter is not longer than {FILTER_MAX} bytes"),
             ));
         }
+        Ok(selection)
+    };
+    let selection = match selection() {
+        Ok(selection) if selection == Selection::default() && api.limits.pairs == usize::MAX => {
+            return list_all(api).await;
+        }
+        selection => selection,
+    };
+    answer(StatusCode::OK, async {
+        let mut selection = selection?;
         let most = api.limits.pairs;
         selection.limit = Some(selection.limit.unwrap_or(most).min(most));
         let pairs = api.pairs().await?;
@@ -206,6 +247,69 @@ async fn list(
             .map_err(|error| ApiError::new(ErrorCode::Internal, error))
     })
     .await
+}
+
+/// Every pair, part by part: while one is written out, the controller makes the next.
+async fn list_all(api: Arc<Api>) -> Response {
+    let time = clock::utc_now();
+    let first = match api.pairs_after(0).await {
+        Ok(first) => first,
+        Err(error) => return refuse(&error),
+    };
+    let (written, mut parts) = mpsc::channel(2);
+    tokio::spawn(async move {
+        let mut pairs = first;
+        let mut matching = 0;
+        loop {
+            let begun = matching > 0;
+            matching += pairs.len();
+            let (last, is_end) = (pairs.last().map(|pair| pair.id), pairs.len() < PART);
+            let part = spawn_blocking(move || part(&pairs, begun));
+            // Nobody reads on.
+            if written.send(part).await.is_err() {
+                return;
+            }
+            let Some(last) = last.filter(|_| !is_end) else {
+                break;
+            };
+            pairs = match api.pairs_after(last).await {
+                Ok(pairs) => pairs,
+                Err(error) => {
+                    // What was sent already is no answer; the connection breaks off.
+                    let _ = written.send(spawn_blocking(|| Err(error))).await;
+                    return;
+                }
+            };
+        }
+        let end = format!("\n],\"matching\":{matching},\"time\":\"{time}\"}}\n");
+        let _ = written.send(spawn_blocking(|| Ok(end.into()))).await;
+    });
+    let parts = stream::poll_fn(move |context| parts.poll_recv(context));
+    let parts = parts.then(async |part| {
+        part.await
+            .map_err(io::Error::other)?
+            .map_err(io::Error::other)
+    });
+    let mut response = json(StatusCode::OK, Vec::new());
+    *response.body_mut() = Body::from_stream(parts);
+    response
+}
+
+/// Pairs in a part of a list.
+const PART: usize = 1000;
+
+/// Pairs as they stand in a list: each on a line of its own, for those who read it without a program.
+fn part(pairs: &[PairReport], begun: bool) -> Result<Bytes, ApiError> {
+    let mut text = Vec::new();
+    if !begun {
+        text.extend_from_slice(b"{\"pairs\":[");
+    }
+    for (index, pair) in pairs.iter().enumerate() {
+        text.extend_from_slice(if begun || index > 0 { b",\n" } else { b"\n" });
+        serde_json::to_writer(&mut text, pair)
+            .map_err(|error| ApiError::new(ErrorCode::Internal, error))?;
+    }
+    Ok(text.into())
 }
 
 async fn flush(State(api): State<Arc<Api>>) -> Response {
@@ -399,10 +503,28 @@ impl Api {
     /// All pairs, in the order of their numbers.
     pub(crate) async fn pairs(&self) -> Result<Arc<PairList>, ApiError> {
         let ask = async {
-            let pairs = self.ask(|reply| Command::List { reply }).await?;
+            let mut pairs = self.pairs_after(0).await?;
+            let mut last = pairs.len();
+            while last == PART
+                && let Some(pair) = pairs.last()
+            {
+                let more = self.pairs_after(pair.id).await?;
+                last = more.len();
+                pairs.extend(more);
+            }
             Ok(Arc::new(pairs.into()))
         };
         self.pairs.get(self.limits.freshness, ask).await
+    }
+
+    /// At most [`PART`] pairs, those that follow on a number.
+    async fn pairs_after(&self, after: u64) -> Result<Vec<PairReport>, ApiError> {
+        self.ask(|reply| Command::List {
+            after,
+            limit: PART,
+            reply,
+        })
+        .await
     }
 
     async fn pair(&self, id: u64) -> Result<PairReport, ApiError> {
@@ -414,22 +536,31 @@ impl Api {
         pair.ok_or_else(|| ApiError::unknown_pair(id))
     }
 
-    async fn body(&self, request: Request) -> Result<Vec<u8>, ApiError> {
-        let Limits {
-            body: longest,
-            arrival,
-            ..
-        } = self.limits;
+    /// The JSON that a request comes with; `of` says what it describes.
+    async fn body<T: DeserializeOwned>(
+        &self,
+        request: Request,
+        longest: usize,
+        of: &str,
+    ) -> Result<T, ApiError> {
+        let arrival = self.limits.arrival;
         match timeout(
             arrival,
             Limited::new(request.into_body(), longest).collect(),
         )
         .await
         {
-            Ok(Ok(body)) => Ok(body.to_bytes().into()),
+            Ok(Ok(body)) => serde_json::from_slice(&body.to_bytes()).map_err(|error| {
+                ApiError::new(
+                    ErrorCode::InvalidRequest,
+                    format_args!("the body is not the JSON of {of}: {error}"),
+                )
+            }),
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::new(
                 ErrorCode::BodyTooLarge,
-                format_args!("the body is longer than {longest} bytes: add one pair per request"),
+                format_args!(
+                    "the body is longer than the {longest} bytes that {of} may take: split it"
+                ),
             )),
             Ok(Err(error)) => Err(ApiError::new(
                 ErrorCode::InvalidRequest,

@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    ops::Bound,
     time::{Duration, Instant},
 };
 
 use relay_common::stream::{Address, Event, State, StreamSpec, event, mode, ticks};
 
-use super::{Controller, ControllerError, kind_of};
+use super::{Controller, ControllerError, TICK, kind_of};
 use crate::{
     ami::FeedCommand,
     clock,
@@ -21,6 +22,13 @@ use crate::{
 
 /// How often the states of all streams are looked at, for what no event told.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// In so many parts, one with each tick: of hundreds of thousands, all at once would keep everything else waiting.
+const PARTS: usize = (LOOK.as_millis() / TICK.as_millis()) as usize;
+
+/// Longest time that a part takes, so that most of it is left for everything else. With more pairs than can be looked at
+/// in it, each is looked at less often.
+const LONGEST_PART: Duration = Duration::from_millis(50);
 
 /// The first wait before a pair is asked about again; doubled each time.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
@@ -38,7 +46,10 @@ const FORGIVEN: Duration = Duration::from_secs(60);
 #[derive(Default)]
 pub(super) struct Watch {
     pairs: BTreeMap<u64, Vigil>,
-    looked: Option<Instant>,
+    /// The pair that was looked at last.
+    looked: Option<u64>,
+    /// When the first of all was.
+    round: Option<Instant>,
 }
 
 /// What goes on with a pair.
@@ -81,6 +92,25 @@ impl Watch {
                 samples: [None; 2],
             },
         );
+    }
+
+    /// One pair after the other, and the first again once [`LOOK`] is over.
+    fn next_to_look_at(&mut self, now: Instant) -> Option<u64> {
+        let later = |looked| (Bound::Excluded(looked), Bound::Unbounded);
+        let next = self.looked.and_then(|looked| {
+            let (id, _) = self.pairs.range(later(looked)).next()?;
+            Some(*id)
+        });
+        if next.is_some() {
+            self.looked = next;
+            return next;
+        }
+        if self.round.is_some_and(|began| now < began + LOOK) {
+            return None;
+        }
+        let (first, _) = self.pairs.first_key_value()?;
+        (self.looked, self.round) = (Some(*first), Some(now));
+        self.looked
     }
 
     /// A pair is no longer in its care. Returns what is left of it in the maps.
@@ -232,9 +262,7 @@ impl Controller {
     fn tell_turn(&mut self, turn: &Turn) {
         let (id, leg) = (turn.pair, turn.leg);
         self.proofs.turn(id, leg, turn.now, Instant::now());
-        let why = self
-            .pair_report(id)
-            .and_then(|report| report.streams.into_iter().nth(leg)?.why);
+        let why = self.registry.why_stopped(id, leg, self.state());
         let cause = why.unwrap_or_else(|| {
             let proven = self
                 .registry
@@ -252,7 +280,7 @@ impl Controller {
         }
     }
 
-    /// Looks at every stream once a second, and at what is due more often.
+    /// Looks at every stream once a second, part by part, and at what is due more often.
     pub(super) async fn look(&mut self, now: Instant) -> Result<(), ControllerError> {
         let due: Vec<_> = self
             .wire
@@ -264,20 +292,30 @@ impl Controller {
         for id in due {
             self.ask_what_is_due(id, now).await?;
         }
-        if self.wire.looked.is_some_and(|last| now < last + LOOK) {
-            return Ok(());
-        }
-        self.wire.looked = Some(now);
-        for id in self.wire.pairs.keys().copied().collect::<Vec<_>>() {
+        let begin = Instant::now();
+        for _ in 0..self.wire.pairs.len().div_ceil(PARTS) {
+            let Some(id) = self.wire.next_to_look_at(now) else {
+                break;
+            };
             self.look_at(id, now).await?;
+            if begin.elapsed() > LONGEST_PART {
+                break;
+            }
         }
         Ok(())
     }
 
     async fn look_at(&mut self, id: u64, now: Instant) -> Result<(), ControllerError> {
-        let datapath = &self.datapath;
+        let read = [0, 1].map(|leg| {
+            let spec = self.registry.installed(id, leg)?;
+            Some((spec, self.datapath.state(spec.slot)))
+        });
         // Of events that are lost, or still to come.
-        for turn in self.registry.turns(id, |slot| datapath.state(slot)) {
+        let state = |slot| {
+            let read = read.iter().flatten().find(|(spec, _)| spec.slot == slot);
+            read.map_or_else(State::default, |(_, state)| *state)
+        };
+        for turn in self.registry.turns(id, state) {
             self.tell_turn(&turn);
         }
         let Some(vigil) = self.wire.pairs.get(&id) else {
@@ -288,11 +326,10 @@ impl Controller {
         let mut silence = [age; 2];
         let mut offloaded = [false; 2];
         let mut suspended = [false; 2];
-        for leg in 0..2 {
-            let Some(spec) = self.registry.installed(id, leg) else {
+        for (leg, read) in read.into_iter().enumerate() {
+            let Some((spec, state)) = read else {
                 continue;
             };
-            let state = self.datapath.state(spec.slot);
             self.scout(id, leg, &spec, &state, age);
             self.learn_clock(id, leg, spec.slot, &state);
             offloaded[leg] = state.mode() == mode::OFFLOADED;
@@ -501,5 +538,31 @@ impl Controller {
         self.apply(changes).await?;
         self.notice(id);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_looked_at_in_turn_and_none_too_soon() {
+        let (start, mut watch) = (Instant::now(), Watch::default());
+        assert_eq!(watch.next_to_look_at(start), None);
+        for id in [2, 5, 9] {
+            watch.begin(id, start);
+        }
+        // As many as there are answers.
+        fn look<const N: usize>(watch: &mut Watch, now: Instant) -> [Option<u64>; N] {
+            [(); N].map(|()| watch.next_to_look_at(now))
+        }
+        let round = start + LOOK;
+        assert_eq!(look(&mut watch, round), [Some(2), Some(5)]);
+        watch.end(5);
+        watch.begin(7, start);
+        assert_eq!(look(&mut watch, round + TICK), [Some(7), Some(9), None]);
+        watch.begin(10, start);
+        assert_eq!(look(&mut watch, round + 2 * TICK), [Some(10), None]);
+        assert_eq!(look(&mut watch, round + LOOK), [Some(2), Some(7)]);
     }
 }

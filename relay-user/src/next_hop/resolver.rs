@@ -14,9 +14,9 @@ use super::{
 /// Commands served in one go.
 const COMMANDS: usize = 256;
 
-/// Route lookups between two looks at notifications and commands: about a millisecond. Not less than
-/// commands, so that every watch is answered in the step that reads it.
-const LOOKUPS: usize = COMMANDS;
+/// Route lookups between two looks at notifications and commands: about a millisecond. More where more
+/// is asked for at once, so that every watch is answered in the step that reads it.
+const LOOKUPS: usize = 256;
 
 /// Changes that wait in the channel. Further ones wait in the table, where a newer one replaces
 /// an older one of the same path.
@@ -35,8 +35,8 @@ pub struct NextHops {
 #[derive(Debug)]
 enum Command {
     Watch {
-        path: Path,
-        answer: oneshot::Sender<Notice>,
+        paths: Vec<Path>,
+        answer: oneshot::Sender<Vec<Notice>>,
     },
     Unwatch {
         path: Path,
@@ -55,10 +55,19 @@ impl NextHops {
     /// # Errors
     /// When the resolver has ended.
     pub async fn watch(&self, path: Path) -> Result<Notice, Stopped> {
-        let (answer, notice) = oneshot::channel();
-        let command = Command::Watch { path, answer };
+        self.watch_all(vec![path]).await?.pop().ok_or(Stopped)
+    }
+
+    /// The same with several paths, in less time than one after the other. One that is named twice is
+    /// watched twice.
+    ///
+    /// # Errors
+    /// When the resolver has ended.
+    pub async fn watch_all(&self, paths: Vec<Path>) -> Result<Vec<Notice>, Stopped> {
+        let (answer, notices) = oneshot::channel();
+        let command = Command::Watch { paths, answer };
         self.commands.send(command).await.map_err(|_| Stopped)?;
-        notice.await.map_err(|_| Stopped)
+        notices.await.map_err(|_| Stopped)
     }
 
     /// Ends one watch. Changes of the path that are in the channel already still arrive.
@@ -165,9 +174,11 @@ impl Resolver {
         let mut asked = Vec::new();
         for command in commands.drain(..) {
             match command {
-                Command::Watch { path, answer } => {
-                    self.table.watch(path);
-                    asked.push((path, answer));
+                Command::Watch { paths, answer } => {
+                    for path in &paths {
+                        self.table.watch(*path);
+                    }
+                    asked.push((paths, answer));
                 }
                 Command::Unwatch { path } => self.table.unwatch(path),
             }
@@ -175,7 +186,8 @@ impl Resolver {
         for index in self.table.links_due() {
             self.table.link_answer(index, self.kernel.interface(index)?);
         }
-        let paths = self.table.lookups_due(now, LOOKUPS);
+        let watched: usize = asked.iter().map(|(paths, _)| paths.len()).sum();
+        let paths = self.table.lookups_due(now, LOOKUPS.max(watched));
         let routes = self.kernel.routes(&paths);
         self.table
             .route_answers(paths.into_iter().zip(routes), Instant::now());
@@ -189,18 +201,22 @@ impl Resolver {
         for (key, entry) in keys.iter().zip(self.kernel.neighbours(&keys)) {
             self.table.neighbour_answer(*key, entry, now);
         }
-        for (path, answer) in asked {
-            let serial = self.table.serial(path);
-            if let Some(resolution) = self.table.answer(path)
-                && answer
-                    .send(Notice {
-                        path,
-                        serial,
-                        resolution,
-                    })
-                    .is_err()
+        for (paths, answer) in asked {
+            let notices = paths.iter().map(|&path| {
+                let serial = self.table.serial(path);
+                let resolution = self.table.answer(path)?;
+                Some(Notice {
+                    path,
+                    serial,
+                    resolution,
+                })
+            });
+            if let Some(notices) = notices.collect()
+                && answer.send(notices).is_err()
             {
-                self.table.unwatch(path);
+                for path in paths {
+                    self.table.unwatch(path);
+                }
             }
         }
         while self.table.has_notices() {

@@ -19,7 +19,7 @@ use md5::{Digest as _, Md5};
 
 use super::{
     USER,
-    call::{Call, Message, Side},
+    call::{Message, Side},
     exchange::Exchange,
 };
 
@@ -179,7 +179,7 @@ impl Session {
                 }
                 _ => {
                     exchange.await_unstalled();
-                    self.send(&answer(&name, &action, &exchange.calls()));
+                    self.send(&answer(&name, &action, exchange));
                 }
             }
         }
@@ -220,7 +220,7 @@ fn authentic(action: &Action, challenge: Option<&str>, secret: &str) -> bool {
 }
 
 /// The answer to a query about calls.
-fn answer(name: &str, action: &Action, calls: &[Arc<Call>]) -> Vec<Message> {
+fn answer(name: &str, action: &Action, exchange: &Exchange) -> Vec<Message> {
     let id = action.id();
     let start = |text: &str| {
         Message::response("Success", id)
@@ -234,17 +234,15 @@ fn answer(name: &str, action: &Action, calls: &[Arc<Call>]) -> Vec<Message> {
     };
     match name {
         "bridgelist" => {
+            let calls = exchange.calls();
             let mut messages = vec![start("Bridge listing will follow")];
             messages.extend(calls.iter().map(|call| call.bridge_item(id)));
             messages.push(complete("BridgeListComplete", calls.len()));
             messages
         }
         "bridgeinfo" => {
-            let wanted = action.get("BridgeUniqueid");
-            let Some(call) = calls
-                .iter()
-                .find(|call| Some(call.bridge_id.as_str()) == wanted)
-            else {
+            let wanted = action.get("BridgeUniqueid").unwrap_or_default();
+            let Some(call) = exchange.bridge(wanted) else {
                 return action.error("Specified BridgeUniqueid not found");
             };
             let mut messages = vec![start("Bridge channel listing will follow")];
@@ -254,11 +252,12 @@ fn answer(name: &str, action: &Action, calls: &[Arc<Call>]) -> Vec<Message> {
         "status" => {
             let variables = arguments(action.get("Variables").unwrap_or_default());
             let channels: Vec<_> = match action.get("Channel") {
-                None => calls
-                    .iter()
-                    .flat_map(|call| [(call, Side::Callee), (call, Side::Caller)])
+                None => exchange
+                    .calls()
+                    .into_iter()
+                    .flat_map(|call| [(Arc::clone(&call), Side::Callee), (call, Side::Caller)])
                     .collect(),
-                Some(name) => match find(calls, name) {
+                Some(name) => match exchange.channel(name) {
                     Some(found) => vec![found],
                     None => return action.error("No such channel"),
                 },
@@ -274,7 +273,8 @@ fn answer(name: &str, action: &Action, calls: &[Arc<Call>]) -> Vec<Message> {
         }
         "getvar" => {
             let variable = action.get("Variable").unwrap_or_default();
-            let Some((call, side)) = find(calls, action.get("Channel").unwrap_or_default()) else {
+            let channel = action.get("Channel").unwrap_or_default();
+            let Some((call, side)) = exchange.channel(channel) else {
                 return action.error("No such channel");
             };
             let value = call.channel(side).variable(variable);
@@ -290,12 +290,6 @@ fn answer(name: &str, action: &Action, calls: &[Arc<Call>]) -> Vec<Message> {
             action.error(&format!("Invalid/unknown command: {name}. Use Action: ListCommands to show available commands."))
         }
     }
-}
-
-fn find<'a>(calls: &'a [Arc<Call>], channel: &str) -> Option<(&'a Arc<Call>, Side)> {
-    calls
-        .iter()
-        .find_map(|call| Some((call, call.side(channel)?)))
 }
 
 /// Splits at commas outside of brackets.

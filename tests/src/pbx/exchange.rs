@@ -1,10 +1,10 @@
 //! The fake PBX itself: its calls, its AMI clients, and the commands by which a test drives it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs,
     io::{self, Write as _},
-    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use super::{
     ami::{self, Session},
-    call::{Call, Channel, Message},
+    call::{Call, Channel, Message, Side},
     media,
 };
 
@@ -54,6 +54,8 @@ pub(super) struct Exchange {
 #[derive(Debug, Default)]
 struct Lines {
     calls: BTreeMap<u64, Running>,
+    bridges: HashMap<String, Arc<Call>>,
+    channels: HashMap<String, Arc<Call>>,
     next_call: u64,
     next_channel: u32,
 }
@@ -61,8 +63,72 @@ struct Lines {
 #[derive(Debug)]
 struct Running {
     call: Arc<Call>,
+    /// None of a call that only AMI tells of.
+    media: Option<Media>,
+}
+
+#[derive(Debug)]
+struct Media {
     stop: Arc<EventFd>,
     thread: JoinHandle<Result<()>>,
+}
+
+impl Lines {
+    /// A call that is not up yet, and its number.
+    fn new_call(
+        &mut self,
+        endpoints: [&str; 2],
+        locals: [SocketAddr; 2],
+        remotes: [SocketAddr; 2],
+    ) -> Result<(u64, Call)> {
+        let id = self.next_call;
+        self.next_call += 1;
+        let epoch = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)?
+            .as_secs();
+        let mut channel = |endpoint: &str, side: usize| {
+            let number = self.next_channel;
+            self.next_channel += 1;
+            Channel {
+                name: format!("PJSIP/{endpoint}-{number:08x}"),
+                unique_id: format!("{epoch}.{number}"),
+                sip_call_id: format!("{epoch:08x}-0000-4000-8000-{number:012x}"),
+                local: locals[side],
+                remote: remotes[side],
+                held: AtomicBool::new(false),
+                received: AtomicU64::new(0),
+                forwarded: AtomicU64::new(0),
+            }
+        };
+        let call = Call {
+            bridge_id: format!("{epoch:08x}-b71d-4000-8000-{id:012x}"),
+            caller: channel(endpoints[0], 0),
+            callee: channel(endpoints[1], 1),
+            native: AtomicBool::new(false),
+            transcoded: AtomicBool::new(false),
+            started: Instant::now(),
+        };
+        Ok((id, call))
+    }
+
+    fn insert(&mut self, id: u64, running: Running) {
+        let call = &running.call;
+        self.bridges
+            .insert(call.bridge_id.clone(), Arc::clone(call));
+        for channel in [&call.caller, &call.callee] {
+            self.channels.insert(channel.name.clone(), Arc::clone(call));
+        }
+        self.calls.insert(id, running);
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Running> {
+        let running = self.calls.remove(&id)?;
+        self.bridges.remove(&running.call.bridge_id);
+        for channel in [&running.call.caller, &running.call.callee] {
+            self.channels.remove(&channel.name);
+        }
+        Some(running)
+    }
 }
 
 impl Exchange {
@@ -88,6 +154,18 @@ impl Exchange {
             .values()
             .map(|running| Arc::clone(&running.call))
             .collect()
+    }
+
+    /// The call of a bridge.
+    pub(super) fn bridge(&self, id: &str) -> Option<Arc<Call>> {
+        self.lines().bridges.get(id).cloned()
+    }
+
+    /// The call and the side of a channel.
+    pub(super) fn channel(&self, name: &str) -> Option<(Arc<Call>, Side)> {
+        let call = self.lines().channels.get(name).cloned()?;
+        let side = call.side(name)?;
+        Some((call, side))
     }
 
     fn stall(&self, stalled: bool) {
@@ -119,33 +197,8 @@ impl Exchange {
         let mut lines = self.lines();
         let sockets = [socket(address)?, socket(address)?];
         let locals = [sockets[0].local_addr()?, sockets[1].local_addr()?];
-        let id = lines.next_call;
-        lines.next_call += 1;
-        let epoch = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)?
-            .as_secs();
-        let mut channel = |endpoint: &str, side: usize| {
-            let number = lines.next_channel;
-            lines.next_channel += 1;
-            Channel {
-                name: format!("PJSIP/{endpoint}-{number:08x}"),
-                unique_id: format!("{epoch}.{number}"),
-                sip_call_id: format!("{epoch:08x}-0000-4000-8000-{number:012x}"),
-                local: locals[side],
-                remote: remotes[side],
-                held: AtomicBool::new(false),
-                received: AtomicU64::new(0),
-                forwarded: AtomicU64::new(0),
-            }
-        };
-        let call = Arc::new(Call {
-            bridge_id: format!("{epoch:08x}-b71d-4000-8000-{id:012x}"),
-            caller: channel(endpoints[0], 0),
-            callee: channel(endpoints[1], 1),
-            native: AtomicBool::new(false),
-            transcoded: AtomicBool::new(false),
-            started: Instant::now(),
-        });
+        let (id, call) = lines.new_call(endpoints, locals, remotes)?;
+        let call = Arc::new(call);
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let thread = {
             let (exchange, call, stop) = (Arc::clone(self), Arc::clone(&call), Arc::clone(&stop));
@@ -155,17 +208,57 @@ impl Exchange {
                     media::forward(&call, &sockets, &stop, || exchange.switch(&call, true))
                 })?
         };
-        lines.calls.insert(
+        lines.insert(
             id,
             Running {
                 call: Arc::clone(&call),
-                stop,
-                thread,
+                media: Some(Media { stop, thread }),
             },
         );
         drop(lines);
         self.publish(&call.start());
         Ok(json!({ "id": id, "local": locals }))
+    }
+
+    /// Calls that only AMI tells of: they have neither ports nor packets, so that there can be thousands. Their ports
+    /// and phones follow on the first ones.
+    fn start_silent(&self, count: u16, local: SocketAddr, phone: SocketAddr) -> Result<Value> {
+        let IpAddr::V4(first) = phone.ip() else {
+            bail!("silent calls are IPv4");
+        };
+        let mut calls = Vec::new();
+        for number in 0..count {
+            let leg = |leg: u16| -> Result<(SocketAddr, SocketAddr)> {
+                let leg = 2 * number + leg;
+                let port = leg
+                    .checked_mul(2)
+                    .and_then(|more| local.port().checked_add(more));
+                let address = Ipv4Addr::from_bits(first.to_bits() + u32::from(leg));
+                Ok((
+                    SocketAddr::new(local.ip(), port.context("no RTP port left")?),
+                    SocketAddr::new(address.into(), phone.port()),
+                ))
+            };
+            let [(one, caller), (other, callee)] = [leg(0)?, leg(1)?];
+            let mut lines = self.lines();
+            let (id, call) =
+                lines.new_call(["caller", "callee"], [one, other], [caller, callee])?;
+            // As Asterisk would say of a call that is up.
+            call.native.store(true, Ordering::Relaxed);
+            for channel in [&call.caller, &call.callee] {
+                channel.received.store(1, Ordering::Relaxed);
+            }
+            let call = Arc::new(call);
+            let running = Running {
+                call: Arc::clone(&call),
+                media: None,
+            };
+            lines.insert(id, running);
+            drop(lines);
+            self.publish(&call.start());
+            calls.push(json!({ "id": id, "local": [one, other] }));
+        }
+        Ok(json!(calls))
     }
 
     fn call(&self, id: u64) -> Result<Arc<Call>> {
@@ -180,12 +273,14 @@ impl Exchange {
     fn hang_up(&self, id: u64) -> Result<()> {
         let running = self
             .lines()
-            .calls
-            .remove(&id)
+            .remove(id)
             .with_context(|| format!("no call {id}"))?;
         self.publish(&running.call.end());
-        running.stop.write(1)?;
-        running.thread.join().expect("forwarding does not panic")
+        let Some(Media { stop, thread }) = running.media else {
+            return Ok(());
+        };
+        stop.write(1)?;
+        thread.join().expect("forwarding does not panic")
     }
 
     /// Changes the bridge's technology, which AMI shows by nothing but `VarSet`s.
@@ -226,6 +321,12 @@ impl Exchange {
             ["call", first, second, caller, callee] => {
                 let remotes = [remote(first)?, remote(second)?];
                 self.start(address, remotes, [caller, callee])
+            }
+            ["silent", count, local, phone] => {
+                let count = count
+                    .parse()
+                    .with_context(|| format!("`{count}` is no number of calls"))?;
+                self.start_silent(count, remote(local)?, remote(phone)?)
             }
             ["hangup", call] => self.hang_up(id(call)?).map(|()| json!({})),
             ["hold", call] => Ok({

@@ -205,11 +205,22 @@ async fn controller(mut commands: mpsc::Receiver<Command>) {
                     _ => Ok(report(8, &pair)),
                 })
                 .is_ok(),
+            Command::AddAll { pairs, reply } => {
+                let numbered =
+                    pairs
+                        .iter()
+                        .zip(8..)
+                        .map(|(pair, id)| match pair.legs[0].remote.port() {
+                            1 => Err(ApiError::new(ErrorCode::Duplicate, "told to")),
+                            _ => Ok(id),
+                        });
+                reply.send(Ok(numbered.collect())).is_ok()
+            }
             Command::Remove { id, reply } | Command::Show { id, reply } => {
                 reply.send(numbered(id)).is_ok()
             }
             Command::Flush { reply } => reply.send(Ok(vec![known()])).is_ok(),
-            Command::List { reply } => reply.send(Ok(vec![known(), known()])).is_ok(),
+            Command::List { reply, .. } => reply.send(Ok(vec![known(), known()])).is_ok(),
             Command::Status { reply } => reply.send(Ok(status_report())).is_ok(),
             Command::Metrics { reply } => reply
                 .send(Ok(MetricsReport {
@@ -461,6 +472,116 @@ async fn slow_clients_are_cut_off_and_block_nobody() {
 }
 
 #[tokio::test]
+async fn several_pairs_are_added_each_by_itself() {
+    let served = Served::with_controller(SHORT);
+    let pairs = [pair(30000), pair(1), pair(30000)];
+    let added = served.client.add_all(&pairs).await.expect("answer");
+    let codes: Vec<_> = added
+        .iter()
+        .map(|outcome| outcome.as_ref().map_err(|error| error.code))
+        .collect();
+    assert_eq!(codes, [Ok(&8), Err(ErrorCode::Duplicate), Ok(&10)]);
+
+    // What no pair can be is refused where it stands.
+    let leg =
+        |local, remote| format!(r#"{{"local":"192.0.2.1:{local}","remote":"192.0.2.9:{remote}"}}"#);
+    let text = |remote| format!(r#"{{"legs":[{},{}]}}"#, leg(2, remote), leg(4, 6));
+    let body = format!(r#"{{"pairs":[{},{},{}]}}"#, text(8), text(0), text(8));
+    let request = format!(
+        "POST /v1/pairs/batch HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let answer = served.raw(request.as_bytes()).await;
+    let body = answer.split("\r\n\r\n").nth(1).expect(&answer);
+    let report: AddAllReport = serde_json::from_str(body).expect(body);
+    let found: Vec<_> = report
+        .results
+        .iter()
+        .map(|result| (result.id, result.error.as_ref().map(|error| error.code)))
+        .collect();
+    let invalid = (None, Some(ErrorCode::InvalidPair));
+    assert_eq!(found, [(Some(8), None), invalid, (Some(9), None)]);
+}
+
+#[tokio::test]
+async fn a_batch_is_bounded() {
+    let served = Served::with_controller(SHORT);
+    let head = "POST /v1/pairs/batch";
+    let one = serde_json::to_string(&AddRequest::from(&pair(30000))).expect("JSON");
+    let body = |count: usize| format!(r#"{{"pairs":[{}]}}"#, vec![&one[..]; count].join(","));
+    let added = served.client.add_all(&vec![pair(30000); BATCH]).await;
+    assert_eq!(added.expect("answer").len(), BATCH);
+    assert_eq!(
+        served.refusal(head, &body(BATCH + 1)).await,
+        (400, "invalid_request".to_owned())
+    );
+    assert_eq!(
+        served
+            .refusal(head, &" ".repeat(LIMITS.batch_body + 1))
+            .await,
+        (413, "body_too_large".to_owned())
+    );
+    assert_eq!(
+        served.refusal(head, r#"{"pairs":[{}]}"#).await,
+        (400, "invalid_request".to_owned())
+    );
+}
+
+#[tokio::test]
+async fn a_long_list_is_made_in_parts() {
+    let (commands, mut received) = mpsc::channel(1);
+    let served = Served::new(LIMITS, commands);
+    let parts = [PART, PART, 1];
+    let controller = async {
+        let mut id = 0;
+        for count in parts {
+            let Some(Command::List {
+                after,
+                limit,
+                reply,
+            }) = received.recv().await
+            else {
+                panic!("no list")
+            };
+            assert_eq!((after, limit), (id, PART));
+            let pairs = (0..count).map(|_| {
+                id += 1;
+                report(id, &pair(30000))
+            });
+            reply.send(Ok(pairs.collect())).expect("server waits");
+        }
+    };
+    let (list, ()) = tokio::join!(served.client.list(), controller);
+    let list = list.expect("answer");
+    let ids: Vec<_> = list.pairs.iter().map(|pair| pair.id).collect();
+    let all: Vec<_> = (1..=2 * PART as u64 + 1).collect();
+    assert_eq!(ids, all);
+    assert_eq!(list.matching, all.len() as u64);
+
+    // The daemon ends before the last: no whole answer.
+    let controller = async {
+        let Some(Command::List { reply, .. }) = received.recv().await else {
+            panic!("no list")
+        };
+        reply
+            .send(Ok(vec![report(1, &pair(30000)); PART]))
+            .expect("server waits");
+        drop(received.recv().await);
+    };
+    let text = async {
+        let mut text = served.client.list_text().await.expect("the first part");
+        loop {
+            match text.next().await {
+                Ok(Some(_)) => {}
+                end => break end,
+            }
+        }
+    };
+    let (end, ()) = tokio::join!(text, controller);
+    assert!(matches!(end, Err(ClientError::Broken { .. })), "{end:?}");
+}
+
+#[tokio::test]
 async fn a_client_that_does_not_read_is_cut_off() {
     let (commands, mut received) = mpsc::channel(1);
     let limits = Limits {
@@ -472,7 +593,7 @@ async fn a_client_that_does_not_read_is_cut_off() {
     deaf.write_all(b"GET /v1/pairs HTTP/1.1\r\nhost: x\r\n\r\n")
         .await
         .expect("write");
-    let Some(Command::List { reply }) = received.recv().await else {
+    let Some(Command::List { reply, .. }) = received.recv().await else {
         panic!("no list")
     };
     // Far more than the socket's buffers hold.
@@ -816,7 +937,7 @@ async fn one_answer_of_the_controller_serves_many_and_is_cut_to_the_limit() {
             )
         },
         async {
-            let Some(Command::List { reply }) = received.recv().await else {
+            let Some(Command::List { reply, .. }) = received.recv().await else {
                 panic!("no list is asked for")
             };
             let pairs = vec![report(7, &pair(30000)), report(8, &pair(30000))];

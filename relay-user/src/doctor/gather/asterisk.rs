@@ -191,6 +191,7 @@ async fn calls(
     let settings = FeedSettings {
         ami,
         proving: Some(Proving { own_addresses }),
+        max_bridges: ami::BRIDGES,
     };
     let feed = tokio::spawn(ami::run(
         session,
