@@ -51,6 +51,14 @@ impl Sum {
         twice as u16
     }
 
+    /// The same of two words, which carry once at most.
+    #[inline(always)]
+    #[must_use]
+    pub const fn fold_two(one: u16, other: u16) -> u16 {
+        let (sum, carry) = one.overflowing_add(other);
+        sum + carry as u16
+    }
+
     /// The checksum field of data that adds up to this.
     #[inline(always)]
     #[must_use]
@@ -96,7 +104,7 @@ pub struct UdpChange {
     /// The header's length field, bytes; the whole datagram lies within the frame.
     pub length: u16,
     /// Sum of the old pseudo-header, its length included.
-    pub pseudo_header: Sum,
+    pub pseudo_header: u16,
     /// Change of the pseudo-header: the addresses.
     pub addresses: Sum,
     /// Change of the datagram: ports and payload type.
@@ -131,17 +139,18 @@ pub fn changed_udp_field<P: Packet + ?Sized>(
     change: &UdpChange,
 ) -> Result<u16, Reason> {
     let old = change.old;
-    if old != change.pseudo_header.fold() {
+    if old != change.pseudo_header {
         return Ok(udp_field(
             change.addresses.plus(change.datagram).applied_to(old),
         ));
     }
     // The field itself is part of the datagram: take it out again.
     let datagram = Sum::new(datagram_sum(packet, change.udp, change.length)?).word(!old);
-    if udp_field(change.pseudo_header.plus(datagram).checksum()) == old {
+    let pseudo_header = Sum::new(change.pseudo_header);
+    if udp_field(pseudo_header.plus(datagram).checksum()) == old {
         return Err(Reason::UdpChecksum);
     }
-    let pseudo_header = Sum::new(change.pseudo_header.plus(change.addresses).fold());
+    let pseudo_header = Sum::new(pseudo_header.plus(change.addresses).fold());
     Ok(match partial {
         PartialChecksum::Kept => pseudo_header.fold(),
         PartialChecksum::Lost => {

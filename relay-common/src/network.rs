@@ -124,10 +124,12 @@ impl Network for Ipv4 {
 
     #[inline(always)]
     fn rewrite(&mut self, stream: &Stream, traffic_class: u8) -> Option<Sum> {
+        // Which is above 1, so that one less is always the same change.
+        const HOP: u16 = !0x0100;
         let hop_limit = self.hop_limit.wrapping_sub(1);
         let change = Sum::new(stream.address_change)
             .change(u16::from(self.traffic_class), u16::from(traffic_class))
-            .change(u16::from(self.hop_limit) << 8, u16::from(hop_limit) << 8);
+            .word(HOP);
         self.checksum = Be16::new(change.applied_to(self.checksum.get()));
         self.traffic_class = traffic_class;
         self.hop_limit = hop_limit;

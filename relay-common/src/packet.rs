@@ -79,16 +79,15 @@ pub trait Packet {
     /// What becomes of an unfinished checksum after this hook.
     fn partial_checksum(&self) -> PartialChecksum;
 
-    /// Replaces the UDP checksum, which is not 0. It comes before any other change to the packet:
-    /// on an error the packet must still be as it arrived.
+    /// The UDP checksum, which is not 0, that the packet is to be sent with; none where it has that
+    /// already. It comes before any other change to the packet: on an error the packet must still be
+    /// as it arrived.
     ///
     /// # Errors
     /// A [`Reason`] to pass the packet.
     #[inline(always)]
-    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
-        let new = checksum::changed_udp_field(self, self.partial_checksum(), change)?;
-        self.header::<Udp>(change.udp)?.checksum = Be16::new(new);
-        Ok(())
+    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<Option<u16>, Reason> {
+        checksum::changed_udp_field(self, self.partial_checksum(), change).map(Some)
     }
 
     /// Makes the first `length` bytes reachable through [`Packet::header`], as far as that is

@@ -275,8 +275,10 @@ fn measure(state: *mut State, packet: &Arrived) {
         .cast_signed()
         .max(0);
     let before = load!(state, reception.payload_type);
-    let is_regular =
-        !packet.marker && !is_comfort_noise(packet.payload_type) && !is_comfort_noise(before);
+    let is_same = packet.payload_type == before;
+    let is_regular = !packet.marker
+        && !is_comfort_noise(packet.payload_type)
+        && (is_same || !is_comfort_noise(before));
     if is_regular {
         let gap = (elapsed >> GAP_SHIFT).min(i64::from(u32::MAX)) as u32;
         if gap > load!(state, reception.gap_max) {
@@ -290,7 +292,7 @@ fn measure(state: *mut State, packet: &Arrived) {
     refer(state, packet);
     let unit = clock(state, packet.payload_type);
     // All packets of an event have one timestamp (RFC 4733 section 2.2.1), and no clock here.
-    if unit == 0 || packet.payload_type != before && unit != clock(state, before) {
+    if unit == 0 || !is_same && unit != clock(state, before) {
         return;
     }
     let spacing = (i64::from(units) * i64::from(unit)) >> CLOCK_SHIFT;
@@ -359,13 +361,17 @@ pub const fn clock_of(rate: u32) -> u32 {
 #[must_use]
 pub const fn fixed_clock(payload_type: u8) -> u32 {
     const { assert!(clock_of(8000) == 32_000_000) };
+    /// Those with 8 kHz, a bit each: nearly all that come.
+    const NARROWBAND: u32 = 0xf_ffff & !(1 << 6 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 16 | 1 << 17);
+    if payload_type < 20 && NARROWBAND >> payload_type & 1 != 0 {
+        return const { clock_of(8_000) };
+    }
     match payload_type {
         6 => const { clock_of(16_000) },
         10 | 11 => const { clock_of(44_100) },
         16 => const { clock_of(11_025) },
         17 => const { clock_of(22_050) },
         14 | 25..=34 => const { clock_of(90_000) },
-        0..=19 => const { clock_of(8_000) },
         _ => 0,
     }
 }

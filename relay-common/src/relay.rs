@@ -500,8 +500,8 @@ fn rtp_header_length<P: Packet + ?Sized>(
 
 /// A 32-bit field of RTP's, in host byte order.
 #[inline(always)]
-pub(crate) fn u32_of([high, low]: [Be16; 2]) -> u32 {
-    u32::from(high.get()) << 16 | u32::from(low.get())
+pub(crate) fn u32_of(halves: [Be16; 2]) -> u32 {
+    u32::from_be(zerocopy::transmute!(halves))
 }
 
 /// Counts a packet by the DSCP that it came with.

@@ -31,27 +31,31 @@ pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
     // The second byte of RTP is the low byte of its word.
     let datagram = Sum::new(stream.port_change)
         .change(u16::from(plan.marker_type), u16::from(plan.new_marker_type));
-    if parsed.udp_checksum != 0 {
+    let checksum = if parsed.udp_checksum != 0 {
         packet.change_udp_checksum(&UdpChange {
             old: parsed.udp_checksum,
             udp: parsed.udp,
             length: parsed.udp_length,
-            pseudo_header: Sum::new(stream.pseudo_header).word(parsed.udp_length),
+            pseudo_header: Sum::fold_two(stream.pseudo_header, parsed.udp_length),
             addresses: Sum::new(stream.address_change),
             datagram,
-        })?;
+        })?
     } else if !N::CHECKSUM_OPTIONAL {
         // The stack drops and counts it.
         return Err(Reason::UdpChecksum);
     } else {
         packet.sum_changed(datagram);
-    }
+        None
+    };
 
     let class = traffic_class(stream, parsed.traffic_class, tables);
     let (ip, udp, [_, marker_type]) = N::split(packet.header(parsed.ip)?);
     let change = ip.rewrite(stream, class);
     udp.source = Be16::new(stream.new_source_port);
     udp.destination = Be16::new(stream.new_destination_port);
+    if let Some(checksum) = checksum {
+        udp.checksum = Be16::new(checksum);
+    }
     *marker_type = plan.new_marker_type;
     if let Some(change) = change {
         packet.sum_changed(change);

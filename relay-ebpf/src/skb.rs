@@ -162,7 +162,7 @@ impl Packet for Skb<'_> {
     /// The kernel knows whether this checksum is finished, left to the NIC, or verified by it:
     /// bpf_l4_csum_replace() keeps the field and that knowledge in step.
     #[inline(always)]
-    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
+    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<Option<u16>, Reason> {
         const PSEUDO_HEADER: u64 = 1 << 4;
         const MANGLED_0: u64 = 1 << 5;
         const CHECKSUM: usize = 6;
@@ -173,6 +173,7 @@ impl Packet for Skb<'_> {
         self.0
             .l4_csum_replace(at, 0, addresses, PSEUDO_HEADER | MANGLED_0)
             .and_then(|()| self.0.l4_csum_replace(at, 0, datagram, MANGLED_0))
+            .map(|()| None)
             .map_err(|_| Reason::UdpChecksum)
     }
 
