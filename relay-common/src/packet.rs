@@ -7,7 +7,7 @@ use crate::{
     checksum::{self, ClassChange, PartialChecksum, Sum, UdpChange},
     reason::Reason,
     stream::{Event, OutLeg, State, Stream, StreamKey},
-    wire::{Be16, Ipv4, Tag, Udp},
+    wire::{Be16, Ipv4, Tag},
 };
 
 /// A header that can be viewed in place: any bytes are valid, none is padding.

@@ -35,15 +35,21 @@ const DEVIATION_MAX: u64 = 1 << 27;
 /// No payload type.
 const NONE: u8 = 0xff;
 
+/// Values of DSCP that a stream's packets are counted by: a phone has one or two, for RTP before and
+/// after an answer, and a network that changes them makes it twice as many.
+pub const MARKS: usize = 4;
+
 abi! {
     /// How the packets of a stream arrived. Every field is the receiver's, but for the controller's
     /// `clock` and `clock_type`.
-    pub struct Reception(104, align 8) {
+    ///
+    /// The first 64 bytes are what a packet touches that comes in order.
+    pub struct Reception(128, align 8) {
         /// When the latest packet came: `CLOCK_MONOTONIC`, ns; 0 before the first.
         pub arrival: u64,
         /// Bytes received, whole frames without their check sequence.
         pub bytes: u64,
-        /// Sum of `jitter` over the `measured` packets.
+        /// Sum of `jitter` after each packet that was measured.
         pub jitter_sum: u64,
         /// The 64 sequence numbers up to `highest`: a bit is set where the packet came, the lowest
         /// one for `highest` itself.
@@ -54,29 +60,41 @@ abi! {
         pub source: u32,
         /// RTP timestamp of the latest packet.
         pub timestamp: u32,
+        /// Highest extended sequence number.
+        pub highest: u32,
+        /// Interarrival jitter (RFC 3550 appendix A.8), in units of 4 ns.
+        pub jitter: u32,
+        /// The highest of the measured packets, in the same unit.
+        pub jitter_max: u32,
+        /// Longest time between two packets within a talkspurt, in units of 1.024 µs.
+        pub gap_max: u32,
+        /// Payload type of the latest packet; 0xff before the first.
+        pub payload_type: u8,
+        /// Its DSCP (0–63); 0xff before the first.
+        pub dscp: u8,
+        /// The payload type that `clock` is of; 0xff for none.
+        pub clock_type: u8,
+        /// A payload type of events: packets in a row had one timestamp (RFC 4733 section 2.2.1); 0xff for
+        /// none.
+        pub event_type: u8,
         /// Extended sequence number of the first packet: 2^16 and the number itself, or less where an
         /// earlier one came later.
         pub first: u32,
-        /// Highest extended sequence number.
-        pub highest: u32,
         /// Packets expected before `first`: of earlier sources, and before restarts.
         pub expected_before: u32,
         /// Packets whose sequence number had come before.
         pub duplicates: u32,
         /// Packets that came after one of a higher number.
         pub late: u32,
-        /// Interarrival jitter (RFC 3550 appendix A.8), in units of 4 ns.
-        pub jitter: u32,
-        /// The highest of the `measured` packets, in the same unit.
-        pub jitter_max: u32,
-        /// Packets in `jitter_sum`: those within a talkspurt.
-        pub measured: u32,
-        /// Longest time between two packets within a talkspurt, in units of 1.024 µs.
-        pub gap_max: u32,
+        /// Packets that are not in `jitter_sum`: those that begin a talkspurt or a sequence, or whose
+        /// clock is not known.
+        pub unmeasured: u32,
         /// Time that one unit of the timestamp takes, for packets of `clock_type`, in units of 2^-8 ns;
         /// 0 while it is not known.
         pub clock: u32,
-        /// Sequence number that would follow a jump, and 2^16 so that 0 is none.
+        /// After a packet far from all others: in the upper half the lower one of `highest` at the time,
+        /// in the lower half the number that would follow. 0 for none: that number is not far from
+        /// itself.
         pub jump: u32,
         /// Packets with the marker.
         pub markers: u32,
@@ -87,16 +105,23 @@ abi! {
         /// Payload types that came, in the order in which they first did; 0xff for none. The last entry
         /// is overwritten once there are more.
         pub types: [u8; TYPES],
-        /// That of the latest packet; 0xff before the first.
-        pub payload_type: u8,
-        /// The payload type that `clock` is of; 0xff for none.
-        pub clock_type: u8,
-        /// A payload type of events: packets in a row had one timestamp (RFC 4733 section 2.2.1); 0xff for
-        /// none.
-        pub event_type: u8,
-        /// Always 0.
-        pub padding: u8,
+        /// What `packets` was when packets began to come with `dscp`.
+        pub marked: u32,
+        /// Packets before those, by the DSCP that they came with, in the order in which the values were
+        /// first seen; the last entry counts all values that found no other. 0 in one that is free.
+        pub mark_packets: [u32; MARKS],
+        /// The DSCP of each; of no meaning in the last.
+        pub mark_dscps: [u8; MARKS],
     }
+}
+
+/// Packets that came with one DSCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// How many.
+    pub packets: u32,
+    /// Their DSCP, 0–63; none for all values that found no place of their own.
+    pub dscp: Option<u8>,
 }
 
 impl Default for Reception {
@@ -104,6 +129,7 @@ impl Default for Reception {
         Self {
             types: [NONE; TYPES],
             payload_type: NONE,
+            dscp: NONE,
             clock_type: NONE,
             event_type: NONE,
             ..zerocopy::FromZeros::new_zeroed()
@@ -111,16 +137,19 @@ impl Default for Reception {
     }
 }
 
-/// Notes that an RTP packet of the stream's own source has come, at `now` (`CLOCK_MONOTONIC`, ns), and
-/// `segments` - 1 more that are merged into it.
+/// Notes that an RTP packet of the stream's own source has come.
 #[inline(always)]
-pub(crate) fn receive(state: *mut State, now: u64, bytes: usize, segments: u32, rtp: &Rtp) {
+pub(crate) fn receive(state: *mut State, arrival: &Arrival, rtp: &Rtp) {
     let packets = load!(state, reception.packets);
-    store!(state, packets.wrapping_add(segments), reception.packets);
-    let total = load!(state, reception.bytes).wrapping_add(bytes as u64);
+    let more = arrival.segments;
+    store!(state, packets.wrapping_add(more), reception.packets);
+    let total = load!(state, reception.bytes).wrapping_add(arrival.bytes as u64);
     store!(state, total, reception.bytes);
+    if arrival.dscp != load!(state, reception.dscp) {
+        note_dscp(state, arrival.dscp, packets);
+    }
     let packet = Arrived {
-        now,
+        now: arrival.now,
         sequence: u32::from(rtp.sequence.get()),
         timestamp: u32_of(rtp.timestamp),
         marker: rtp.marker_type >> 7 != 0,
@@ -134,7 +163,7 @@ pub(crate) fn receive(state: *mut State, now: u64, bytes: usize, segments: u32, 
         note_type(state, packet.payload_type);
     }
     let source = u32_of(rtp.ssrc);
-    if packets == 0 || source != load!(state, reception.source) {
+    let is_measured = if packets == 0 || source != load!(state, reception.source) {
         if packets != 0 {
             close(state);
             let changes = load!(state, reception.source_changes).saturating_add(1);
@@ -142,13 +171,62 @@ pub(crate) fn receive(state: *mut State, now: u64, bytes: usize, segments: u32, 
         }
         store!(state, source, reception.source);
         begin(state, &packet);
+        false
     } else {
-        place(state, &packet);
+        place(state, &packet)
+    };
+    if !is_measured {
+        pass_over(state, 1);
     }
     store!(state, packet.payload_type, reception.payload_type);
-    if segments > 1 {
-        follow(state, &packet, segments - 1);
+    if more > 1 {
+        follow(state, &packet, more - 1);
+        pass_over(state, more - 1);
     }
+}
+
+/// How a packet came, apart from what is in it.
+pub(crate) struct Arrival {
+    /// `CLOCK_MONOTONIC`, ns.
+    pub(crate) now: u64,
+    /// Bytes of the whole frame.
+    pub(crate) bytes: usize,
+    /// How many packets were merged into it, itself included.
+    pub(crate) segments: u32,
+    /// What it is marked with, 0–63.
+    pub(crate) dscp: u8,
+}
+
+/// Counts packets whose jitter is not measured: they are few, and those that are need no count then.
+#[inline(always)]
+fn pass_over(state: *mut State, packets: u32) {
+    let unmeasured = load!(state, reception.unmeasured).wrapping_add(packets);
+    store!(state, unmeasured, reception.unmeasured);
+}
+
+/// Packets come with another DSCP than before, of which there were `packets` altogether.
+#[inline(always)]
+fn note_dscp(state: *mut State, dscp: u8, packets: u32) {
+    let before = load!(state, reception.dscp);
+    let more = packets.wrapping_sub(load!(state, reception.marked));
+    let mut index = 0;
+    while index < MARKS && more != 0 {
+        let counted = load!(state, reception.mark_packets[index]);
+        if counted == 0 {
+            store!(state, before, reception.mark_dscps[index]);
+        }
+        if index == MARKS - 1 || load!(state, reception.mark_dscps[index]) == before {
+            store!(
+                state,
+                counted.wrapping_add(more),
+                reception.mark_packets[index]
+            );
+            break;
+        }
+        index += 1;
+    }
+    store!(state, packets, reception.marked);
+    store!(state, dscp, reception.dscp);
 }
 
 /// Places what is merged behind a packet, whose headers are not seen: in order, as a merger joins only
@@ -189,7 +267,6 @@ fn begin(state: *mut State, packet: &Arrived) {
     store!(state, CYCLE | packet.sequence, reception.first);
     store!(state, CYCLE | packet.sequence, reception.highest);
     store!(state, 1, reception.window);
-    store!(state, 0, reception.jump);
     store!(state, 0, reception.jitter);
     refer(state, packet);
 }
@@ -204,9 +281,10 @@ fn close(state: *mut State) {
     store!(state, before, reception.expected_before);
 }
 
-/// Finds the place of a packet in its sequence (RFC 3550 appendix A.1).
+/// Finds the place of a packet in its sequence (RFC 3550 appendix A.1); `true` when its jitter was
+/// measured.
 #[inline(always)]
-fn place(state: *mut State, packet: &Arrived) {
+fn place(state: *mut State, packet: &Arrived) -> bool {
     let highest = load!(state, reception.highest);
     let ahead = packet.sequence.wrapping_sub(highest) & 0xffff;
     let behind = highest.wrapping_sub(packet.sequence) & 0xffff;
@@ -219,13 +297,13 @@ fn place(state: *mut State, packet: &Arrived) {
         };
         store!(state, kept | 1, reception.window);
         store!(state, highest.wrapping_add(ahead), reception.highest);
-        store!(state, 0, reception.jump);
         let before = load!(state, reception.payload_type);
         if packet.payload_type == before && packet.timestamp == load!(state, reception.timestamp) {
             store!(state, before, reception.event_type);
         }
-        measure(state, packet);
-    } else if behind < MISORDER_MAX {
+        return measure(state, packet);
+    }
+    if behind < MISORDER_MAX {
         let bit = 1 << behind;
         if window & bit != 0 {
             let duplicates = load!(state, reception.duplicates).wrapping_add(1);
@@ -239,8 +317,10 @@ fn place(state: *mut State, packet: &Arrived) {
                 store!(state, number, reception.first);
             }
         }
-        measure(state, packet);
-    } else if load!(state, reception.jump) == CYCLE | packet.sequence {
+        return measure(state, packet);
+    }
+    let last = highest << 16;
+    if load!(state, reception.jump) == last | packet.sequence {
         // Two in a row, far from all before: the sender has begun anew.
         close(state);
         let restarts = load!(state, reception.restarts).saturating_add(1);
@@ -251,8 +331,9 @@ fn place(state: *mut State, packet: &Arrived) {
         let before = load!(state, reception.expected_before).wrapping_add(1);
         store!(state, before, reception.expected_before);
         let next = packet.sequence.wrapping_add(1) & 0xffff;
-        store!(state, CYCLE | next, reception.jump);
+        store!(state, last | next, reception.jump);
     }
+    false
 }
 
 /// What follows is measured from this packet.
@@ -266,9 +347,9 @@ fn refer(state: *mut State, packet: &Arrived) {
 /// appendix A.8 do.
 ///
 /// Mean and maxima leave out what begins a talkspurt, as Wireshark does: a pause is nothing that went
-/// wrong.
+/// wrong. `true` when they have it.
 #[inline(always)]
-fn measure(state: *mut State, packet: &Arrived) {
+fn measure(state: *mut State, packet: &Arrived) -> bool {
     let elapsed = packet
         .now
         .wrapping_sub(load!(state, reception.arrival))
@@ -293,7 +374,7 @@ fn measure(state: *mut State, packet: &Arrived) {
     let unit = clock(state, packet.payload_type);
     // All packets of an event have one timestamp (RFC 4733 section 2.2.1), and no clock here.
     if unit == 0 || !is_same && unit != clock(state, before) {
-        return;
+        return false;
     }
     let spacing = (i64::from(units) * i64::from(unit)) >> CLOCK_SHIFT;
     let deviation = (elapsed - spacing).unsigned_abs() >> JITTER_SHIFT;
@@ -304,15 +385,14 @@ fn measure(state: *mut State, packet: &Arrived) {
         .wrapping_sub((jitter + 8) >> 4);
     store!(state, jitter, reception.jitter);
     if !is_regular {
-        return;
+        return false;
     }
     if jitter > load!(state, reception.jitter_max) {
         store!(state, jitter, reception.jitter_max);
     }
     let sum = load!(state, reception.jitter_sum).wrapping_add(u64::from(jitter));
     store!(state, sum, reception.jitter_sum);
-    let measured = load!(state, reception.measured).wrapping_add(1);
-    store!(state, measured, reception.measured);
+    true
 }
 
 #[inline(always)]
@@ -431,10 +511,33 @@ impl Reception {
     /// The mean of the jitter after each packet, ns; none before the second packet.
     #[must_use]
     pub const fn jitter_mean(&self) -> Option<u64> {
-        match self.jitter_sum.checked_div(self.measured as u64) {
+        match self.jitter_sum.checked_div(self.measured() as u64) {
             Some(mean) => Some(mean << (JITTER_SHIFT - 4)),
             None => None,
         }
+    }
+
+    /// Packets whose jitter was measured.
+    #[must_use]
+    pub const fn measured(&self) -> u32 {
+        self.packets.saturating_sub(self.unmeasured)
+    }
+
+    /// Packets by the DSCP that they came with, in the order in which the values were first seen.
+    pub fn marks(&self) -> impl Iterator<Item = Mark> {
+        let mut packets = self.mark_packets;
+        let mut dscps = self.mark_dscps;
+        let place = (0..MARKS - 1)
+            .find(|&index| packets[index] == 0 || dscps[index] == self.dscp)
+            .unwrap_or(MARKS - 1);
+        dscps[place] = self.dscp;
+        packets[place] = packets[place].wrapping_add(self.packets.wrapping_sub(self.marked));
+        (0..MARKS)
+            .map(move |index| Mark {
+                packets: packets[index],
+                dscp: (index < MARKS - 1).then_some(dscps[index]),
+            })
+            .filter(|mark| mark.packets != 0)
     }
 
     /// The longest time between two packets within a talkspurt, ns.
@@ -463,6 +566,7 @@ mod tests {
         payload_type: u8,
         /// Packets that come as one.
         segments: u32,
+        dscp: u8,
     }
 
     impl Phone {
@@ -473,6 +577,7 @@ mod tests {
                 source: 0xfeed_f00d,
                 payload_type: 0,
                 segments: 1,
+                dscp: 46,
             }
         }
 
@@ -491,7 +596,13 @@ mod tests {
                 ssrc: halves(self.source),
             };
             self.now += after * MS;
-            receive(&raw mut self.state, self.now, 214, self.segments, &rtp);
+            let arrival = Arrival {
+                now: self.now,
+                bytes: 214,
+                segments: self.segments,
+                dscp: self.dscp,
+            };
+            receive(&raw mut self.state, &arrival, &rtp);
             self
         }
 
@@ -598,6 +709,42 @@ mod tests {
     }
 
     #[test]
+    fn strays_that_voice_parts_are_no_restart() {
+        let mut phone = Phone::new();
+        phone
+            .numbers(0..10)
+            .number(30_000)
+            .number(10)
+            .number(30_001);
+        assert_eq!(phone.reception().restarts, 0);
+        phone.number(30_002);
+        assert_eq!(phone.reception().restarts, 1);
+    }
+
+    #[test]
+    fn packets_are_counted_by_their_dscp() {
+        let mut phone = Phone::new();
+        assert_eq!(phone.reception().marks().count(), 0);
+        let mut number = 0;
+        for (dscp, packets) in [(46, 3), (0, 1), (46, 2), (10, 4), (20, 5), (30, 6), (0, 7)] {
+            phone.dscp = dscp;
+            phone.numbers(number..number + packets);
+            number += packets;
+        }
+        let marks: Vec<_> = phone.reception().marks().collect();
+        let mark = |dscp, packets| Mark { packets, dscp };
+        assert_eq!(
+            marks,
+            [
+                mark(Some(46), 5),
+                mark(Some(0), 8),
+                mark(Some(10), 4),
+                mark(None, 11)
+            ]
+        );
+    }
+
+    #[test]
     fn packets_that_come_merged_are_not_lost() {
         let mut phone = Phone::new();
         phone.numbers(65_530..65_534);
@@ -680,7 +827,7 @@ mod tests {
         phone.send(19, 4, 640, false).send(3, 4, 640, false);
         let deviations = [0.0, 0.0, 21.0, 21.0, 3.0];
         is_near(phone.reception().jitter(), jitter_of(&deviations));
-        assert_eq!(phone.reception().measured, 5);
+        assert_eq!(phone.reception().measured(), 5);
     }
 
     #[test]

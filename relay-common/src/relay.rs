@@ -10,10 +10,10 @@ use crate::{
     parse::{Link, Parsed, link, parse},
     proof::{note, renumbered, suspend},
     reason::{Reason, Verdict},
-    reception::receive,
+    reception::{Arrival, receive},
     rewrite::{Rewrite, rewrite},
     state::{load, store},
-    stream::{Address, Event, MARKS, State, Stream, StreamKey, event, mode, ticks},
+    stream::{Address, Event, State, Stream, StreamKey, event, mode, ticks},
     wire::{Be16, Ipv4, Ipv6, Rtp, RtpExtension, Udp, ethertype},
 };
 
@@ -186,11 +186,16 @@ fn decide<N: Network, P: Packet + ?Sized>(
     };
     // Also what is none of the datapath's: a stream that comes back from the PBX would seem to have
     // lost all that the PBX relayed.
-    receive(state, now, packet.length(), packet.segments(), &rtp);
+    let arrival = Arrival {
+        now,
+        bytes: packet.length(),
+        segments: packet.segments(),
+        dscp: parsed.traffic_class >> 2,
+    };
+    receive(state, &arrival, &rtp);
     let (epoch, mode) = standing(state, now, tables)?;
     let last_seen = load!(state, last_seen);
     store!(state, now_ticks, last_seen);
-    mark(state, parsed.traffic_class >> 2);
     let moment = Moment {
         now_ticks,
         last_seen,
@@ -502,23 +507,6 @@ fn rtp_header_length<P: Packet + ?Sized>(
 #[inline(always)]
 pub(crate) fn u32_of(halves: [Be16; 2]) -> u32 {
     u32::from_be(zerocopy::transmute!(halves))
-}
-
-/// Counts a packet by the DSCP that it came with.
-#[inline(always)]
-fn mark(state: *mut State, dscp: u8) {
-    let mut index = 0;
-    while index < MARKS {
-        let packets = load!(state, marks[index].packets);
-        if packets == 0 {
-            store!(state, dscp, marks[index].dscp);
-        }
-        if index == MARKS - 1 || load!(state, marks[index].dscp) == dscp {
-            store!(state, packets.wrapping_add(1), marks[index].packets);
-            return;
-        }
-        index += 1;
-    }
 }
 
 #[inline(always)]

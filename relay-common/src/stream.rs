@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Version of every layout here.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Payload types that a stream can relay.
 pub const PAYLOAD_TYPES: usize = 8;
@@ -25,10 +25,6 @@ pub const PAYLOAD_TYPES: usize = 8;
 /// Packets on their way through the PBX that can be told apart, a power of two. At 20 ms a packet,
 /// the PBX may take 160 ms.
 pub const NOTES: usize = 8;
-
-/// Values of DSCP that a stream's packets are counted by: a phone has one or two, for RTP before and
-/// after an answer, and a network that changes them makes it twice as many.
-pub const MARKS: usize = 4;
 
 abi! {
     /// An IP address of either family; IPv4 as `::ffff:a.b.c.d` (RFC 4291 section 2.5.5.2).
@@ -477,9 +473,10 @@ abi! {
     /// `epoch`, and the observer strikes out a note whose packet has come. One CPU receives as long
     /// as a flow stays on its queue; while it moves a count can be lost, never a packet.
     ///
-    /// The first 64 bytes are what a relayed packet touches.
+    /// Five cache lines, of which a relayed packet touches the first, with what the decision takes, and the
+    /// second, with which the [`Reception`] begins.
     #[derive(Default)]
-    pub struct State(328, align 8) {
+    pub struct State(320, align 8) {
         /// Controller: the round of proof that counts; 0 when the stream is taken back.
         pub epoch: u32,
         /// Observer, or the controller where no proof is asked for: `epoch` once it is proven.
@@ -503,6 +500,8 @@ abi! {
         /// Observer, or the controller where no proof is asked for: what is relayed; unused places
         /// are [`PayloadType::UNUSED`].
         pub payload_types: [PayloadType; PAYLOAD_TYPES],
+        /// Receiver: how the phone's packets arrive.
+        pub reception: Reception,
         /// Receiver: ticks of the last RTCP that the phone sent; 0 before the first.
         pub last_rtcp: u32,
         /// Receiver: packets in a row, of proven payload types, that still await an echo.
@@ -535,24 +534,6 @@ abi! {
         pub answered: u32,
         /// Observer: ticks of the last report of another address that the PBX sends from.
         pub sent_reported: u32,
-        /// Receiver: the stream's RTP packets by the DSCP that they came with, in the order in which
-        /// the values were first seen; the last entry counts all values that found no other.
-        pub marks: [Mark; MARKS],
-        /// Receiver: how the phone's packets arrive.
-        pub reception: Reception,
-    }
-}
-
-abi! {
-    /// Packets that came with one DSCP.
-    #[derive(Default)]
-    pub struct Mark(8, align 4) {
-        /// How many; 0 in an entry that is still free.
-        pub packets: u32,
-        /// Their DSCP, 0–63; of no meaning in the last entry.
-        pub dscp: u8,
-        /// Always 0.
-        pub padding: [u8; 3],
     }
 }
 

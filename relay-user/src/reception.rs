@@ -189,7 +189,7 @@ mod tests {
             jitter: 250_000,
             jitter_sum: 96 * 200_000,
             jitter_max: 500_000,
-            measured: 96,
+            unmeasured: 1,
             types: [101, 0, 0xff, 0xff],
             payload_type: 0,
             ..Reception::default()

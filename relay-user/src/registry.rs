@@ -13,8 +13,8 @@ use std::{
 
 use relay_common::{
     stream::{
-        self, Address, DSCP_KEEP, DSCP_MAP, Endpoint, MARKS, PAYLOAD_TYPES, PayloadType, State,
-        Stream, StreamKey, StreamSpec, feed, mode, ticks,
+        self, Address, DSCP_KEEP, DSCP_MAP, Endpoint, PAYLOAD_TYPES, PayloadType, State, Stream,
+        StreamKey, StreamSpec, feed, mode, ticks,
     },
     wire::Mac,
 };
@@ -1379,12 +1379,10 @@ fn endpoint(address: SocketAddr) -> Endpoint {
 /// What DSCP a stream's packets came with, the most frequent first.
 fn marks(state: &State) -> Vec<MarkReport> {
     let mut marks: Vec<_> = state
-        .marks
-        .iter()
-        .enumerate()
-        .filter(|(_, mark)| mark.packets != 0)
-        .map(|(index, mark)| MarkReport {
-            dscp: (index < MARKS - 1).then_some(mark.dscp),
+        .reception
+        .marks()
+        .map(|mark| MarkReport {
+            dscp: mark.dscp,
             packets: mark.packets,
         })
         .collect();

@@ -36,7 +36,7 @@ use relay_user::{
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const DIRECTORY: &str = "/sys/fs/bpf/relay/v4/eth0";
+const DIRECTORY: &str = "/sys/fs/bpf/relay/v5/eth0";
 const MAX_STREAMS: u32 = 16;
 const GENERIC: AttachMode = AttachMode::Generic;
 /// Between two packets.
@@ -561,7 +561,7 @@ fn other_versions_give_way_to_this_one_and_detach_removes_them_all() {
         let datapath = site.fresh(GENERIC, MAX_STREAMS);
         site.leave(datapath);
         let link = site.pinned().links[names::XDP_LINK];
-        site.rename("/sys/fs/bpf/relay/v4", "/sys/fs/bpf/relay/v5");
+        site.rename("/sys/fs/bpf/relay/v5", "/sys/fs/bpf/relay/v5");
         for name in [names::STREAMS, names::STATE, names::COUNTERS] {
             site.host().run(|| {
                 let map = MapData::from_pin(format!("/sys/fs/bpf/relay/v5/eth0/{name}"));

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use relay_common::{
     reason::Reason,
     reception::Reception,
-    stream::{Endpoint, State, StreamSpec, VlanTag, ticks},
+    stream::{DSCP_EF, Endpoint, State, StreamSpec, VlanTag, ticks},
 };
 use relay_tests::{
     draft::{Draft, VLAN},
@@ -193,6 +193,7 @@ pub(crate) fn flowing(entry: &Entry, now: u64) -> State {
         window: u64::MAX,
         types: [0, 0xff, 0xff, 0xff],
         payload_type: 0,
+        dscp: DSCP_EF,
         ..Reception::default()
     };
     State {

@@ -41,6 +41,7 @@ fn after(seconds: u64) -> Snapshot {
         sample.state.reception = Reception {
             arrival: at,
             packets: came,
+            unmeasured: came,
             first: 0x1_0000,
             highest: 0x1_0000 + expected - 1,
             payload_type: 0,
