@@ -135,7 +135,6 @@ pub struct ClassChange {
 #[inline(always)]
 pub fn changed_udp_field<P: Packet + ?Sized>(
     packet: &mut P,
-    partial: PartialChecksum,
     change: &UdpChange,
 ) -> Result<u16, Reason> {
     let old = change.old;
@@ -151,7 +150,7 @@ pub fn changed_udp_field<P: Packet + ?Sized>(
         return Err(Reason::UdpChecksum);
     }
     let pseudo_header = Sum::new(pseudo_header.plus(change.addresses).fold());
-    Ok(match partial {
+    Ok(match packet.partial_checksum() {
         PartialChecksum::Kept => pseudo_header.fold(),
         PartialChecksum::Lost => {
             let datagram = Sum::new(datagram.plus(change.datagram).fold());

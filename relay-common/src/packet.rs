@@ -87,7 +87,7 @@ pub trait Packet {
     /// A [`Reason`] to pass the packet.
     #[inline(always)]
     fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<Option<u16>, Reason> {
-        checksum::changed_udp_field(self, self.partial_checksum(), change).map(Some)
+        checksum::changed_udp_field(self, change).map(Some)
     }
 
     /// Makes the first `length` bytes reachable through [`Packet::header`], as far as that is

@@ -15,10 +15,6 @@ pub(crate) struct Parsed<N: Network> {
     pub(crate) vlan_depth: usize,
     /// Offset of the IP header, bytes.
     pub(crate) ip: usize,
-    /// Offset of the UDP header, bytes.
-    pub(crate) udp: usize,
-    /// Length of the IP packet, bytes.
-    pub(crate) ip_length: usize,
     /// Length of the UDP header and payload, bytes.
     pub(crate) udp_length: u16,
     /// All zero without an Ethernet header.
@@ -34,6 +30,12 @@ pub(crate) struct Parsed<N: Network> {
 }
 
 impl<N: Network> Parsed<N> {
+    /// Offset of the UDP header, bytes.
+    #[inline(always)]
+    pub(crate) const fn udp(&self) -> usize {
+        self.ip + N::LEN
+    }
+
     /// Where it goes, as a key of the tables.
     #[inline(always)]
     pub(crate) fn destination(&self) -> StreamKey {
@@ -71,8 +73,6 @@ pub(crate) fn parse<N: Network, P: Packet + ?Sized>(
     Ok(Parsed {
         vlan_depth: link.vlan_depth,
         ip,
-        udp,
-        ip_length,
         udp_length,
         destination_mac: link.destination_mac,
         source: header.source(),

@@ -361,9 +361,13 @@ fn measure(state: *mut State, packet: &Arrived) -> bool {
         && !is_comfort_noise(packet.payload_type)
         && (is_same || !is_comfort_noise(before));
     if is_regular {
-        let gap = (elapsed >> GAP_SHIFT).min(i64::from(u32::MAX)) as u32;
-        if gap > load!(state, reception.gap_max) {
-            store!(state, gap, reception.gap_max);
+        let gap = elapsed.cast_unsigned() >> GAP_SHIFT;
+        if gap > u64::from(load!(state, reception.gap_max)) {
+            store!(
+                state,
+                gap.min(u64::from(u32::MAX)) as u32,
+                reception.gap_max
+            );
         }
     }
     let units = packet
@@ -378,19 +382,19 @@ fn measure(state: *mut State, packet: &Arrived) -> bool {
     }
     let spacing = (i64::from(units) * i64::from(unit)) >> CLOCK_SHIFT;
     let deviation = (elapsed - spacing).unsigned_abs() >> JITTER_SHIFT;
-    let deviation = deviation.min(DEVIATION_MAX) as u32;
-    let jitter = load!(state, reception.jitter);
+    // In 64 bits, which take no masking; they fit 32.
+    let jitter = u64::from(load!(state, reception.jitter));
     let jitter = jitter
-        .wrapping_add(deviation)
+        .wrapping_add(deviation.min(DEVIATION_MAX))
         .wrapping_sub((jitter + 8) >> 4);
-    store!(state, jitter, reception.jitter);
+    store!(state, jitter as u32, reception.jitter);
     if !is_regular {
         return false;
     }
-    if jitter > load!(state, reception.jitter_max) {
-        store!(state, jitter, reception.jitter_max);
+    if jitter > u64::from(load!(state, reception.jitter_max)) {
+        store!(state, jitter as u32, reception.jitter_max);
     }
-    let sum = load!(state, reception.jitter_sum).wrapping_add(u64::from(jitter));
+    let sum = load!(state, reception.jitter_sum).wrapping_add(jitter);
     store!(state, sum, reception.jitter_sum);
     true
 }

@@ -1,8 +1,6 @@
 //! The decision on a packet that comes in, in the order that docs/datapath.md explains to
 //! operators.
 
-use core::ptr;
-
 use crate::{
     capture::{self, side},
     network::Network,
@@ -72,7 +70,7 @@ fn relay_by<N: Network, P: Packet + ?Sized>(
         return pass(Reason::OtherHost);
     }
     capture::keep(packet, tables, side::RECEIVED, stream.pair, stream.leg);
-    let Passed { reason, up } = match decide(packet, &parsed, stream, tables) {
+    let Passed { reason, is_noted } = match decide(packet, &parsed, stream, bytes, tables) {
         Ok(()) => {
             tables.count(Reason::Relayed, bytes);
             capture::conclude(packet, tables, Some(Reason::Relayed));
@@ -88,8 +86,9 @@ fn relay_by<N: Network, P: Packet + ?Sized>(
     }
     // The note costs the verifier most, which walks through it for all reasons at once only because
     // nothing depends on the reason any more.
-    if !up.state.is_null() {
-        note(packet, up.state, up.epoch, up.at, up.length);
+    if is_noted && let Some(state) = tables.state(stream.slot) {
+        let (at, length) = payload(&parsed);
+        note(packet, state, load!(state, epoch), at, length);
     }
     Decision {
         reason,
@@ -119,33 +118,17 @@ impl Decision {
 /// Why a packet is the stack's.
 struct Passed {
     reason: Reason,
-    up: Up,
-}
-
-/// A packet of a stream that is passed up, which the PBX will most probably forward.
-///
-/// No `Option`: the compiler would leave its other half undefined and still copy it, which the
-/// verifier of Linux 6.1 refuses.
-struct Up {
-    /// Null where there is nothing to note.
-    state: *mut State,
-    epoch: u32,
-    /// Offset of its RTP header, bytes.
-    at: usize,
-    /// Bytes of RTP.
-    length: usize,
+    /// Whether it is one of those that the PBX will most probably forward.
+    is_noted: bool,
 }
 
 impl From<Reason> for Passed {
     #[inline(always)]
     fn from(reason: Reason) -> Self {
-        let up = Up {
-            state: ptr::null_mut(),
-            epoch: 0,
-            at: 0,
-            length: 0,
-        };
-        Self { reason, up }
+        Self {
+            reason,
+            is_noted: false,
+        }
     }
 }
 
@@ -155,6 +138,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
     parsed: &Parsed<N>,
     stream: &Stream,
+    bytes: usize,
     tables: &impl Tables,
 ) -> Result<(), Passed> {
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
@@ -188,7 +172,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
     // lost all that the PBX relayed.
     let arrival = Arrival {
         now,
-        bytes: packet.length(),
+        bytes,
         segments: packet.segments(),
         dscp: parsed.traffic_class >> 2,
     };
@@ -204,7 +188,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
     let reason = match plan(packet, parsed, stream, state, at, &rtp, &moment) {
         Ok(plan) => match rewrite(packet, parsed, stream, &plan, tables) {
             Ok(()) => {
-                account(state, packet.length());
+                account(state, bytes);
                 return Ok(());
             }
             Err(reason) => reason,
@@ -228,12 +212,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
                 ..Event::at(now)
             });
         }
-        passed.up = Up {
-            state,
-            epoch,
-            at,
-            length,
-        };
+        passed.is_noted = true;
     }
     Err(passed)
 }
@@ -319,7 +298,7 @@ fn missed<N: Network, P: Packet + ?Sized>(
 pub(crate) fn payload<N: Network>(parsed: &Parsed<N>) -> (usize, usize) {
     // Ethernet pads short frames: what lies past the datagram must not be read as RTP.
     (
-        parsed.udp + Udp::LEN,
+        parsed.udp() + Udp::LEN,
         usize::from(parsed.udp_length) - Udp::LEN,
     )
 }
@@ -470,7 +449,7 @@ fn validate<N: Network, P: Packet + ?Sized>(
     if stream.next_hop.known == 0 {
         return Err(Reason::NextHopUnknown);
     }
-    if parsed.ip_length > usize::from(stream.next_hop.mtu) {
+    if N::LEN + usize::from(parsed.udp_length) > usize::from(stream.next_hop.mtu) {
         return Err(Reason::TooBig);
     }
     let depth = usize::from(stream.next_hop.vlan_depth);

@@ -34,7 +34,7 @@ pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
     let checksum = if parsed.udp_checksum != 0 {
         packet.change_udp_checksum(&UdpChange {
             old: parsed.udp_checksum,
-            udp: parsed.udp,
+            udp: parsed.udp(),
             length: parsed.udp_length,
             pseudo_header: Sum::fold_two(stream.pseudo_header, parsed.udp_length),
             addresses: Sum::new(stream.address_change),
