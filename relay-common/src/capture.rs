@@ -95,14 +95,13 @@ abi! {
     }
 }
 
-/// Keeps a copy of a packet of a pair, if it is to be captured. Nothing depends on whether it is.
+/// Keeps a copy of a packet of a pair's leg, if it is to be captured. Nothing depends on whether it is.
 #[inline(always)]
 pub(crate) fn keep<P: Packet + ?Sized>(
     packet: &P,
     tables: &impl Tables,
     side: u8,
-    pair: u64,
-    leg: u8,
+    of: impl Fn() -> (u64, u8),
 ) {
     let Some(capture) = tables.capture() else {
         return;
@@ -125,6 +124,7 @@ pub(crate) fn keep<P: Packet + ?Sized>(
     let kept = unsafe { &mut *kept };
     // A capture that ends while a packet is looked at leaves its copy behind.
     kept.length = 0;
+    let (pair, leg) = of();
     if tables.now() >= capture.until
         || capture.pair != 0 && capture.pair != pair
         || capture.sample != u32::MAX && tables.random() > capture.sample

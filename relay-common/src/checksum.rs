@@ -55,8 +55,8 @@ impl Sum {
     #[inline(always)]
     #[must_use]
     pub const fn fold_two(one: u16, other: u16) -> u16 {
-        let (sum, carry) = one.overflowing_add(other);
-        sum + carry as u16
+        let sum = one as u32 + other as u32;
+        (sum + (sum >> 16)) as u16
     }
 
     /// The checksum field of data that adds up to this.

@@ -108,7 +108,7 @@ fn observe_by<N: Network, P: Packet + ?Sized>(
         sent_from(&key, to, tables);
         return None;
     };
-    capture::keep(packet, tables, side::PBX, out.pair, out.leg);
+    capture::keep(packet, tables, side::PBX, || (out.pair, out.leg));
     let reason = judge(packet, &parsed, to, out, tables);
     if let Some(reason) = reason {
         tables.count(reason, bytes);
@@ -134,7 +134,7 @@ fn judge<N: Network, P: Packet + ?Sized>(
     let (at, length) = payload(parsed);
     packet.pull(at + length);
     // RTCP, STUN and DTLS are the PBX's own business.
-    let rtp = rtp(packet, at, length).ok()?;
+    let rtp = *rtp(packet, at, length).ok()?;
     let now_ticks = nonzero(ticks(now));
     let epoch = load!(state, epoch);
     if epoch == 0 || load!(state, suspended) == epoch {

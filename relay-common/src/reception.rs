@@ -5,10 +5,9 @@
 
 use crate::{
     abi::abi,
-    relay::u32_of,
+    relay::RtpFields,
     state::{load, store},
     stream::State,
-    wire::Rtp,
 };
 
 /// Payload types of one stream that are told apart.
@@ -139,7 +138,7 @@ impl Default for Reception {
 
 /// Notes that an RTP packet of the stream's own source has come.
 #[inline(always)]
-pub(crate) fn receive(state: *mut State, arrival: &Arrival, rtp: &Rtp) {
+pub(crate) fn receive(state: *mut State, arrival: &Arrival, rtp: &RtpFields) {
     let packets = load!(state, reception.packets);
     let more = arrival.segments;
     store!(state, packets.wrapping_add(more), reception.packets);
@@ -150,8 +149,8 @@ pub(crate) fn receive(state: *mut State, arrival: &Arrival, rtp: &Rtp) {
     }
     let packet = Arrived {
         now: arrival.now,
-        sequence: u32::from(rtp.sequence.get()),
-        timestamp: u32_of(rtp.timestamp),
+        sequence: u32::from(rtp.sequence),
+        timestamp: rtp.timestamp,
         marker: rtp.marker_type >> 7 != 0,
         payload_type: rtp.marker_type & 0x7f,
     };
@@ -162,7 +161,7 @@ pub(crate) fn receive(state: *mut State, arrival: &Arrival, rtp: &Rtp) {
     if packet.payload_type != load!(state, reception.payload_type) {
         note_type(state, packet.payload_type);
     }
-    let source = u32_of(rtp.ssrc);
+    let source = rtp.ssrc;
     let is_measured = if packets == 0 || source != load!(state, reception.source) {
         if packets != 0 {
             close(state);
@@ -558,7 +557,6 @@ mod tests {
     use std::vec::Vec;
 
     use super::*;
-    use crate::wire::Be16;
 
     const MS: u64 = 1_000_000;
 
@@ -591,13 +589,12 @@ mod tests {
 
         /// A packet that comes `after` ms after the one before.
         fn send(&mut self, after: u64, sequence: u16, timestamp: u32, marker: bool) -> &mut Self {
-            let halves = |word: u32| [Be16::new((word >> 16) as u16), Be16::new(word as u16)];
-            let rtp = Rtp {
+            let rtp = RtpFields {
                 version_count: 0x80,
                 marker_type: u8::from(marker) << 7 | self.payload_type,
-                sequence: Be16::new(sequence),
-                timestamp: halves(timestamp),
-                ssrc: halves(self.source),
+                sequence,
+                timestamp,
+                ssrc: self.source,
             };
             self.now += after * MS;
             let arrival = Arrival {

@@ -69,7 +69,7 @@ fn relay_by<N: Network, P: Packet + ?Sized>(
     {
         return pass(Reason::OtherHost);
     }
-    capture::keep(packet, tables, side::RECEIVED, stream.pair, stream.leg);
+    capture::keep(packet, tables, side::RECEIVED, || (stream.pair, stream.leg));
     let Passed { reason, is_noted } = match decide(packet, &parsed, stream, bytes, tables) {
         Ok(()) => {
             tables.count(Reason::Relayed, bytes);
@@ -159,7 +159,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
         return Err(Reason::UnexpectedSource.into());
     }
     let rtp = match rtp(packet, at, length) {
-        Ok(rtp) => rtp,
+        Ok(rtp) => RtpFields::from(rtp),
         Err(reason) => {
             standing(state, now, tables)?;
             if reason == Reason::Rtcp {
@@ -293,6 +293,32 @@ fn missed<N: Network, P: Packet + ?Sized>(
     Reason::NoStream
 }
 
+/// The fixed part of an RTP header, numbers in host byte order.
+///
+/// Taken apart where it is read: of a header that is copied whole the compiler makes words, and takes
+/// those apart.
+#[derive(Clone, Copy)]
+pub(crate) struct RtpFields {
+    pub(crate) version_count: u8,
+    pub(crate) marker_type: u8,
+    pub(crate) sequence: u16,
+    pub(crate) timestamp: u32,
+    pub(crate) ssrc: u32,
+}
+
+impl From<&Rtp> for RtpFields {
+    #[inline(always)]
+    fn from(rtp: &Rtp) -> Self {
+        Self {
+            version_count: rtp.version_count,
+            marker_type: rtp.marker_type,
+            sequence: rtp.sequence.get(),
+            timestamp: u32_of(rtp.timestamp),
+            ssrc: u32_of(rtp.ssrc),
+        }
+    }
+}
+
 /// Offset and length of what the UDP header announces.
 #[inline(always)]
 pub(crate) fn payload<N: Network>(parsed: &Parsed<N>) -> (usize, usize) {
@@ -309,7 +335,7 @@ pub(crate) fn rtp<P: Packet + ?Sized>(
     packet: &mut P,
     at: usize,
     length: usize,
-) -> Result<Rtp, Reason> {
+) -> Result<&Rtp, Reason> {
     /// Shortest RTCP packet: an empty receiver report (RFC 3550 section 6.4.2).
     const RTCP_MIN: usize = 8;
     if length < Rtp::LEN {
@@ -319,7 +345,7 @@ pub(crate) fn rtp<P: Packet + ?Sized>(
         let [first, second] = *packet.header::<[u8; 2]>(at)?;
         return Err(not_rtp(first, second).unwrap_or(Reason::RtpLength));
     }
-    let rtp = *packet.header::<Rtp>(at)?;
+    let rtp = packet.header::<Rtp>(at)?;
     match not_rtp(rtp.version_count, rtp.marker_type) {
         Some(reason) => Err(reason),
         None => Ok(rtp),
@@ -362,7 +388,7 @@ fn plan<N: Network, P: Packet + ?Sized>(
     stream: &Stream,
     state: *mut State,
     at: usize,
-    rtp: &Rtp,
+    rtp: &RtpFields,
     moment: &Moment,
 ) -> Result<Rewrite, Reason> {
     // The stack takes it apart again. Its echoes will be none of what is noted of it.
@@ -377,8 +403,7 @@ fn plan<N: Network, P: Packet + ?Sized>(
         return Err(Reason::Keepalive);
     }
     if stream.proof != 0 {
-        let ssrc = u32_of(rtp.ssrc);
-        if ssrc != load!(state, ssrc) {
+        if rtp.ssrc != load!(state, ssrc) {
             return Err(Reason::NewSsrc);
         }
         if moment.now_ticks.wrapping_sub(moment.last_seen) > PAUSE {
@@ -430,7 +455,7 @@ fn validate<N: Network, P: Packet + ?Sized>(
     stream: &Stream,
     state: *mut State,
     at: usize,
-    rtp: &Rtp,
+    rtp: &RtpFields,
 ) -> Result<Rewrite, Reason> {
     const PADDING: u8 = 0x20;
     // ast_rtp_interpret() in res_rtp_asterisk.c shortens the packet and leaves the bit set.
