@@ -95,17 +95,16 @@ abi! {
     }
 }
 
-/// Keeps a copy of a packet of a pair's leg, if it is to be captured. Nothing depends on whether it is.
+/// Keeps a copy of a packet of a pair's leg, if it is to be captured: `capture` is what
+/// [`Tables::capture`] returned. Nothing depends on whether it is.
 #[inline(always)]
 pub(crate) fn keep<P: Packet + ?Sized>(
     packet: &P,
     tables: &impl Tables,
+    capture: *const Capture,
     side: u8,
     of: impl Fn() -> (u64, u8),
 ) {
-    let Some(capture) = tables.capture() else {
-        return;
-    };
     // SAFETY: `Tables::capture` points into a map that outlives the packet. The process that captures
     // writes it meanwhile, hence volatile; an aligned word cannot tear.
     let capture = unsafe {
@@ -154,11 +153,9 @@ fn fill<P: Packet + ?Sized>(packet: &P, tables: &impl Tables, kept: &mut Kept, s
 pub(crate) fn conclude<P: Packet + ?Sized>(
     packet: &P,
     tables: &impl Tables,
+    capture: *const Capture,
     reason: Option<Reason>,
 ) {
-    let Some(capture) = tables.capture() else {
-        return;
-    };
     // SAFETY: as in `keep`.
     if unsafe { (&raw const (*capture).until).read_volatile() } == 0 {
         return;

@@ -108,12 +108,13 @@ fn observe_by<N: Network, P: Packet + ?Sized>(
         sent_from(&key, to, tables);
         return None;
     };
-    capture::keep(packet, tables, side::PBX, || (out.pair, out.leg));
+    let capture = tables.capture()?;
+    capture::keep(packet, tables, capture, side::PBX, || (out.pair, out.leg));
     let reason = judge(packet, &parsed, to, out, tables);
     if let Some(reason) = reason {
         tables.count(reason, bytes);
     }
-    capture::conclude(packet, tables, reason);
+    capture::conclude(packet, tables, capture, reason);
     reason
 }
 

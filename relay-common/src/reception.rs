@@ -153,12 +153,13 @@ pub(crate) fn receive(state: *mut State, arrival: &Arrival, rtp: &RtpFields) {
         timestamp: rtp.timestamp,
         marker: rtp.marker_type >> 7 != 0,
         payload_type: rtp.marker_type & 0x7f,
+        before: load!(state, reception.payload_type),
     };
     if packet.marker {
         let markers = load!(state, reception.markers).wrapping_add(1);
         store!(state, markers, reception.markers);
     }
-    if packet.payload_type != load!(state, reception.payload_type) {
+    if packet.payload_type != packet.before {
         note_type(state, packet.payload_type);
     }
     let source = rtp.ssrc;
@@ -255,6 +256,8 @@ struct Arrived {
     timestamp: u32,
     marker: bool,
     payload_type: u8,
+    /// That of the packet before; [`NONE`] for none.
+    before: u8,
 }
 
 /// Extended sequence numbers begin here, so that an earlier packet that comes later has one too.
@@ -296,11 +299,7 @@ fn place(state: *mut State, packet: &Arrived) -> bool {
         };
         store!(state, kept | 1, reception.window);
         store!(state, highest.wrapping_add(ahead), reception.highest);
-        let before = load!(state, reception.payload_type);
-        if packet.payload_type == before && packet.timestamp == load!(state, reception.timestamp) {
-            store!(state, before, reception.event_type);
-        }
-        return measure(state, packet);
+        return measure(state, packet, true);
     }
     if behind < MISORDER_MAX {
         let bit = 1 << behind;
@@ -316,7 +315,7 @@ fn place(state: *mut State, packet: &Arrived) -> bool {
                 store!(state, number, reception.first);
             }
         }
-        return measure(state, packet);
+        return measure(state, packet, false);
     }
     let last = highest << 16;
     if load!(state, reception.jump) == last | packet.sequence {
@@ -342,19 +341,19 @@ fn refer(state: *mut State, packet: &Arrived) {
     store!(state, packet.timestamp, reception.timestamp);
 }
 
-/// Compares a packet with the one that came before it, in order or not, as RFC 3550 section 6.4.1 and
-/// appendix A.8 do.
+/// Compares a packet with the one that came before it, in order (`is_next`) or not, as RFC 3550
+/// section 6.4.1 and appendix A.8 do.
 ///
 /// Mean and maxima leave out what begins a talkspurt, as Wireshark does: a pause is nothing that went
 /// wrong. `true` when they have it.
 #[inline(always)]
-fn measure(state: *mut State, packet: &Arrived) -> bool {
+fn measure(state: *mut State, packet: &Arrived, is_next: bool) -> bool {
     let elapsed = packet
         .now
         .wrapping_sub(load!(state, reception.arrival))
         .cast_signed()
         .max(0);
-    let before = load!(state, reception.payload_type);
+    let before = packet.before;
     let is_same = packet.payload_type == before;
     let is_regular = !packet.marker
         && !is_comfort_noise(packet.payload_type)
@@ -373,6 +372,9 @@ fn measure(state: *mut State, packet: &Arrived) -> bool {
         .timestamp
         .wrapping_sub(load!(state, reception.timestamp))
         .cast_signed();
+    if is_next && is_same && units == 0 {
+        store!(state, before, reception.event_type);
+    }
     refer(state, packet);
     let unit = clock(state, packet.payload_type);
     // All packets of an event have one timestamp (RFC 4733 section 2.2.1), and no clock here.

@@ -69,17 +69,22 @@ fn relay_by<N: Network, P: Packet + ?Sized>(
     {
         return pass(Reason::OtherHost);
     }
-    capture::keep(packet, tables, side::RECEIVED, || (stream.pair, stream.leg));
+    let Some(capture) = tables.capture() else {
+        return pass(Reason::NoState);
+    };
+    capture::keep(packet, tables, capture, side::RECEIVED, || {
+        (stream.pair, stream.leg)
+    });
     let Passed { reason, is_noted } = match decide(packet, &parsed, stream, bytes, tables) {
         Ok(()) => {
             tables.count(Reason::Relayed, bytes);
-            capture::conclude(packet, tables, Some(Reason::Relayed));
+            capture::conclude(packet, tables, capture, Some(Reason::Relayed));
             return Decision::by(Reason::Relayed);
         }
         Err(passed) => passed,
     };
     tables.count(reason, bytes);
-    capture::conclude(packet, tables, Some(reason));
+    capture::conclude(packet, tables, capture, Some(reason));
     let decision = Decision::by(reason);
     if decision.verdict != Verdict::Pass {
         return decision;
