@@ -153,13 +153,12 @@ pub(crate) fn receive(state: *mut State, arrival: &Arrival, rtp: &RtpFields) {
         timestamp: rtp.timestamp,
         marker: rtp.marker_type >> 7 != 0,
         payload_type: rtp.marker_type & 0x7f,
-        before: load!(state, reception.payload_type),
     };
     if packet.marker {
         let markers = load!(state, reception.markers).wrapping_add(1);
         store!(state, markers, reception.markers);
     }
-    if packet.payload_type != packet.before {
+    if packet.payload_type != load!(state, reception.payload_type) {
         note_type(state, packet.payload_type);
     }
     let source = rtp.ssrc;
@@ -256,8 +255,6 @@ struct Arrived {
     timestamp: u32,
     marker: bool,
     payload_type: u8,
-    /// That of the packet before; [`NONE`] for none.
-    before: u8,
 }
 
 /// Extended sequence numbers begin here, so that an earlier packet that comes later has one too.
@@ -353,7 +350,7 @@ fn measure(state: *mut State, packet: &Arrived, is_next: bool) -> bool {
         .wrapping_sub(load!(state, reception.arrival))
         .cast_signed()
         .max(0);
-    let before = packet.before;
+    let before = load!(state, reception.payload_type);
     let is_same = packet.payload_type == before;
     let is_regular = !packet.marker
         && !is_comfort_noise(packet.payload_type)
