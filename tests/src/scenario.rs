@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use relay_common::stream::ticks;
 use relay_user::config::KEEPALIVE;
 use serde_json::Value;
 
@@ -224,7 +225,10 @@ impl Detours {
     /// The relay sees a packet between these two times, whatever holds up the machine, so that it may have seen any
     /// time between two packets that is not longer than from the sending of the one to the coming of the other.
     fn is_due(&mut self, sent: &[Duration], number: usize, came: Duration) -> bool {
-        let is_later = |before: usize, time| came.saturating_sub(sent[before]) >= time;
+        let in_ticks = |time: Duration| ticks(time.as_nanos() as u64);
+        // A tick of the relay's may begin behind the one packet and before the other.
+        let is_later =
+            |before: usize, time| in_ticks(came.saturating_sub(sent[before])) + 1 >= in_ticks(time);
         let is_after_pause = number == 0 || is_later(number - 1, PAUSE);
         let is_keepalive = self.last.is_some_and(|last| is_later(last, KEEPALIVE));
         let is_due = is_after_pause || is_keepalive || sent[number] < self.over;
@@ -593,8 +597,15 @@ mod tests {
         assert!(is_due(3, 352));
         assert!(is_due(4, 353));
         assert!(!is_due(5, 401));
-        let last = sent.len() - 1;
-        assert!(is_due(last - 1, 3801));
-        assert!(!is_due(last, 3901));
+        // Packet 35 is sent three seconds after packet 5.
+        assert!(!is_due(34, 3301));
+        assert!(!is_due(35, 3401));
+        let mut detours = Detours {
+            last: Some(5),
+            ..Detours::default()
+        };
+        let mut is_due = |number, came| detours.is_due(&sent, number, ms(came));
+        assert!(is_due(35, 3400));
+        assert!(!is_due(36, 3501));
     }
 }
