@@ -90,7 +90,8 @@ pub fn observe<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Opti
         sent_from(&key, to, tables);
         return None;
     };
-    capture::keep(packet, tables, side::PBX, out.pair, out.leg);
+    let now = || tables.now_precise();
+    capture::keep(packet, tables, now, side::PBX, out.pair, out.leg);
     let reason = judge(packet, &parsed, to, out, tables);
     if let Some(reason) = reason {
         tables.count(reason, bytes);

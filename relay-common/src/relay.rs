@@ -51,8 +51,10 @@ pub fn relay<P: Packet + ?Sized>(packet: &mut P, tables: &impl Tables) -> Decisi
     {
         return pass(Reason::OtherHost);
     }
-    capture::keep(packet, tables, side::RECEIVED, stream.pair, stream.leg);
-    let Passed { reason, up } = match decide(packet, &parsed, stream, tables) {
+    let now = tables.now_precise();
+    let (pair, leg) = (stream.pair, stream.leg);
+    capture::keep(packet, tables, || now, side::RECEIVED, pair, leg);
+    let Passed { reason, up } = match decide(packet, &parsed, stream, now, tables) {
         Ok(()) => {
             tables.count(Reason::Relayed, bytes);
             capture::conclude(packet, tables, Some(Reason::Relayed));
@@ -131,16 +133,17 @@ impl From<Reason> for Passed {
     }
 }
 
-/// Decides on a packet that has the address and port of a stream.
+/// Decides on a packet that has the address and port of a stream, and came at `now`
+/// (`CLOCK_MONOTONIC`, ns).
 #[inline(always)]
 fn decide<P: Packet + ?Sized>(
     packet: &mut P,
     parsed: &Parsed,
     stream: &Stream,
+    now: u64,
     tables: &impl Tables,
 ) -> Result<(), Passed> {
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
-    let now = tables.now_precise();
     let (at, length) = payload(parsed);
     let is_own = parsed.source.is(&stream.source) && parsed.source_port == stream.source_port;
     let rtp = if is_own {
