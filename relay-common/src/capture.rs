@@ -45,7 +45,8 @@ abi! {
     /// What stands before each packet in the ring buffer `CAPTURED`.
     #[derive(Default)]
     pub struct Captured(32, align 8) {
-        /// When it was copied: `CLOCK_MONOTONIC`, ns.
+        /// When it came, the time that the stream's statistics have it at too, or was sent:
+        /// `CLOCK_MONOTONIC`, ns.
         pub time: u64,
         /// Number of the pair.
         pub pair: u64,
@@ -96,12 +97,14 @@ abi! {
 }
 
 /// Keeps a copy of a packet of a pair's leg, if it is to be captured: `capture` is what
-/// [`Tables::capture`] returned. Nothing depends on whether it is.
+/// [`Tables::capture`] returned, and the packet came at `time` (`CLOCK_MONOTONIC`, ns). Nothing depends
+/// on whether it is.
 #[inline(always)]
 pub(crate) fn keep<P: Packet + ?Sized>(
     packet: &P,
     tables: &impl Tables,
     capture: *const Capture,
+    time: impl FnOnce() -> u64,
     side: u8,
     of: impl Fn() -> (u64, u8),
 ) {
@@ -130,19 +133,19 @@ pub(crate) fn keep<P: Packet + ?Sized>(
     {
         return;
     }
+    kept.header.time = time();
     kept.header.pair = pair;
     kept.header.side = side;
     kept.header.leg = leg;
-    fill(packet, tables, kept, capture.snap);
+    fill(packet, kept, capture.snap);
 }
 
 /// Copies the packet as it is now.
 #[inline(always)]
-fn fill<P: Packet + ?Sized>(packet: &P, tables: &impl Tables, kept: &mut Kept, snap: u32) {
+fn fill<P: Packet + ?Sized>(packet: &P, kept: &mut Kept, snap: u32) {
     let Tag { tpid, control } = packet.tag_beside().unwrap_or_default();
     kept.header.tag_protocol = tpid;
     kept.header.tag_control = control;
-    kept.header.time = tables.now_precise();
     kept.header.length = packet.length() as u32;
     kept.length = packet.copy(&mut kept.bytes, snap);
 }
@@ -174,8 +177,9 @@ pub(crate) fn conclude<P: Packet + ?Sized>(
     if reason.map(Reason::verdict) == Some(Verdict::Send) {
         // SAFETY: as in `keep`.
         let snap = unsafe { (&raw const (*capture).snap).read_volatile() };
+        kept.header.time = tables.now_precise();
         kept.header.side = side::SENT;
-        fill(packet, tables, kept, snap);
+        fill(packet, kept, snap);
         hand_over(tables, kept);
     }
 }

@@ -109,7 +109,10 @@ fn observe_by<N: Network, P: Packet + ?Sized>(
         return None;
     };
     let capture = tables.capture()?;
-    capture::keep(packet, tables, capture, side::PBX, || (out.pair, out.leg));
+    let now = || tables.now_precise();
+    capture::keep(packet, tables, capture, now, side::PBX, || {
+        (out.pair, out.leg)
+    });
     let reason = judge(packet, &parsed, to, out, tables);
     if let Some(reason) = reason {
         tables.count(reason, bytes);

@@ -72,10 +72,10 @@ fn relay_by<N: Network, P: Packet + ?Sized>(
     let Some(capture) = tables.capture() else {
         return pass(Reason::NoState);
     };
-    capture::keep(packet, tables, capture, side::RECEIVED, || {
-        (stream.pair, stream.leg)
-    });
-    let Passed { reason, is_noted } = match decide(packet, &parsed, stream, bytes, tables) {
+    let now = tables.now_precise();
+    let of = || (stream.pair, stream.leg);
+    capture::keep(packet, tables, capture, || now, side::RECEIVED, of);
+    let Passed { reason, is_noted } = match decide(packet, &parsed, stream, bytes, now, tables) {
         Ok(()) => {
             tables.count(Reason::Relayed, bytes);
             capture::conclude(packet, tables, capture, Some(Reason::Relayed));
@@ -137,17 +137,18 @@ impl From<Reason> for Passed {
     }
 }
 
-/// Decides on a packet that has the address and port of a stream.
+/// Decides on a packet that has the address and port of a stream, and came at `now`
+/// (`CLOCK_MONOTONIC`, ns).
 #[inline(always)]
 fn decide<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
     parsed: &Parsed<N>,
     stream: &Stream,
     bytes: usize,
+    now: u64,
     tables: &impl Tables,
 ) -> Result<(), Passed> {
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
-    let now = tables.now_precise();
     let (at, length) = payload(parsed);
     let now_ticks = nonzero(ticks(now));
     if !N::is(parsed.source, &stream.source) || parsed.source_port != stream.source_port {

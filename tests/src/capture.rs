@@ -3,17 +3,19 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
-    fs::File,
-    io,
+    fmt, io,
     net::SocketAddr,
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
-    path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use crate::{
+    datagram::{self, Facts},
+    link::Interface,
+    rtp::Rtp,
+};
 use anyhow::{Context as _, Result, bail};
 use etherparse::{EtherType, LinkExtSlice, LinkSlice, NetSlice, SlicedPacket, TransportSlice};
 use nix::{
@@ -23,16 +25,6 @@ use nix::{
         eventfd::{EfdFlags, EventFd},
         socket::{setsockopt, sockopt},
     },
-};
-use pcap_file::{
-    TsResolution,
-    pcap::{PcapHeader, PcapPacket, PcapWriter},
-};
-
-use crate::{
-    datagram::{self, Facts},
-    link::Interface,
-    rtp::Rtp,
 };
 
 /// Longest frame recorded; a longer one ends the capture with an error.
@@ -326,23 +318,6 @@ impl Recording {
                 .cloned()
                 .collect(),
         }
-    }
-
-    /// Writes the frames to a file for Wireshark.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn write_pcap(&self, file: &Path) -> Result<()> {
-        let header = PcapHeader {
-            ts_resolution: TsResolution::NanoSecond,
-            ..PcapHeader::default()
-        };
-        let mut pcap = PcapWriter::with_header(File::create(file)?, header)?;
-        for frame in &self.frames {
-            let packet = PcapPacket::new(frame.at, frame.bytes.len() as u32, &frame.bytes);
-            pcap.write_packet(&packet)?;
-        }
-        Ok(())
     }
 
     /// The UDP packets among the frames.

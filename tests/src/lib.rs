@@ -21,6 +21,7 @@ pub mod link;
 pub mod namespace;
 pub mod pair;
 pub mod pbx;
+pub mod pcapng;
 pub mod phone;
 pub mod picture;
 pub mod program;

@@ -10,6 +10,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use relay_common::stream::ticks;
+use relay_user::config::KEEPALIVE;
 use serde_json::Value;
 
 use crate::{
@@ -31,6 +33,8 @@ const FRESH: Duration = Duration::from_millis(100);
 /// DSCP of expedited forwarding (RFC 3246): the relay's packets have it, Asterisk's in the lab have not.
 const EF: u8 = 46;
 const SIP_PORT: u16 = 5060;
+/// After such a pause of a phone, the relay leaves a packet to Asterisk: reason `after_pause`.
+const PAUSE: Duration = Duration::from_millis(250);
 
 /// An Asterisk with the harness's own phones, and perhaps a relay.
 #[derive(Debug)]
@@ -78,6 +82,8 @@ pub struct Hearing {
     pub sequence: [u64; 2],
     /// Packets that the relay sent.
     pub expedited: u64,
+    /// Packets that Asterisk forwarded, and would not have if the kernel had the stream.
+    pub undue: u64,
     /// Longest time between two arrivals of anything, less what the sender itself paused.
     pub largest_gap: Duration,
     /// How often sound that Asterisk made itself, digits too, followed a phone's voice or the other way round; of
@@ -102,7 +108,6 @@ impl Hearing {
     /// The same from a moment on, since the Unix epoch.
     pub fn since(start: Duration, listener: &Softphone, speakers: &[&Softphone]) -> Self {
         let mut arrivals = listener.phone().arrivals();
-        arrivals.retain(|arrival| arrival.at >= start);
         let sendings: Vec<_> = speakers
             .iter()
             .map(|speaker| speaker.phone().sendings())
@@ -112,6 +117,17 @@ impl Hearing {
             phones.position(|known| known == sender)
         };
         let mut hearing = Self::default();
+        let mut detours = vec![Detours::default(); speakers.len()];
+        for arrival in arrivals.iter().filter(|arrival| !is_fast(arrival)) {
+            if let Some(stamp) = arrival.stamp
+                && let Some(at) = place(stamp.sender)
+                && !detours[at].is_due(&sendings[at], stamp.number as usize, arrival.at)
+                && arrival.at >= start
+            {
+                hearing.undue += 1;
+            }
+        }
+        arrivals.retain(|arrival| arrival.at >= start);
         // Numbers of all speakers in one row.
         let starts: Vec<u64> = (0..speakers.len() as u64).map(|at| at << 32).collect();
         let mut numbers = vec![Vec::new(); speakers.len()];
@@ -190,6 +206,38 @@ impl Hearing {
 /// Whether the relay sent this packet.
 pub fn is_fast(arrival: &Arrival) -> bool {
     arrival.tos >> 2 == EF
+}
+
+/// What Asterisk forwards of a stream that the kernel has: a keepalive, the first packet after a pause of its sender, and
+/// those that come before one of these has come out again.
+#[derive(Clone, Copy, Debug, Default)]
+struct Detours {
+    /// Number of the last packet that Asterisk forwarded, whatever for.
+    last: Option<usize>,
+    /// When the last of those that it should forward came to the listener.
+    over: Duration,
+}
+
+impl Detours {
+    /// Whether a packet of this number that came through Asterisk, at `came`, is one of these; its sender's packets
+    /// were `sent` at these times.
+    ///
+    /// The relay sees a packet between these two times, whatever holds up the machine, so that it may have seen any
+    /// time between two packets that is not longer than from the sending of the one to the coming of the other.
+    fn is_due(&mut self, sent: &[Duration], number: usize, came: Duration) -> bool {
+        let in_ticks = |time: Duration| ticks(time.as_nanos() as u64);
+        // A tick of the relay's may begin behind the one packet and before the other.
+        let is_later =
+            |before: usize, time| in_ticks(came.saturating_sub(sent[before])) + 1 >= in_ticks(time);
+        let is_after_pause = number == 0 || is_later(number - 1, PAUSE);
+        let is_keepalive = self.last.is_some_and(|last| is_later(last, KEEPALIVE));
+        let is_due = is_after_pause || is_keepalive || sent[number] < self.over;
+        self.last = Some(number);
+        if is_due {
+            self.over = self.over.max(came);
+        }
+        is_due
+    }
 }
 
 /// Puts telephone events together.
@@ -526,4 +574,38 @@ pub fn talk_on(phones: &[&Softphone], packets: u64) -> Result<()> {
         phone.phone().wait_sent(goal, timeout)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_asterisk_may_forward_while_the_kernel_has_the_stream() {
+        let ms = Duration::from_millis;
+        let sent: Vec<_> = [0, 100, 300, 300, 302, 400]
+            .into_iter()
+            .chain((500..4000).step_by(100))
+            .map(ms)
+            .collect();
+        let mut detours = Detours::default();
+        let mut is_due = |number, came| detours.is_due(&sent, number, ms(came));
+        assert!(!is_due(1, 101));
+        assert!(!is_due(2, 301));
+        // Held up on its way to the relay, for which the pause was longer than for the phone.
+        assert!(is_due(2, 351));
+        assert!(is_due(3, 352));
+        assert!(is_due(4, 353));
+        assert!(!is_due(5, 401));
+        // Packet 35 is sent three seconds after packet 5.
+        assert!(!is_due(34, 3301));
+        assert!(!is_due(35, 3401));
+        let mut detours = Detours {
+            last: Some(5),
+            ..Detours::default()
+        };
+        let mut is_due = |number, came| detours.is_due(&sent, number, ms(came));
+        assert!(is_due(35, 3400));
+        assert!(!is_due(36, 3501));
+    }
 }

@@ -6,24 +6,19 @@ use std::{
     io::Read as _,
     net::SocketAddr,
     os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
-use pcap_file::pcapng::{
-    Block, PcapNgReader,
-    blocks::{
-        enhanced_packet::EnhancedPacketOption, interface_description::InterfaceDescriptionOption,
-    },
-};
 use relay_tests::{
     capture::{Capture, Direction, Frame},
     link::PassProgram,
     namespace::{Host, Process},
     pair::{Legs, Sockets},
     pbx::Pbx,
+    pcapng::{Captured, Captures, command, packets},
     phone::{Bank, Phone, Talk},
     relay::{Relay, binary},
     topology::{Direct, PBX_V4},
@@ -97,147 +92,22 @@ impl Wire {
 
     /// Starts to capture into a file. It is under way when this returns.
     fn capture(&self, arguments: &[&str]) -> Captured {
-        Captured::start(&self.net.pbx, arguments)
+        Captured::start(&self.net.pbx, arguments).expect("a capture")
     }
 }
 
-/// A capture into a file that is under way.
-struct Captured {
-    host: Host,
-    process: Process,
-    path: PathBuf,
+fn comments(captures: &Captures) -> BTreeMap<&str, usize> {
+    let mut comments = BTreeMap::new();
+    for packet in &captures.packets {
+        *comments.entry(&packet.comment[..]).or_default() += 1;
+    }
+    comments
 }
 
-/// What a file holds, and what its capture said at last.
-struct Captures {
-    packets: Vec<Packet>,
-    said: String,
-}
-
-/// A captured packet.
-#[derive(Clone, Debug)]
-struct Packet {
-    comment: String,
-    flags: u32,
-    frame: Frame,
-}
-
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(binary("relay-user", "RELAY_USER_BIN").expect("relay-user"));
-    command.arg("capture").args(arguments).stdin(Stdio::null());
-    command
-}
-
-impl Captured {
-    fn start(host: &Host, arguments: &[&str]) -> Self {
-        let path = host.directory("capture").expect("a folder").join("file");
-        let mut command = command(arguments);
-        command.arg("-w").arg(&path).stderr(Stdio::piped());
-        let process = host.spawn(command).expect("relay-user capture");
-        let mut captured = Self {
-            host: host.clone(),
-            process,
-            path,
-        };
-        // The file begins when everything is ready.
-        captured.wait(|bytes| bytes.len() > 80);
-        captured
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        self.host.run(|| fs::read(&self.path)).unwrap_or_default()
-    }
-
-    fn wait(&mut self, condition: impl Fn(&[u8]) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !condition(&self.bytes()) {
-            assert!(Instant::now() < deadline, "the file does not grow");
-            if let Some(status) = self.process.try_wait() {
-                panic!("the capture has ended: {status}: {}", self.said());
-            }
-        }
-    }
-
-    fn said(&mut self) -> String {
-        let mut said = String::new();
-        let stderr = self.process.child_mut().stderr.as_mut();
-        stderr
-            .expect("a pipe")
-            .read_to_string(&mut said)
-            .expect("text");
-        said
-    }
-
-    /// Ends it as Ctrl-C does.
-    fn interrupt(self) -> Captures {
-        self.process.signal(Signal::SIGINT);
-        self.end()
-    }
-
-    fn end(mut self) -> Captures {
-        let said = self.said();
-        let status = self.process.wait(PATIENCE).expect("an end");
-        assert!(status.success(), "{status}: {said}");
-        Captures {
-            packets: packets(&self.bytes()),
-            said,
-        }
-    }
-}
-
-fn packets(file: &[u8]) -> Vec<Packet> {
-    let mut reader = PcapNgReader::new(file).expect("a section");
-    let mut packets = Vec::new();
-    while let Some(block) = reader.next_block() {
-        match block.expect("a whole block") {
-            Block::InterfaceDescription(described) => {
-                let name = InterfaceDescriptionOption::IfName("eth0".into());
-                assert!(described.options.contains(&name), "{described:?}");
-            }
-            Block::EnhancedPacket(packet) => {
-                let (mut comment, mut flags) = (String::new(), 0);
-                for option in &packet.options {
-                    match option {
-                        EnhancedPacketOption::Comment(text) => comment = text.to_string(),
-                        EnhancedPacketOption::Flags(word) => flags = *word,
-                        other => panic!("{other:?}"),
-                    }
-                }
-                packets.push(Packet {
-                    comment,
-                    flags,
-                    frame: Frame {
-                        at: packet.timestamp,
-                        direction: if flags == 1 {
-                            Direction::In
-                        } else {
-                            Direction::Out
-                        },
-                        bytes: packet.data.to_vec(),
-                        checksum_pending: false,
-                    },
-                });
-            }
-            other => panic!("{other:?}"),
-        }
-    }
-    packets
-}
-
-impl Captures {
-    fn comments(&self) -> BTreeMap<&str, usize> {
-        let mut comments = BTreeMap::new();
-        for packet in &self.packets {
-            *comments.entry(&packet.comment[..]).or_default() += 1;
-        }
-        comments
-    }
-
-    /// The frames with RTP that went one way, in an order of their own.
-    fn frames(&self, direction: Direction) -> Vec<&[u8]> {
-        let frames = self.packets.iter().map(|packet| &packet.frame);
-        sorted(frames, direction)
-    }
+/// The captured frames with RTP that went one way, in an order of their own.
+fn frames(captures: &Captures, direction: Direction) -> Vec<&[u8]> {
+    let frames = captures.packets.iter().map(|packet| &packet.frame);
+    sorted(frames, direction)
 }
 
 /// The frames of voice that went one way, in an order of their own.
@@ -262,7 +132,7 @@ fn captures_everything(mode: &str) {
     let capture = wire.capture(&["--all"]);
     let phones = Capture::start(&wire.net.phones_interface).expect("capture");
     wire.talk();
-    let captures = capture.interrupt();
+    let captures = capture.interrupt().expect("an end");
     let mut expected = BTreeMap::new();
     for id in wire.ids {
         for leg in ["first", "second"] {
@@ -274,7 +144,7 @@ fn captures_everything(mode: &str) {
             }
         }
     }
-    let comments = captures.comments();
+    let comments = comments(&captures);
     let comments: BTreeMap<_, _> = comments
         .into_iter()
         .map(|(comment, packets)| (comment.to_owned(), packets))
@@ -290,7 +160,7 @@ fn captures_everything(mode: &str) {
         (Direction::Out, Direction::In),
     ] {
         assert!(
-            captures.frames(ours) == sorted(&phones.frames, theirs),
+            frames(&captures, ours) == sorted(&phones.frames, theirs),
             "{ours:?}"
         );
     }
@@ -345,7 +215,7 @@ fn one_pair_is_captured_in_part() {
     let id = wire.ids[0].to_string();
     let capture = wire.capture(&[&id, "--snap", &HEADERS.to_string()]);
     wire.talk();
-    let captures = capture.interrupt();
+    let captures = capture.interrupt().expect("an end");
     assert_eq!(captures.packets.len(), 4 * PACKETS);
     for packet in &captures.packets {
         let of_pair = format!("relayed, pair {id}, ");
@@ -362,7 +232,7 @@ fn a_sample_is_captured() {
     for _ in 0..4 {
         wire.talk();
     }
-    let captures = capture.interrupt();
+    let captures = capture.interrupt().expect("an end");
     let sequences = |direction| {
         let payloads = captures.packets.iter().map(|packet| &packet.frame);
         let mut payloads: Vec<_> = payloads
@@ -383,7 +253,7 @@ fn a_capture_ends_after_so_many_packets() {
     let wire = Wire::new("generic");
     let capture = wire.capture(&["--all", "--count", "10"]);
     wire.talk();
-    let captures = capture.end();
+    let captures = capture.end().expect("an end");
     assert_eq!(captures.packets.len(), 10);
     assert!(
         captures
@@ -449,20 +319,20 @@ impl Office {
 fn through_the_pbx(mode: &str) {
     const TALK: u64 = 300;
     let office = Office::new(mode);
-    let capture = Captured::start(&office.net.pbx, &["--all"]);
+    let capture = Captured::start(&office.net.pbx, &["--all"]).expect("a capture");
     let phones = Capture::start(&office.net.phones_interface).expect("capture");
     office.talk(TALK);
-    let captures = capture.interrupt();
+    let captures = capture.interrupt().expect("an end");
     let phones = phones.stop().expect("no drops");
     for (ours, theirs) in [
         (Direction::In, Direction::Out),
         (Direction::Out, Direction::In),
     ] {
-        let frames = captures.frames(ours);
+        let frames = frames(&captures, ours);
         assert_eq!(frames.len() as u64, 2 * TALK);
         assert!(frames == sorted(&phones.frames, theirs), "{ours:?}");
     }
-    let comments = captures.comments();
+    let comments = comments(&captures);
     let reasons = office.relay.reasons().expect("status");
     let id = office.id;
     for (beginning, reason) in [
@@ -586,14 +456,16 @@ fn a_capture_ends_when_the_relay_is_detached() {
     let wire = Wire::new("generic");
     let capture = wire.capture(&["--all"]);
     wire.relay.stop().expect("an end");
-    let captures = capture.end();
+    let captures = capture.end().expect("an end");
     let expected = "relay-user: the relay was detached from eth0: 0 packets captured, 0 missed\n";
     assert_eq!(captures.said, expected);
 }
 
 /// Runs a capture that fails, and returns what it says.
 fn refused(host: &Host, arguments: &[&str]) -> String {
-    let output = host.run_to_end(command(arguments)).expect("relay-user");
+    let output = host
+        .run_to_end(command(arguments).expect("relay-user"))
+        .expect("relay-user");
     assert_eq!(output.status.code(), Some(1));
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
@@ -620,7 +492,7 @@ fn the_file_is_new_and_private() {
         .permissions()
         .mode();
     assert_eq!(mode & 0o777, 0o600);
-    capture.interrupt();
+    capture.interrupt().expect("an end");
     let said = refused(host, &["--all", "-w", path.to_str().expect("text")]);
     assert!(said.contains("is there already"), "{said}");
 }
@@ -644,7 +516,7 @@ fn one_captures_at_a_time_and_a_killed_one_ends_by_itself() {
     first.process.signal(Signal::SIGKILL);
     let deadline = Instant::now() + PATIENCE;
     while !host
-        .run_to_end(command(&second))
+        .run_to_end(command(&second).expect("relay-user"))
         .expect("relay-user")
         .status
         .success()
@@ -658,7 +530,7 @@ fn one_captures_at_a_time_and_a_killed_one_ends_by_itself() {
 fn a_capture_that_stood_still_leaves_the_copies_to_the_next() {
     let wire = Wire::new("generic");
     let host = &wire.net.pbx;
-    let mut first = command(&["--all", "--seconds", "1", "-w", "-"]);
+    let mut first = command(&["--all", "--seconds", "1", "-w", "-"]).expect("relay-user");
     first.stdout(Stdio::piped()).stderr(Stdio::null());
     let mut first = host.spawn(first).expect("relay-user capture");
     let mut file = vec![0; 1];
@@ -671,7 +543,7 @@ fn a_capture_that_stood_still_leaves_the_copies_to_the_next() {
     let deadline = Instant::now() + PATIENCE;
     let next = ["--all", "--seconds", "0.1", "-w", path];
     while !host
-        .run_to_end(command(&next))
+        .run_to_end(command(&next).expect("relay-user"))
         .expect("relay-user")
         .status
         .success()
@@ -684,9 +556,9 @@ fn a_capture_that_stood_still_leaves_the_copies_to_the_next() {
     read.read_to_end(&mut file).expect("what was copied");
     let status = first.wait(PATIENCE).expect("an end");
     second.process.signal(Signal::SIGCONT);
-    let second = second.interrupt();
+    let second = second.interrupt().expect("an end");
     assert_eq!(second.packets.len(), 8 * PACKETS);
-    assert!(packets(&file).len() <= 8 * PACKETS);
+    assert!(packets(&file).expect("a capture").len() <= 8 * PACKETS);
     assert_eq!(status.code(), Some(1), "another has taken its place");
 }
 
@@ -701,7 +573,7 @@ fn a_full_ring_buffer_disturbs_nobody() {
         wire.talk();
     }
     capture.process.signal(Signal::SIGCONT);
-    let captures = capture.interrupt();
+    let captures = capture.interrupt().expect("an end");
     let words: Vec<_> = captures.said.split_whitespace().collect();
     let [
         "relay-user:",

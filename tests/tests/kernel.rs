@@ -133,14 +133,9 @@ impl Packet for FinishedFrame<'_> {
         self.0.copy(to, most)
     }
 
-    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<(), Reason> {
-        let header = self.header::<Udp>(change.udp)?;
-        let new = change
-            .addresses
-            .plus(change.datagram)
-            .applied_to(header.checksum.get());
-        header.checksum = Be16::new(udp_field(new));
-        Ok(())
+    fn change_udp_checksum(&mut self, change: &UdpChange) -> Result<Option<u16>, Reason> {
+        let sum = change.addresses.plus(change.datagram);
+        Ok(Some(udp_field(sum.applied_to(change.old))))
     }
 }
 

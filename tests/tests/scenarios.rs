@@ -20,6 +20,7 @@ use relay_tests::{
     sip::{ALAW, OPUS, Way},
     softphone::{Features, Softphone},
 };
+use serde_json::Value;
 
 /// A variable of the environment: only scenarios with this in their names.
 const CHOICE: &str = "RELAY_SCENARIO";
@@ -630,10 +631,41 @@ struct Window {
     slow: u64,
     /// Packets that came through the kernel.
     fast: u64,
+    /// Phones of which packets came through Asterisk that the kernel should have carried, and how many.
+    undue: Vec<(SocketAddr, u64)>,
     /// Of the ordinary phones.
     largest_gap: Duration,
     /// Of the call that is always Asterisk's.
     control_gap: Duration,
+}
+
+/// Pairs that are shown when something is wrong.
+const SHOWN: usize = 4;
+
+impl Window {
+    /// Makes sure that the kernel had every call all the time, and Asterisk only what the relay leaves to it then: more
+    /// than a keepalive on a busy machine, where the phones pause.
+    fn stayed(&self, relay: &Relay) {
+        if self.undue.is_empty() && self.slow < self.fast {
+            return;
+        }
+        let list = relay.json(["list"]).expect("list");
+        let is_of = |pair: &Value, speaker: &SocketAddr| {
+            let legs = pair["legs"].as_array().into_iter().flatten();
+            legs.into_iter()
+                .any(|leg| leg["remote"] == speaker.to_string())
+        };
+        let pairs = list["pairs"].as_array().into_iter().flatten();
+        let pairs = pairs.filter(|pair| self.undue.iter().any(|(speaker, _)| is_of(pair, speaker)));
+        let pairs: Vec<_> = pairs.take(SHOWN).collect();
+        panic!(
+            "{} packets by Asterisk, of which not due: {:?}\n{:?}\n{pairs:#?}\n{}",
+            self.slow,
+            self.undue,
+            relay.reasons().expect("status"),
+            relay.log()
+        );
+    }
 }
 
 fn now() -> Duration {
@@ -714,6 +746,7 @@ impl<'a> Crowd<'a> {
         let mut window = Window {
             slow: 0,
             fast: 0,
+            undue: Vec::new(),
             largest_gap: Duration::ZERO,
             control_gap: Duration::ZERO,
         };
@@ -734,6 +767,9 @@ impl<'a> Crowd<'a> {
                 );
                 window.fast += hearing.expedited;
                 window.slow += hearing.heard - hearing.expedited;
+                if hearing.undue > 0 {
+                    window.undue.push((speaker.phone().local(), hearing.undue));
+                }
                 if number < self.calls.len() {
                     window.largest_gap = window.largest_gap.max(hearing.largest_gap);
                 }
@@ -798,7 +834,7 @@ fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
         relay = attach(&stage, proxy.address(), "native", &["--persist"]);
         crowd.talk(150);
         let window = crowd.judge("upgrade", start, without);
-        assert_eq!(window.slow, 0, "{}", relay.log());
+        window.stayed(&relay);
 
         let start = now();
         relay.signal(Signal::SIGKILL);
@@ -822,7 +858,7 @@ fn two_hundred_calls_outlive_the_controller_and_troubles_of_ami() {
         proxy.set(Trouble::None);
         crowd.talk(200);
         let window = crowd.judge("AMI cut for 0.5 s", start, without);
-        assert_eq!(window.slow, 0, "{}", relay.log());
+        window.stayed(&relay);
 
         let start = now();
         proxy.set(Trouble::Cut);
