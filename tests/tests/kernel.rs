@@ -17,7 +17,6 @@ use relay_common::{
     reason::{Reason, Verdict},
     relay::relay,
     stream::{Counter, Event},
-    wire::{Be16, Udp},
 };
 use relay_tests::{
     capture::{self, Capture, Direction, Injector},
