@@ -199,18 +199,25 @@ impl Browser {
     /// It does not become so: the text holds that of the page.
     pub fn until(&mut self, expression: &str) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        while self.evaluate(&format!("Boolean({expression})"))? != true {
+        // What it asks for may not be on the page yet.
+        let attempt = format!(
+            "(() => {{ try {{ return Boolean({expression}); }} catch (fault) {{ return String(fault); }} }})()"
+        );
+        loop {
+            let found = self.evaluate(&attempt)?;
+            if found == true {
+                return Ok(());
+            }
             if Instant::now() > deadline {
                 let text = self.evaluate("document.body.innerText")?;
                 bail!(
-                    "not within {PATIENCE:?}: {expression}\n{}\n{:?}",
+                    "not within {PATIENCE:?}: {expression}: {found}\n{}\n{:?}",
                     text.as_str().unwrap_or_default(),
                     self.complaints
                 );
             }
             thread::sleep(LOOK);
         }
-        Ok(())
     }
 
     /// Types a text, as the keyboard would, where the focus is.

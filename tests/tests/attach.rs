@@ -1337,7 +1337,7 @@ fn a_silent_phone_is_told_of_and_a_pair_without_packets_expires() {
     assert_eq!(whom, of(Some(1)));
     assert_eq!(between, [] as [Value; 0]);
 
-    sockets.phones.each_ref().map(Phone::hush);
+    sockets.phones.iter().for_each(Phone::hush);
     let (before, whom, event) = last("expired");
     assert_eq!(whom, of(None));
     silent_for(&event, 2);

@@ -43,7 +43,11 @@ fn it_shows_calls_as_they_come_and_go_and_why_one_is_refused() {
         assert!(shown, "{name}: {parties:?}");
     }
     // What needs a look first comes first, with the reason.
-    assert!(parties[0].contains(HELD), "{parties:?}");
+    browser
+        .until(&format!(
+            "document.querySelector('.parties').innerText.includes('{HELD}')"
+        ))
+        .expect("the call on hold");
     browser
         .until("document.querySelector('[data-state=refused] td.why').innerText.includes('is on hold')")
         .expect("the reason");
@@ -165,11 +169,11 @@ fn it_fits_a_phone_in_both_themes() {
             ..Screen::PHONE
         })
         .expect("the system prefers light");
-    let light = browser.evaluate(ground).expect("light");
-    assert_ne!(dark, light);
+    let is_dark = format!("{ground} === {dark}");
+    browser.until(&format!("!({is_dark})")).expect("light");
     // The choice made on the page outlasts a new load.
     browser.type_text("t").expect("pressed");
-    assert_eq!(browser.evaluate(ground).expect("chosen"), dark);
+    browser.until(&is_dark).expect("chosen");
     let address = scene.address("http").expect("address");
     browser.open(&format!("http://{address}/")).expect("page");
     assert_eq!(browser.evaluate(ground).expect("kept"), dark);
