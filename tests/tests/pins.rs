@@ -561,10 +561,10 @@ fn other_versions_give_way_to_this_one_and_detach_removes_them_all() {
         let datapath = site.fresh(GENERIC, MAX_STREAMS);
         site.leave(datapath);
         let link = site.pinned().links[names::XDP_LINK];
-        site.rename("/sys/fs/bpf/relay/v5", "/sys/fs/bpf/relay/v5");
+        site.rename("/sys/fs/bpf/relay/v5", "/sys/fs/bpf/relay/v6");
         for name in [names::STREAMS, names::STATE, names::COUNTERS] {
             site.host().run(|| {
-                let map = MapData::from_pin(format!("/sys/fs/bpf/relay/v5/eth0/{name}"));
+                let map = MapData::from_pin(format!("/sys/fs/bpf/relay/v6/eth0/{name}"));
                 fs::create_dir_all("/sys/fs/bpf/relay/v1/eth0").expect("folder");
                 let map = map.expect("map");
                 map.pin(format!("/sys/fs/bpf/relay/v1/eth0/{name}"))
@@ -576,7 +576,7 @@ fn other_versions_give_way_to_this_one_and_detach_removes_them_all() {
             site.goes_on(20);
             let datapath = site.fresh(GENERIC, MAX_STREAMS);
             assert_eq!(site.pinned().links[names::XDP_LINK], link, "taken over");
-            for other in ["v1", "v5"] {
+            for other in ["v1", "v6"] {
                 assert!(
                     !site.exists(format!("/sys/fs/bpf/relay/{other}")),
                     "{other}"
@@ -589,7 +589,7 @@ fn other_versions_give_way_to_this_one_and_detach_removes_them_all() {
             let removed = site.remove_leftovers().expect("removed");
             let has = |words: &str| removed.iter().any(|line| line.contains(words));
             assert!(has("v1/eth0 (3 maps)"), "{removed:?}");
-            assert!(has("v5/eth0 (XDP program, "), "{removed:?}");
+            assert!(has("v6/eth0 (XDP program, "), "{removed:?}");
             assert!(has(names::OBSERVE) || has("observer"), "{removed:?}");
         }
         site.nothing_left();
