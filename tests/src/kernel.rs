@@ -72,6 +72,17 @@ impl Kernel {
         Ok(Self { ebpf, slots })
     }
 
+    /// `STREAMS`.
+    ///
+    /// # Errors
+    /// The object has none.
+    pub fn streams(&self) -> Result<BorrowedFd<'_>> {
+        match self.map(names::STREAMS)? {
+            Map::HashMap(map) => Ok(map.fd().as_fd()),
+            _ => bail!("no hash map {}", names::STREAMS),
+        }
+    }
+
     /// Replaces all streams and states, whose times are put on this machine's clock, sets the counters to zero and the end of the lease to never, and forgets all
     /// events.
     ///

@@ -23,11 +23,18 @@ pub enum Kind {
 /// One BPF instruction: opcode, registers (source in the upper half), offset (16 bits), immediate (32 bits).
 pub type Instruction = [u8; 8];
 
+/// An instruction on registers `to` and `from`.
+#[must_use]
+pub const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
+    let [a, b] = offset.to_ne_bytes();
+    let [c, d, e, f] = immediate.to_ne_bytes();
+    [code, to | from << 4, a, b, c, d, e, f]
+}
+
 /// `rREGISTER = value`
 #[must_use]
 pub const fn set(register: u8, value: i32) -> Instruction {
-    let [a, b, c, d] = value.to_ne_bytes();
-    [0xb7, register, 0, 0, a, b, c, d]
+    instruction(0xb7, register, 0, 0, value)
 }
 
 /// `exit`

@@ -1,17 +1,12 @@
 //! The floor: a packet cannot be sent back with less.
 
-use relay_tests::program::{EXIT, Instruction, set};
+use relay_tests::program::{EXIT, Instruction, instruction, set};
 
 /// `XDP_TX` (`enum xdp_action` in include/uapi/linux/bpf.h).
-const XDP_TX: i32 = 3;
+pub(crate) const XDP_TX: i32 = 3;
 
 /// Swaps the MAC addresses, if the frame has a header, and sends the packet back.
 pub(crate) fn swap_macs() -> Vec<Instruction> {
-    const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
-        let [a, b] = offset.to_le_bytes();
-        let [c, d, e, f] = immediate.to_le_bytes();
-        [code, to | from << 4, a, b, c, d, e, f]
-    }
     const LOAD_32: u8 = 0x61;
     const LOAD_16: u8 = 0x69;
     const STORE_32: u8 = 0x63;

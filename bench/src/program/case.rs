@@ -15,14 +15,21 @@ use relay_tests::{
 
 use crate::{
     interpreter::{self, Trace},
-    peer::swap::swap_macs,
+    peer::swap::{XDP_TX, swap_macs},
+    program::part::Part,
 };
 
 /// Runs in one call. A packet of TTL 255 can be relayed that often.
 pub(super) const REPEAT: u32 = 240;
 
-/// `XDP_TX` (`enum xdp_action` in include/uapi/linux/bpf.h).
-const XDP_TX: i32 = 3;
+/// The floor of all.
+pub(super) const RETURN: &str = "return XDP_TX";
+
+/// The floor and what a precise clock costs.
+pub(super) const CLOCK: &str = "read the precise clock";
+
+/// The floor and what it costs to find a stream.
+pub(super) const LOOKUP: &str = "look a stream up";
 
 /// The floor that matters: a packet cannot be sent back with less.
 pub(crate) const SWAP: &str = "swap MACs, XDP_TX";
@@ -39,6 +46,8 @@ pub(super) struct Case {
 pub(super) enum Subject {
     /// One that does as little as can be.
     Floor(Vec<Instruction>),
+    /// A part of ours.
+    Part(Part),
     /// Ours.
     Relay(Box<Relay>),
 }
@@ -57,14 +66,19 @@ pub(super) struct Relay {
 pub(super) fn cases() -> Vec<Case> {
     let voice = fixture::cycle(Family::V4).1.bytes();
     let floors = [
-        ("return XDP_TX", vec![set(0, XDP_TX), EXIT]),
-        (SWAP, swap_macs()),
+        (RETURN, Subject::Floor(vec![set(0, XDP_TX), EXIT])),
+        (SWAP, Subject::Floor(swap_macs())),
+        (CLOCK, Subject::Part(Part::Clock)),
+        (
+            LOOKUP,
+            Subject::Part(Part::Lookup(fixture::cycle(Family::V4).0.key())),
+        ),
     ];
     let mut cases: Vec<_> = floors
         .into_iter()
-        .map(|(name, program)| Case {
+        .map(|(name, subject)| Case {
             name: name.to_owned(),
-            subject: Subject::Floor(program),
+            subject,
             frame: voice.clone(),
             // An even number of swaps.
             after: voice.clone(),
@@ -205,8 +219,8 @@ pub(crate) fn flowing(entry: &Entry, now: u64) -> State {
 }
 
 impl Case {
-    /// Runs it once in the interpreter. None where the packet is captured: the ring buffer's functions are the
-    /// kernel's.
+    /// Runs it once in the interpreter. None where what matters is the kernel's: its functions alone, and the ring
+    /// buffer of what is captured.
     ///
     /// # Errors
     /// The verdict is another one than the case is about.
@@ -218,6 +232,7 @@ impl Case {
                 interpreter::trace_alone(program, &self.frame)?,
                 XDP_TX as u32,
             ),
+            Subject::Part(_) => return Ok(None),
             Subject::Relay(relay) if relay.is_captured => return Ok(None),
             Subject::Relay(relay) => {
                 let Relay {

@@ -8,13 +8,13 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use relay_common::capture::{Capture, SNAP_MAX};
 use relay_tests::{
-    fixture::{Hook, SLOTS},
+    fixture::{self, Family, Hook, SLOTS},
     kernel::{self, Kernel},
     program::{self, Kind, Run},
 };
 
 use super::case::{Case, REPEAT, Relay, Subject, flowing};
-use crate::interpreter::Trace;
+use crate::{interpreter::Trace, peer::swap::XDP_TX};
 
 /// A case, its program loaded.
 pub(super) struct Loaded {
@@ -42,6 +42,12 @@ impl Loaded {
     pub(super) fn new(case: Case) -> Result<Self> {
         let program = match &case.subject {
             Subject::Floor(instructions) => Program::Floor(program::load(Kind::Xdp, instructions)?),
+            Subject::Part(part) => {
+                let mut kernel = Kernel::load(Hook::NativeXdp, SLOTS)?;
+                kernel.set(&[fixture::offloaded(fixture::cycle(Family::V4).0)])?;
+                let instructions = part.program(kernel.streams()?);
+                Program::Floor(program::load(Kind::Xdp, &instructions)?)
+            }
             Subject::Relay(relay) => {
                 let mut kernel = Kernel::load(relay.hook, SLOTS)?;
                 kernel.set(&[relay.entry])?;
@@ -80,10 +86,18 @@ impl Loaded {
             self.set_flowing()?;
             let program = self.program.descriptor()?;
             let Run {
-                time: one, length, ..
+                time: one,
+                length,
+                verdict,
             } = program::test_run(program, &self.case.frame, &mut after, REPEAT, 0)
                 .context("BPF_PROG_TEST_RUN")?;
             time += one;
+            let floors = matches!(self.program, Program::Floor(_));
+            ensure!(
+                !floors || verdict == XDP_TX as u32,
+                "{}: {verdict}",
+                self.case.name
+            );
             if let Program::Relay(kernel, relay) = &mut self.program
                 && relay.is_captured
             {
