@@ -85,8 +85,9 @@ abi! {
         pub duplicates: u32,
         /// Packets that came after one of a higher number.
         pub late: u32,
-        /// Packets that are not in `jitter_sum`: those that begin a talkspurt or a sequence, or whose
-        /// clock is not known.
+        /// Packets that are not in `jitter_sum`: those that begin a talkspurt or a sequence, strays, comfort
+        /// noise, those whose clock is not known or another than that of the packet before, and what came
+        /// merged behind another.
         pub unmeasured: u32,
         /// Time that one unit of the timestamp takes, for packets of `clock_type`, in units of 2^-8 ns;
         /// 0 while it is not known.
@@ -104,13 +105,14 @@ abi! {
         /// Payload types that came, in the order in which they first did; 0xff for none. The last entry
         /// is overwritten once there are more.
         pub types: [u8; TYPES],
-        /// What `packets` was when packets began to come with `dscp`.
-        pub marked: u32,
-        /// Packets before those, by the DSCP that they came with, in the order in which the values were
-        /// first seen; the last entry counts all values that found no other. 0 in one that is free.
+        /// Packets by the DSCP that they came with, in the order in which the values were first seen; the
+        /// last entry counts all values that found no other. 0 in one that is free. Those in a row up to the
+        /// latest, which came with `dscp`, are still missing.
         pub mark_packets: [u32; MARKS],
         /// The DSCP of each; of no meaning in the last.
         pub mark_dscps: [u8; MARKS],
+        /// Always 0.
+        pub padding: [u8; 4],
     }
 }
 
@@ -207,10 +209,16 @@ fn pass_over(state: *mut State, packets: u32) {
 #[inline(always)]
 fn note_dscp(state: *mut State, dscp: u8, packets: u32) {
     let before = load!(state, reception.dscp);
-    let more = packets.wrapping_sub(load!(state, reception.marked));
+    let mut marked = [0; MARKS];
+    let mut index = 0;
+    while index < MARKS {
+        marked[index] = load!(state, reception.mark_packets[index]);
+        index += 1;
+    }
+    let more = unmarked(packets, marked);
     let mut index = 0;
     while index < MARKS && more != 0 {
-        let counted = load!(state, reception.mark_packets[index]);
+        let counted = marked[index];
         if counted == 0 {
             store!(state, before, reception.mark_dscps[index]);
         }
@@ -224,8 +232,20 @@ fn note_dscp(state: *mut State, dscp: u8, packets: u32) {
         }
         index += 1;
     }
-    store!(state, packets, reception.marked);
     store!(state, dscp, reception.dscp);
+}
+
+/// How many of the packets are not yet counted by their DSCP; 0 where a count was lost or is read
+/// while it changes, and there seem to be less than none.
+#[inline(always)]
+fn unmarked(packets: u32, marked: [u32; MARKS]) -> u32 {
+    let [a, b, c, d] = marked;
+    let marked = a.wrapping_add(b).wrapping_add(c).wrapping_add(d);
+    packets
+        .wrapping_sub(marked)
+        .cast_signed()
+        .max(0)
+        .cast_unsigned()
 }
 
 /// Places what is merged behind a packet, whose headers are not seen: in order, as a merger joins only
@@ -266,6 +286,7 @@ fn begin(state: *mut State, packet: &Arrived) {
     store!(state, CYCLE | packet.sequence, reception.first);
     store!(state, CYCLE | packet.sequence, reception.highest);
     store!(state, 1, reception.window);
+    store!(state, 0, reception.jump);
     store!(state, 0, reception.jitter);
     refer(state, packet);
 }
@@ -533,7 +554,7 @@ impl Reception {
             .find(|&index| packets[index] == 0 || dscps[index] == self.dscp)
             .unwrap_or(MARKS - 1);
         dscps[place] = self.dscp;
-        packets[place] = packets[place].wrapping_add(self.packets.wrapping_sub(self.marked));
+        packets[place] = packets[place].wrapping_add(unmarked(self.packets, self.mark_packets));
         (0..MARKS)
             .map(move |index| Mark {
                 packets: packets[index],
@@ -722,6 +743,28 @@ mod tests {
     }
 
     #[test]
+    fn a_stray_of_one_source_is_none_of_the_next() {
+        let mut phone = Phone::new();
+        phone.numbers(0..10).number(30_000);
+        phone.source = 7;
+        phone.number(9).number(30_001);
+        assert_eq!(phone.reception().restarts, 0);
+    }
+
+    #[test]
+    fn marks_that_are_read_while_they_change_are_off_by_little() {
+        let mut phone = Phone::new();
+        phone.numbers(0..100);
+        let mut read = *phone.reception();
+        phone.dscp = 0;
+        phone.numbers(100..101);
+        read.mark_packets = phone.reception().mark_packets;
+        read.packets = 99;
+        let marks: Vec<_> = read.marks().map(|mark| mark.packets).collect();
+        assert_eq!(marks, [100]);
+    }
+
+    #[test]
     fn packets_are_counted_by_their_dscp() {
         let mut phone = Phone::new();
         assert_eq!(phone.reception().marks().count(), 0);
@@ -750,6 +793,7 @@ mod tests {
         phone.numbers(65_530..65_534);
         phone.segments = 4;
         phone.number(65_534).number(65_538);
+        assert_eq!(phone.reception().measured(), 5);
         phone.segments = 1;
         phone.numbers([65_542, 65_540, 65_543]);
         assert_eq!(counts(phone.reception()), [15, 14, 0, 0, 1]);
