@@ -326,11 +326,11 @@ impl Controller {
         let mut silence = [age; 2];
         let mut offloaded = [false; 2];
         let mut suspended = [false; 2];
+        self.scout(id, &read, age);
         for (leg, read) in read.into_iter().enumerate() {
             let Some((spec, state)) = read else {
                 continue;
             };
-            self.scout(id, leg, &spec, &state, age);
             self.learn_clock(id, leg, spec.slot, &state);
             offloaded[leg] = state.mode() == mode::OFFLOADED;
             if state.mode() == mode::SUSPENDED {
@@ -357,27 +357,34 @@ impl Controller {
         self.expire(id, silence, offloaded).await
     }
 
-    /// Looks for a stream at any local address of the host, where it is not seen at the one that
-    /// Asterisk names: bound to the wildcard address, it may not know better.
-    fn scout(&mut self, id: u64, leg: usize, spec: &StreamSpec, state: &State, age: Duration) {
+    /// Looks for the streams of a pair at any local address of the host, where one is not seen at those
+    /// that Asterisk names: bound to the wildcard address, it may not know better. What comes in on one
+    /// leg may be lost on the other, where Asterisk sends it on.
+    fn scout(&mut self, id: u64, read: &[Option<(StreamSpec, State)>; 2], age: Duration) {
         let Some(vigil) = self.wire.pairs.get_mut(&id) else {
             return;
         };
-        let heard = state.last_seen != 0;
-        let answered = state.echoed != 0 || state.unequal != 0;
-        let lost = !heard || state.noted != 0 && !answered;
-        if self.registry.is_ami(id) && spec.proof != 0 && lost && age >= LOOK {
-            if vigil.scouts[leg].is_none() {
-                let mut scout = *spec;
-                scout.local.address = Address::default();
-                scout.new_source.address = Address::default();
-                match self.datapath.install(&scout) {
-                    Ok(()) => vigil.scouts[leg] = Some(scout),
+        let is_lost = self.registry.is_ami(id)
+            && age >= LOOK
+            && read
+                .iter()
+                .flatten()
+                .any(|(spec, state)| spec.proof != 0 && is_lost(state));
+        if !is_lost {
+            let scouts: Vec<_> = vigil.scouts.iter_mut().filter_map(Option::take).collect();
+            self.withdraw(&scouts);
+            return;
+        }
+        for (scout, (spec, _)) in vigil.scouts.iter_mut().zip(read.iter().flatten()) {
+            if scout.is_none() {
+                let mut anywhere = *spec;
+                anywhere.local.address = Address::default();
+                anywhere.sends_from = anywhere.local;
+                match self.datapath.install(&anywhere) {
+                    Ok(()) => *scout = Some(anywhere),
                     Err(error) => tracing::debug!(pair = id, %error, "no scout"),
                 }
             }
-        } else if let Some(scout) = vigil.scouts[leg].take() {
-            self.withdraw(&[scout]);
         }
     }
 
@@ -539,6 +546,13 @@ impl Controller {
         self.notice(id);
         Ok(())
     }
+}
+
+/// Whether a stream is not seen where it should come in, or its echoes where they should leave.
+const fn is_lost(state: &State) -> bool {
+    let is_heard = state.last_seen != 0;
+    let is_answered = state.echoed != 0 || state.unequal != 0;
+    !is_heard || state.noted != 0 && !is_answered
 }
 
 #[cfg(test)]

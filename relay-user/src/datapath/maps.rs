@@ -14,14 +14,13 @@ use aya_obj::Object;
 use memmap2::{MmapOptions, MmapRaw};
 use nix::libc;
 use relay_common::stream::{
-    Counter, DscpMap, Lease, OutLeg, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
+    Counter, DscpMap, Lease, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
 };
 
 use super::{DatapathError, load::OBJECT, names};
 
 pub(super) const KEY: usize = size_of::<StreamKey>();
 pub(super) const VALUE: usize = size_of::<Stream>();
-pub(super) const OUT_LEG: usize = size_of::<OutLeg>();
 const COUNTER: usize = size_of::<Counter>();
 
 /// Packets and bytes, of each CPU.
@@ -32,7 +31,6 @@ const DSCP_MAP: usize = size_of::<DscpMap>();
 pub(super) struct Maps {
     pub(super) max_streams: u32,
     pub(super) streams: HashMap<MapData, [u8; KEY], [u8; VALUE]>,
-    pub(super) out_legs: HashMap<MapData, [u8; KEY], [u8; OUT_LEG]>,
     pub(super) state: StateMap,
     pub(super) lease: LeaseMap,
     pub(super) counters: Counters,
@@ -49,7 +47,6 @@ impl Maps {
             state: StateMap::new(map(ebpf, names::STATE)?, max_streams)?,
             lease: LeaseMap::new(map(ebpf, names::LEASE)?)?,
             streams: take(ebpf, names::STREAMS)?,
-            out_legs: take(ebpf, names::OUT_LEGS)?,
             counters: take(ebpf, names::COUNTERS)?,
             dscp_map: take(ebpf, names::DSCP_MAP)?,
             events: Some(take(ebpf, names::EVENTS)?),
