@@ -319,7 +319,9 @@ impl Registry {
             calls: HashMap::new(),
             paths: HashMap::new(),
             slots: HashMap::new(),
-            free_slots: (0..policy.max_streams / 2).map(|couple| 2 * couple).collect(),
+            free_slots: (0..policy.max_streams / 2)
+                .map(|couple| 2 * couple)
+                .collect(),
         }
     }
 
@@ -1598,7 +1600,10 @@ mod tests {
             "towards the second leg"
         );
         assert_eq!(other.next_hop.destination_mac.bytes[5], 11);
-        assert_eq!((one.slot, other.slot), (opposite(other.slot), opposite(one.slot)));
+        assert_eq!(
+            (one.slot, other.slot),
+            (opposite(other.slot), opposite(one.slot))
+        );
         assert_eq!([one.slot, other.slot].map(stream::leg_of), [0, 1]);
         let renumbered = |types: &[PayloadType]| (types[1].from, types[1].to);
         assert_eq!(
@@ -1643,9 +1648,7 @@ mod tests {
         assert_eq!(states, [StreamState::Waiting, StreamState::Offloaded]);
 
         let changes = registry.resolved(&notice(to_second, known(12)));
-        assert!(
-            matches!(changes.as_slice(), [Change::Update(spec)] if spec.local.port == 10_000)
-        );
+        assert!(matches!(changes.as_slice(), [Change::Update(spec)] if spec.local.port == 10_000));
         assert!(
             registry.resolved(&notice(to_second, known(12))).is_empty(),
             "nothing new"
