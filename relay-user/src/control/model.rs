@@ -5,7 +5,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use relay_common::reason;
+use relay_common::{reason, stream::mode};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -135,6 +135,17 @@ pub enum StreamState {
     Offloaded,
     /// The kernel has stopped relaying it.
     Suspended,
+}
+
+impl StreamState {
+    /// Of a stream in the maps that is in this [`mode`].
+    pub(crate) const fn of_mode(mode: u32) -> Self {
+        match mode {
+            mode::OFFLOADED => Self::Offloaded,
+            mode::SUSPENDED => Self::Suspended,
+            _ => Self::Watching,
+        }
+    }
 }
 
 /// How many streams there are of each [`StreamState`].
