@@ -6,7 +6,7 @@ use crate::{
     capture::{Capture, Kept, SNAP_MAX},
     checksum::{self, ClassChange, PartialChecksum, Sum, UdpChange},
     reason::Reason,
-    stream::{Event, OutLeg, State, Stream, StreamKey},
+    stream::{Event, State, Stream, StreamKey},
     wire::{Be16, Ipv4, Tag},
 };
 
@@ -122,9 +122,6 @@ pub trait Packet {
 pub trait Tables {
     /// `STREAMS`.
     fn stream(&self, key: &StreamKey) -> Option<&Stream>;
-
-    /// `OUT_LEGS`.
-    fn out_leg(&self, key: &StreamKey) -> Option<&OutLeg>;
 
     /// `STATE`, shared with other CPUs and with the controller.
     fn state(&self, slot: u32) -> Option<*mut State>;

@@ -13,8 +13,8 @@ use crate::{
     relay::{is_report_due, nonzero, payload, rtp, u32_of},
     state::{load, store},
     stream::{
-        Address, Event, NOTES, OutLeg, PAYLOAD_TYPES, PayloadType, State, StreamKey, event, mode,
-        ticks,
+        Address, Event, NOTES, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, event, flag,
+        leg_of, mode, opposite, ticks,
     },
     wire::{Ipv4, Ipv6, Rtp, ethertype},
 };
@@ -104,16 +104,19 @@ fn observe_by<N: Network, P: Packet + ?Sized>(
     let parsed = parse::<N, P>(packet, link).ok()?;
     let key = parsed.source();
     let to = (N::address(parsed.destination), parsed.destination_port);
-    let Some(out) = tables.out_leg(&key) else {
+    let Some(back) = back_of(&key, tables) else {
         sent_from(&key, to, tables);
         return None;
     };
+    if back.proof == 0 {
+        return None;
+    }
     let capture = tables.capture()?;
     let now = || tables.now_precise();
     capture::keep(packet, tables, capture, now, side::PBX, || {
-        (out.pair, out.leg)
+        (u64::from(back.pair), leg_of(opposite(back.slot)))
     });
-    let reason = judge(packet, &parsed, to, out, tables);
+    let reason = judge(packet, &parsed, to, back, tables);
     if let Some(reason) = reason {
         tables.count(reason, bytes);
     }
@@ -121,16 +124,27 @@ fn observe_by<N: Network, P: Packet + ?Sized>(
     reason
 }
 
-/// Judges a packet that comes from an address and port of the PBX that a stream leaves by.
+/// The stream that comes in on the leg that the PBX sends on from an address and port: its opposite
+/// leaves there.
+#[inline(always)]
+fn back_of<'a>(key: &StreamKey, tables: &'a impl Tables) -> Option<&'a Stream> {
+    match tables.stream(key) {
+        Some(back) if back.flags & flag::SENDS_ELSEWHERE == 0 => Some(back),
+        _ => tables.stream(&StreamKey::sends(key.local_address, key.local_port)),
+    }
+}
+
+/// Judges a packet that comes from an address and port of the PBX that the opposite of `back` leaves by.
 #[inline(always)]
 fn judge<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
     parsed: &Parsed<N>,
     to: (Address, u16),
-    out: &OutLeg,
+    back: &Stream,
     tables: &impl Tables,
 ) -> Option<Reason> {
-    let state = tables.state(out.slot)?;
+    let slot = opposite(back.slot);
+    let state = tables.state(slot)?;
     let now = tables.now();
     if now >= tables.lease() {
         return None;
@@ -149,22 +163,22 @@ fn judge<N: Network, P: Packet + ?Sized>(
         begin(state, epoch);
     }
 
-    let opposite = tables.state(out.opposite_slot)?;
-    let expected = to.0.is(&out.remote) && to.1 == out.remote_port;
+    let state_back = tables.state(back.slot)?;
+    let expected = to.0.is(&back.source) && to.1 == back.source_port;
     if expected
         && let Some(digest) = digest(packet, at, length, epoch)
         && let Some((number, from)) = recall(state, digest)
         && let Some(learned) = learn(state, number, from, rtp.marker_type)
     {
         if let Learned::Equal(payload_type, equal) = learned
-            && equal >= u16::from(out.proof)
-            && is_quiet(opposite, now_ticks)
+            && equal >= u16::from(back.proof)
+            && is_quiet(state_back, now_ticks)
             && append(state, payload_type)
         {
             store!(state, epoch, proven);
             tables.report(&Event {
                 kind: event::PROVEN,
-                slot: out.slot,
+                slot,
                 epoch,
                 payload_type,
                 ..Event::at(now)
@@ -194,10 +208,10 @@ fn judge<N: Network, P: Packet + ?Sized>(
     store!(state, now_ticks, spoken);
     suspend(state, epoch);
     // Where the PBX has begun to speak, it may also have begun to listen.
-    suspend(opposite, load!(opposite, epoch));
+    suspend(state_back, load!(state_back, epoch));
     tables.report(&Event {
         kind: event::TALK_BACK,
-        slot: out.slot,
+        slot,
         epoch,
         address: to.0,
         port: to.1,
@@ -214,22 +228,23 @@ fn judge<N: Network, P: Packet + ?Sized>(
 #[inline(always)]
 fn sent_from(key: &StreamKey, to: (Address, u16), tables: &impl Tables) {
     let any = StreamKey::new(Address::unspecified(), key.local_port);
-    let Some(out) = tables.out_leg(&any) else {
+    let Some(back) = tables.stream(&any) else {
         return;
     };
-    let Some(state) = tables.state(out.slot) else {
+    let slot = opposite(back.slot);
+    let Some(state) = tables.state(slot) else {
         return;
     };
     let now = tables.now();
     let now_ticks = nonzero(ticks(now));
-    if to.0.is(&out.remote)
-        && to.1 == out.remote_port
+    if to.0.is(&back.source)
+        && to.1 == back.source_port
         && is_report_due(load!(state, sent_reported), now_ticks)
     {
         store!(state, now_ticks, sent_reported);
         tables.report(&Event {
             kind: event::SENT_FROM,
-            slot: out.slot,
+            slot,
             epoch: load!(state, epoch),
             address: key.local_address,
             port: key.local_port,

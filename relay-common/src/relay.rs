@@ -11,7 +11,7 @@ use crate::{
     reception::{Arrival, receive},
     rewrite::{Rewrite, rewrite},
     state::{load, store},
-    stream::{Address, Event, State, Stream, StreamKey, event, mode, ticks},
+    stream::{Address, Event, State, Stream, StreamKey, event, leg_of, mode, opposite, ticks},
     wire::{Be16, Ipv4, Ipv6, Rtp, RtpExtension, Udp, ethertype},
 };
 
@@ -65,7 +65,7 @@ fn relay_by<N: Network, P: Packet + ?Sized>(
     // and relaying them would hand the phone everything twice.
     if packet.has_ethernet()
         && !stream.next_hop.source_mac.is(parsed.destination_mac)
-        && stream.next_hop.known != 0
+        && stream.next_hop.is_known()
     {
         return pass(Reason::OtherHost);
     }
@@ -73,7 +73,7 @@ fn relay_by<N: Network, P: Packet + ?Sized>(
         return pass(Reason::NoState);
     };
     let now = tables.now_precise();
-    let of = || (stream.pair, stream.leg);
+    let of = || (u64::from(stream.pair), leg_of(stream.slot));
     capture::keep(packet, tables, capture, || now, side::RECEIVED, of);
     let Passed { reason, is_noted } = match decide(packet, &parsed, stream, bytes, now, tables) {
         Ok(()) => {
@@ -208,7 +208,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
         if mode == mode::OFFLOADED && is_unanswered(state, reason) {
             suspend(state, epoch);
             // Nobody would see the PBX speak to the other phone then.
-            if let Some(opposite) = tables.state(stream.opposite_slot) {
+            if let Some(opposite) = tables.state(opposite(stream.slot)) {
                 suspend(opposite, load!(opposite, epoch));
             }
             tables.report(&Event {
@@ -427,7 +427,7 @@ fn plan<N: Network, P: Packet + ?Sized>(
 /// at most 2½ times as long may pass without any, which is still less than the PBX's patience.
 #[inline(always)]
 fn is_keepalive_due(stream: &Stream, state: *mut State, moment: &Moment) -> bool {
-    let due = stream.keepalive;
+    let due = u32::from(stream.keepalive);
     if due == 0 || moment.now_ticks.wrapping_sub(load!(state, last_passed)) < due {
         return false;
     }
@@ -476,14 +476,15 @@ fn validate<N: Network, P: Packet + ?Sized>(
     if parsed.hop_limit <= 1 {
         return Err(Reason::HopLimit);
     }
-    // Before its MTU, which is 0 then.
-    if stream.next_hop.known == 0 {
-        return Err(Reason::NextHopUnknown);
+    let next_hop = &stream.next_hop;
+    if N::LEN + usize::from(parsed.udp_length) > usize::from(next_hop.mtu) {
+        return Err(if next_hop.is_known() {
+            Reason::TooBig
+        } else {
+            Reason::NextHopUnknown
+        });
     }
-    if N::LEN + usize::from(parsed.udp_length) > usize::from(stream.next_hop.mtu) {
-        return Err(Reason::TooBig);
-    }
-    let depth = usize::from(stream.next_hop.vlan_depth);
+    let depth = next_hop.vlan_depth();
     if depth != 0 && depth != parsed.vlan_depth {
         return Err(Reason::VlanMismatch);
     }

@@ -6,7 +6,7 @@ use crate::{
     packet::{Packet, Tables},
     parse::Parsed,
     reason::Reason,
-    stream::{DSCP_KEEP, DSCP_MAP, NextHop, Stream, VlanTag},
+    stream::{DSCP_KEEP, DSCP_MAP, NextHop, Stream, VLAN_ID, VlanTag},
     wire::{Be16, Ethernet, Tag, Vlan},
 };
 
@@ -69,10 +69,11 @@ pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
         match packet.tag_beside() {
             Some(outer) => retag_beside(packet, outer, next_hop)?,
             None => {
-                if next_hop.vlan_depth >= 1 {
+                let depth = next_hop.vlan_depth();
+                if depth >= 1 {
                     retag(packet, Ethernet::LEN, next_hop.vlans[0])?;
                 }
-                if next_hop.vlan_depth >= 2 {
+                if depth >= 2 {
                     retag(packet, Ethernet::LEN + Vlan::LEN, next_hop.vlans[1])?;
                 }
             }
@@ -99,8 +100,7 @@ fn traffic_class(stream: &Stream, old: u8, tables: &impl Tables) -> u8 {
 /// Another VLAN, the same priority.
 #[inline(always)]
 const fn control(old: u16, tag: VlanTag) -> u16 {
-    const ID: u16 = 0x0fff;
-    old & !ID | tag.id & ID
+    old & !VLAN_ID | tag.id()
 }
 
 /// The same for all tags of a frame whose outermost one, `outer`, is beside it.
@@ -110,7 +110,7 @@ fn retag_beside<P: Packet + ?Sized>(
     outer: Tag,
     next_hop: &NextHop,
 ) -> Result<(), Reason> {
-    let depth = usize::from(next_hop.vlan_depth);
+    let depth = next_hop.vlan_depth();
     let mut old = [outer, Tag::default()];
     if depth >= 2 {
         let [tpid, control] = packet.header::<[Be16; 2]>(Ethernet::LEN - size_of::<Be16>())?;
@@ -122,7 +122,7 @@ fn retag_beside<P: Packet + ?Sized>(
     let mut new = old;
     for (new, tag) in new.iter_mut().zip(next_hop.vlans).take(depth) {
         *new = Tag {
-            tpid: tag.tpid,
+            tpid: tag.tpid(),
             control: control(new.control, tag),
         };
     }
@@ -140,9 +140,9 @@ fn retag<P: Packet + ?Sized>(packet: &mut P, at: usize, tag: VlanTag) -> Result<
     let mut change = Sum::ZERO.change(control.get(), new);
     // The first TPID stands in the Ethernet header.
     if at > Ethernet::LEN {
-        change = change.change(tpid.get(), tag.tpid);
+        change = change.change(tpid.get(), tag.tpid());
     }
-    *tpid = Be16::new(tag.tpid);
+    *tpid = Be16::new(tag.tpid());
     *control = Be16::new(new);
     packet.sum_changed(change);
     Ok(())

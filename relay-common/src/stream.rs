@@ -13,11 +13,11 @@ use crate::{
     abi::abi,
     checksum::Sum,
     reception::Reception,
-    wire::{Be16, Mac, Rtp, protocol},
+    wire::{Be16, Mac, Rtp, ethertype, protocol},
 };
 
 /// Version of every layout here.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Payload types that a stream can relay.
 pub const PAYLOAD_TYPES: usize = 8;
@@ -164,29 +164,49 @@ impl From<Address> for IpAddr {
 }
 
 abi! {
-    /// Key of `STREAMS`: where the PBX receives.
+    /// Key of `STREAMS`: an address of the PBX.
     #[derive(Default, Hash)]
     pub struct StreamKey(20, align 4) {
         /// Local address of the leg that the stream comes in on.
         pub local_address: Address,
         /// Its local UDP port.
         pub local_port: u16,
-        /// Always 0.
-        pub padding: [u8; 2],
+        /// What the PBX does there: one of [`role`].
+        pub role: u16,
     }
 }
 
 impl StreamKey {
-    /// The key of a local address.
+    /// The key of where the PBX receives a stream.
     #[inline(always)]
     #[must_use]
     pub const fn new(local_address: Address, local_port: u16) -> Self {
         Self {
             local_address,
             local_port,
-            padding: [0; 2],
+            role: role::RECEIVES,
         }
     }
+
+    /// The key of where it sends from, on the same leg, and does not receive.
+    #[inline(always)]
+    #[must_use]
+    pub const fn sends(local_address: Address, local_port: u16) -> Self {
+        Self {
+            local_address,
+            local_port,
+            role: role::SENDS,
+        }
+    }
+}
+
+/// Values of [`StreamKey::role`].
+pub mod role {
+    /// It receives the stream there. It sends from there, too, but for a stream that
+    /// [`SENDS_ELSEWHERE`](super::flag::SENDS_ELSEWHERE).
+    pub const RECEIVES: u16 = 0;
+    /// It sends from there. The value is that of the entry where it receives.
+    pub const SENDS: u16 = 1;
 }
 
 abi! {
@@ -209,39 +229,96 @@ impl PayloadType {
 }
 
 abi! {
-    /// A VLAN tag to send with.
+    /// A VLAN tag to send with; 0 for none.
     #[derive(Default)]
-    pub struct VlanTag(4, align 2) {
-        /// Tag protocol identifier (0x8100 or 0x88a8).
-        pub tpid: u16,
-        /// VLAN identifier (12 bits).
-        pub id: u16,
+    pub struct VlanTag(2, align 2) {
+        /// VLAN identifier (12 bits, 1 to 4094), and [`VlanTag::SERVICE`].
+        pub tag: u16,
     }
 }
+
+impl VlanTag {
+    /// The tag is a service provider's (TPID 0x88a8, IEEE 802.1ad), and not a customer's (0x8100).
+    pub const SERVICE: u16 = 1 << 15;
+
+    /// A tag with a tag protocol identifier, 0x8100 or 0x88a8, and a VLAN identifier.
+    #[must_use]
+    pub const fn new(tpid: u16, id: u16) -> Self {
+        let service = if tpid == ethertype::QINQ {
+            Self::SERVICE
+        } else {
+            0
+        };
+        Self {
+            tag: service | id & VLAN_ID,
+        }
+    }
+
+    /// Tag protocol identifier.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tpid(self) -> u16 {
+        if self.tag & Self::SERVICE == 0 {
+            ethertype::VLAN
+        } else {
+            ethertype::QINQ
+        }
+    }
+
+    /// VLAN identifier.
+    #[inline(always)]
+    #[must_use]
+    pub const fn id(self) -> u16 {
+        self.tag & VLAN_ID
+    }
+}
+
+/// The VLAN identifier in a tag (IEEE 802.1Q).
+pub(crate) const VLAN_ID: u16 = 0x0fff;
 
 abi! {
     /// How a packet reaches the remote of the leg it goes out on.
     #[derive(Default)]
-    pub struct NextHop(24, align 2) {
+    pub struct NextHop(18, align 2) {
         /// Where to: the remote's or the gateway's address.
         pub destination_mac: Mac,
         /// Where from: our own address on that link. Also the only destination that a frame of
         /// this stream may carry when it comes in.
         pub source_mac: Mac,
-        /// Tags of the link, outermost first.
+        /// Tags of the link, outermost first. Without any, the packet keeps those it came with.
         pub vlans: [VlanTag; 2],
-        /// How many of them count. 0: the packet keeps the tags it came with.
-        pub vlan_depth: u8,
-        /// 1 when the addresses are known; 0 leaves the stream with the PBX.
-        pub known: u8,
-        /// Largest IP packet of the link, bytes.
+        /// Largest IP packet of the link, bytes; 0 while the way is not known, which leaves the stream
+        /// with the PBX.
         pub mtu: u16,
+    }
+}
+
+impl NextHop {
+    /// Whether the way is known.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_known(&self) -> bool {
+        self.mtu != 0
+    }
+
+    /// How many tags the link has.
+    #[inline(always)]
+    #[must_use]
+    pub const fn vlan_depth(&self) -> usize {
+        match self.vlans {
+            [VlanTag { tag: 0 }, _] => 0,
+            [_, VlanTag { tag: 0 }] => 1,
+            _ => 2,
+        }
     }
 }
 
 abi! {
     /// Value of `STREAMS`: one direction of a pair. The datapath only reads it.
-    pub struct Stream(112, align 8) {
+    ///
+    /// To the receiver it says what becomes of the packets that come in on a leg; to the observer, what
+    /// may leave on the same leg.
+    pub struct Stream(96, align 4) {
         /// The only address that may send: remote of the leg the stream comes in on.
         pub source: Address,
         /// Source address to send with: the address that the PBX sends from on the other leg.
@@ -262,85 +339,82 @@ abi! {
         pub pseudo_header: u16,
         /// The way out.
         pub next_hop: NextHop,
-        /// Index of this stream's [`State`].
-        pub slot: u32,
-        /// Index of the opposite direction's [`State`].
-        pub opposite_slot: u32,
         /// While the phone sends no RTCP, one packet in this time goes through the PBX, lest it
         /// hang up for want of RTP; ticks (see [`ticks`]), 0 for never.
-        pub keepalive: u32,
-        /// Number of the pair, for a controller that takes the map over.
-        pub pair: u64,
-        /// DSCP to send with (0–63), [`DSCP_KEEP`] or [`DSCP_MAP`].
-        pub dscp: u8,
-        /// Which leg of the pair it comes in on: 0 or 1.
-        pub leg: u8,
-        /// One of [`feed`], and [`OWN_PRIORITY`] where it holds.
-        pub feed: u8,
-        /// Packets in a row that prove a payload type; 0 where no PBX is asked.
-        pub proof: u8,
+        pub keepalive: u16,
+        /// Index of this stream's [`State`]. See [`opposite`] and [`leg_of`].
+        pub slot: u32,
+        /// Number of the pair.
+        pub pair: u32,
         /// `skb->priority` to leave with in TC mode; 0 leaves it as it is.
         pub priority: u32,
+        /// DSCP to send with (0–63), [`DSCP_KEEP`] or [`DSCP_MAP`].
+        pub dscp: u8,
+        /// Some of [`flag`].
+        pub flags: u8,
+        /// Packets in a row that prove a payload type; 0 where no PBX is asked.
+        pub proof: u8,
+        /// Always 0.
+        pub padding: u8,
     }
 }
 
-/// In [`Stream::feed`]: the pair came with this priority, which is not what holds for every pair. Only
-/// for a controller that takes the map over.
-pub const OWN_PRIORITY: u8 = 1 << 7;
+/// Slot of the opposite direction: the two streams of a pair have neighbouring ones.
+#[inline(always)]
+#[must_use]
+pub const fn opposite(slot: u32) -> u32 {
+    slot ^ 1
+}
+
+/// Which leg of its pair the stream of a slot comes in on: 0, which has the even slot, or 1.
+#[inline(always)]
+#[must_use]
+pub const fn leg_of(slot: u32) -> u8 {
+    (slot & 1) as u8
+}
+
+/// Bits of [`Stream::flags`].
+pub mod flag {
+    /// The pair is of Asterisk's manager interface, and not of the control socket. Only for a controller
+    /// that takes the map over.
+    pub const AMI: u8 = 1 << 0;
+    /// The pair came with its priority, which is not what holds for every pair. Only for a controller
+    /// that takes the map over.
+    pub const OWN_PRIORITY: u8 = 1 << 1;
+    /// On this leg the PBX sends from another address than the one it receives at: there is another
+    /// entry for it (see [`role`](super::role)).
+    pub const SENDS_ELSEWHERE: u8 = 1 << 2;
+}
 
 impl Stream {
-    /// What the stream was made of. `key` is its key in `STREAMS`.
+    /// What the stream was made of. `key` is that of its entry where the PBX receives. Where the PBX
+    /// sends from, only the opposite stream knows if that is elsewhere: [`StreamSpec::sends_from`]
+    /// has no address then.
     #[must_use]
     pub fn spec(&self, key: &StreamKey) -> StreamSpec {
         let endpoint = |address, port| Endpoint { address, port };
+        let local = endpoint(key.local_address, key.local_port);
+        let has = |flag| self.flags & flag != 0;
         StreamSpec {
             source: endpoint(self.source, self.source_port),
-            local: endpoint(key.local_address, key.local_port),
+            local,
+            sends_from: if has(flag::SENDS_ELSEWHERE) {
+                endpoint(Address::default(), 0)
+            } else {
+                local
+            },
             new_source: endpoint(self.new_source, self.new_source_port),
             new_destination: endpoint(self.new_destination, self.new_destination_port),
             next_hop: self.next_hop,
             dscp: self.dscp,
             slot: self.slot,
-            opposite_slot: self.opposite_slot,
             keepalive: self.keepalive,
             pair: self.pair,
-            leg: self.leg,
-            feed: self.feed & !OWN_PRIORITY,
+            is_ami: has(flag::AMI),
             proof: self.proof,
             priority: self.priority,
-            own_priority: self.feed & OWN_PRIORITY != 0,
+            own_priority: has(flag::OWN_PRIORITY),
         }
-    }
-}
-
-/// Values of [`Stream::feed`].
-pub mod feed {
-    /// The control socket.
-    pub const API: u8 = 0;
-    /// Asterisk's manager interface.
-    pub const AMI: u8 = 1;
-}
-
-abi! {
-    /// Value of `OUT_LEGS`, by where the PBX sends from (a [`StreamKey`]): what may leave there. The
-    /// datapath only reads it.
-    pub struct OutLeg(40, align 8) {
-        /// Where the stream goes: remote of this leg.
-        pub remote: Address,
-        /// Number of the pair.
-        pub pair: u64,
-        /// Port of the remote.
-        pub remote_port: u16,
-        /// Packets in a row that prove a payload type, at least 1.
-        pub proof: u8,
-        /// Which leg of the pair the stream comes in on: 0 or 1.
-        pub leg: u8,
-        /// Index of the [`State`] of the stream that leaves here.
-        pub slot: u32,
-        /// Index of the opposite direction's [`State`].
-        pub opposite_slot: u32,
-        /// Always 0.
-        pub padding: [u8; 4],
     }
 }
 
@@ -369,6 +443,8 @@ pub struct StreamSpec {
     pub source: Endpoint,
     /// Local address of that leg: the key.
     pub local: Endpoint,
+    /// Where the PBX sends from on that leg.
+    pub sends_from: Endpoint,
     /// Where the PBX sends from on the other leg.
     pub new_source: Endpoint,
     /// Remote of the other leg.
@@ -377,18 +453,14 @@ pub struct StreamSpec {
     pub next_hop: NextHop,
     /// DSCP to send with (0–63), [`DSCP_KEEP`] or [`DSCP_MAP`].
     pub dscp: u8,
-    /// Index of this stream's state.
+    /// Index of this stream's state. See [`opposite`] and [`leg_of`].
     pub slot: u32,
-    /// Index of the opposite direction's state.
-    pub opposite_slot: u32,
     /// Ticks; 0 for never.
-    pub keepalive: u32,
+    pub keepalive: u16,
     /// Number of the pair.
-    pub pair: u64,
-    /// The leg it comes in on: 0 or 1.
-    pub leg: u8,
-    /// One of [`feed`].
-    pub feed: u8,
+    pub pair: u32,
+    /// Whether the pair is of Asterisk's manager interface, and not of the control socket.
+    pub is_ami: bool,
     /// Packets in a row that prove a payload type; 0 where no PBX is asked.
     pub proof: u8,
     /// `skb->priority` to leave with in TC mode; 0 leaves it as it is.
@@ -398,13 +470,27 @@ pub struct StreamSpec {
 }
 
 impl StreamSpec {
-    /// Key of the stream in `STREAMS`.
+    /// Key of the stream in `STREAMS`, where the PBX receives it.
     #[must_use]
     pub fn key(&self) -> StreamKey {
         StreamKey::new(self.local.address, self.local.port)
     }
 
-    /// Value of the stream in `STREAMS`.
+    /// Key of its second entry, if it has one: where the PBX sends from on the leg that it comes in on.
+    #[must_use]
+    pub fn sends_key(&self) -> Option<StreamKey> {
+        (self.sends_from != self.local)
+            .then(|| StreamKey::sends(self.sends_from.address, self.sends_from.port))
+    }
+
+    /// All its entries in `STREAMS`, the one where the PBX receives last: it says whether there is another.
+    pub fn entries(&self) -> impl Iterator<Item = (StreamKey, Stream)> + use<> {
+        let stream = self.compile();
+        let keys = self.sends_key().into_iter().chain([self.key()]);
+        keys.map(move |key| (key, stream))
+    }
+
+    /// Value of its entries.
     ///
     /// A relayed packet's old addresses and ports are those of the stream, every one of them
     /// checked. What their change adds to the checksums is therefore a constant, computed here
@@ -421,6 +507,12 @@ impl StreamSpec {
         let ports = Sum::ZERO
             .change(self.source.port, self.new_source.port)
             .change(self.local.port, self.new_destination.port);
+        let flags = [
+            (flag::AMI, self.is_ami),
+            (flag::OWN_PRIORITY, self.own_priority),
+            (flag::SENDS_ELSEWHERE, self.sends_key().is_some()),
+        ];
+        let set = flags.iter().filter(|(_, is_set)| *is_set);
         Stream {
             source: self.source.address,
             new_source: self.new_source.address,
@@ -433,33 +525,14 @@ impl StreamSpec {
             pseudo_header: old.word(u16::from(protocol::UDP)).fold(),
             next_hop: self.next_hop,
             slot: self.slot,
-            opposite_slot: self.opposite_slot,
             keepalive: self.keepalive,
             pair: self.pair,
             dscp: self.dscp,
-            leg: self.leg,
-            feed: self.feed | if self.own_priority { OWN_PRIORITY } else { 0 },
+            flags: set.fold(0, |flags, (flag, _)| flags | flag),
             proof: self.proof,
+            padding: 0,
             priority: self.priority,
         }
-    }
-
-    /// Key and value in `OUT_LEGS` of a stream that is to be proven.
-    #[must_use]
-    pub fn out_leg(&self) -> (StreamKey, OutLeg) {
-        (
-            StreamKey::new(self.new_source.address, self.new_source.port),
-            OutLeg {
-                remote: self.new_destination.address,
-                pair: self.pair,
-                remote_port: self.new_destination.port,
-                proof: self.proof,
-                leg: self.leg,
-                slot: self.slot,
-                opposite_slot: self.opposite_slot,
-                padding: [0; 4],
-            },
-        )
     }
 }
 

@@ -25,20 +25,16 @@ use relay_common::{
     proof::observe,
     reason::{Reason, Verdict},
     relay::relay,
-    stream::{Counter, DscpMap, Event, Lease, OutLeg, State, Stream, StreamKey},
+    stream::{Counter, DscpMap, Event, Lease, State, Stream, StreamKey},
 };
 use relay_ebpf::skb::{Skb, header_at, snapped};
 
-/// Entries of `STREAMS`, `OUT_LEGS` and `STATE` before the controller sets its `--max-streams`.
+/// Entries of `STREAMS` and `STATE` before the controller sets its `--max-streams`.
 const MAX_STREAMS: usize = 65_536;
 
-/// Streams by local address. Written by the controller.
+/// Streams by the addresses of the PBX. Written by the controller.
 #[btf_map]
 static STREAMS: HashMap<StreamKey, Stream, MAX_STREAMS> = HashMap::new();
-
-/// What may leave, by the address that the PBX sends from. Written by the controller.
-#[btf_map]
-static OUT_LEGS: HashMap<StreamKey, OutLeg, MAX_STREAMS> = HashMap::new();
 
 /// What happened to each stream, by slot. The controller reads it through `mmap`.
 #[btf_map]
@@ -103,12 +99,6 @@ impl Tables for Maps {
     #[inline(always)]
     fn state(&self, slot: u32) -> Option<*mut State> {
         STATE.get_ptr_mut(slot)
-    }
-
-    #[inline(always)]
-    fn out_leg(&self, key: &StreamKey) -> Option<&OutLeg> {
-        // SAFETY: as for `stream`.
-        unsafe { OUT_LEGS.get(key) }
     }
 
     #[inline(always)]

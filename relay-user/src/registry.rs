@@ -16,7 +16,7 @@ use hashbrown::HashMap;
 use relay_common::{
     stream::{
         self, Address, DSCP_KEEP, DSCP_MAP, Endpoint, PAYLOAD_TYPES, PayloadType, State, Stream,
-        StreamKey, StreamSpec, feed, mode, ticks,
+        StreamKey, StreamSpec, mode, opposite, ticks,
     },
     wire::Mac,
 };
@@ -257,7 +257,8 @@ pub struct Census {
 /// All pairs.
 pub struct Registry {
     policy: Policy,
-    next_id: u64,
+    /// 32 bits in the maps.
+    next_id: u32,
     /// Of the latest round of proof.
     last_epoch: u32,
     entries: BTreeMap<u64, Entry>,
@@ -267,7 +268,8 @@ pub struct Registry {
     paths: HashMap<Path, BTreeSet<(u64, usize)>>,
     /// Whose state a slot holds: pair, and index of the leg that the stream comes in on.
     slots: HashMap<u32, (u64, usize)>,
-    /// Oldest first: a slot just freed may still be in the hands of a packet on another CPU.
+    /// Of each two neighbours, the even one. Oldest first: a slot just freed may still be in the hands of a
+    /// packet on another CPU.
     free_slots: VecDeque<u32>,
 }
 
@@ -306,13 +308,56 @@ struct StreamEntry {
     slot: u32,
     way: Watched,
     /// How often the PBX must hear of the phone, ticks; 0 for never.
-    keepalive: u32,
-    /// As it stands in the maps; none before its next hop is known.
+    keepalive: u16,
+    /// As it stands in the maps; none before a next hop of its pair is known.
     installed: Option<StreamSpec>,
     /// Why it was taken back or suspended.
     why: Option<String>,
     /// What it was when last looked at.
     last: StreamState,
+}
+
+impl Entry {
+    /// A stream of a held pair, as it is to stand in the maps.
+    fn spec(&self, policy: &Policy, id: u64, index: usize) -> Option<StreamSpec> {
+        let Body::Held { pair, streams, .. } = &self.body else {
+            return None;
+        };
+        let stream = &streams[index];
+        let next_hop = match &stream.way.resolution {
+            Resolution::Known(next_hop)
+                if !vlans_differ(streams.each_ref().map(|stream| &stream.way)) =>
+            {
+                next_hop_of(next_hop)
+            }
+            // Its packets are counted as what they are.
+            _ => stream::NextHop::default(),
+        };
+        let (into, out) = (&pair.legs[index], &pair.legs[1 - index]);
+        Some(StreamSpec {
+            source: endpoint(into.remote),
+            local: endpoint(into.local),
+            sends_from: endpoint(into.sends_from),
+            new_source: endpoint(out.sends_from),
+            new_destination: endpoint(out.remote),
+            next_hop,
+            dscp: match policy.dscp {
+                Dscp::Keep => DSCP_KEEP,
+                Dscp::Set(value) => value,
+                Dscp::Map(_) => DSCP_MAP,
+            },
+            slot: stream.slot,
+            keepalive: stream.keepalive,
+            pair: u32::try_from(id).ok()?,
+            is_ami: match self.origin {
+                Origin::Api => false,
+                Origin::Ami { .. } | Origin::Adopted => true,
+            },
+            proof: policy.proof_of(pair),
+            priority: policy.priority_of(pair).map_or(0, Priority::value),
+            own_priority: pair.priority.is_some(),
+        })
+    }
 }
 
 impl StreamEntry {
@@ -371,7 +416,9 @@ impl Registry {
             calls: HashMap::new(),
             paths: HashMap::with_capacity(most),
             slots: HashMap::with_capacity(most),
-            free_slots: (0..policy.max_streams).collect(),
+            free_slots: (0..policy.max_streams / 2)
+                .map(|couple| 2 * couple)
+                .collect(),
         }
     }
 
@@ -465,8 +512,7 @@ impl Registry {
         if vlans_differ(watched.each_ref()) && origin == Origin::Api {
             return Err(Refusal::Vlans);
         }
-        let (Some(one), Some(other)) = (self.free_slots.pop_front(), self.free_slots.pop_front())
-        else {
+        let Some(slot) = self.free_slots.pop_front() else {
             return Err(Refusal::Full {
                 max_streams: self.policy.max_streams,
             });
@@ -495,11 +541,11 @@ impl Registry {
             last: StreamState::Waiting,
         };
         let streams = Box::new([
-            stream(one, to_second, keepalives[0]),
-            stream(other, to_first, keepalives[1]),
+            stream(slot, to_second, keepalives[0]),
+            stream(opposite(slot), to_first, keepalives[1]),
         ]);
-        self.slots.insert(one, (id, 0));
-        self.slots.insert(other, (id, 1));
+        self.slots.insert(slot, (id, 0));
+        self.slots.insert(opposite(slot), (id, 1));
         self.entries.insert(
             id,
             Entry {
@@ -514,13 +560,7 @@ impl Registry {
                 },
             },
         );
-        Ok((
-            id,
-            [0, 1]
-                .into_iter()
-                .flat_map(|index| self.settle(id, index))
-                .collect(),
-        ))
+        Ok((id, self.settle(id)))
     }
 
     /// Sorts what an earlier daemon left in the maps: pairs that can be taken over, and streams that
@@ -534,16 +574,21 @@ impl Registry {
         let mut pairs: BTreeMap<u64, Vec<StreamSpec>> = BTreeMap::new();
         for (key, stream) in streams {
             let spec = stream.spec(key);
-            pairs.entry(spec.pair).or_default().push(spec);
+            pairs.entry(spec.pair.into()).or_default().push(spec);
         }
         let (mut heirlooms, mut orphans) = (Vec::new(), Vec::new());
         for (id, mut specs) in pairs {
-            specs.sort_unstable_by_key(|spec| spec.leg);
+            specs.sort_unstable_by_key(|spec| spec.slot);
             match <[StreamSpec; 2]>::try_from(specs) {
-                Ok(specs) => match heirloom(id, &specs, self.policy, &state) {
-                    Some(heirloom) => heirlooms.push(heirloom),
-                    None => orphans.extend(specs),
-                },
+                Ok(mut specs) => {
+                    let [one, other] = &mut specs;
+                    one.sends_from = other.new_source;
+                    other.sends_from = one.new_source;
+                    match heirloom(id, &specs, self.policy, &state) {
+                        Some(heirloom) => heirlooms.push(heirloom),
+                        None => orphans.extend(specs),
+                    }
+                }
                 Err(specs) => orphans.extend(specs),
             }
         }
@@ -568,12 +613,12 @@ impl Registry {
         } = heirloom;
         self.check(&pair)?;
         let slots = specs.map(|spec| spec.slot);
-        if slots[0] == slots[1] || slots.iter().any(|slot| self.slots.contains_key(slot)) {
+        if slots.iter().any(|slot| self.slots.contains_key(slot)) {
             return Err(Refusal::Full {
                 max_streams: self.policy.max_streams,
             });
         }
-        self.next_id = self.next_id.max(id + 1);
+        self.next_id = self.next_id.max(specs[0].pair.saturating_add(1));
         self.last_epoch = self.last_epoch.max(last_epoch);
         for (index, leg) in pair.legs.iter().enumerate() {
             self.locals.insert(leg.local, (id, index));
@@ -602,10 +647,7 @@ impl Registry {
             streams,
         };
         self.entries.insert(id, Entry { origin, body });
-        let mut changes: Vec<_> = (0..2).flat_map(|index| self.settle(id, index)).collect();
-        // What is in the maps already need not be written again.
-        changes.retain(|change| !matches!(change, Change::Update(spec) if specs.contains(spec)));
-        Ok(changes)
+        Ok(self.settle(id))
     }
 
     /// To be called after the last [`Registry::adopt`]: the slots of what was adopted are not free.
@@ -624,10 +666,15 @@ impl Registry {
         id
     }
 
+    /// A number that no pair has. None comes again before all have had their turn.
     fn new_id(&mut self) -> u64 {
-        let id = self.next_id;
-        self.next_id += 1;
-        id
+        loop {
+            let id = u64::from(self.next_id);
+            self.next_id = self.next_id.checked_add(1).unwrap_or(1);
+            if !self.entries.contains_key(&id) {
+                return id;
+            }
+        }
     }
 
     /// A third of each leg's timeout, in ticks: two attempts may fail. A pair without proof may have
@@ -637,74 +684,55 @@ impl Registry {
         origin: &Origin,
         pair: &Pair,
         rtp_timeout: [Option<Duration>; 2],
-    ) -> [u32; 2] {
+    ) -> [u16; 2] {
         if *origin == Origin::Api && self.policy.proof_of(pair) == 0 {
             return [0; 2];
         }
         rtp_timeout.map(|timeout| {
             let interval = timeout.map_or(self.policy.keepalive, |timeout| timeout / 3);
-            ticks(interval.as_nanos() as u64)
+            // At most 68 s, sooner than it would have to be.
+            u16::try_from(ticks(interval.as_nanos() as u64)).unwrap_or(u16::MAX)
         })
     }
 
-    /// Brings the maps in line with what is known of a stream's next hop.
-    fn settle(&mut self, id: u64, index: usize) -> Vec<Change> {
-        let Self {
-            policy,
-            last_epoch,
-            entries,
-            ..
-        } = self;
-        let Some(Entry {
-            origin,
-            body: Body::Held { pair, streams, .. },
-        }) = entries.get_mut(&id)
-        else {
+    /// Brings the maps in line with what is known of the next hops of a pair.
+    ///
+    /// Its streams come into the maps together, as soon as one of them can be relayed: each says where
+    /// the other's echoes leave.
+    fn settle(&mut self, id: u64) -> Vec<Change> {
+        let Some(entry) = self.entries.get_mut(&id) else {
             return Vec::new();
         };
-        let stream = &streams[index];
-        let next_hop = match &stream.way.resolution {
-            Resolution::Known(next_hop)
-                if !vlans_differ(streams.each_ref().map(|stream| &stream.way)) =>
-            {
-                next_hop_of(next_hop)
-            }
-            // Installed before: it stays in the map, so that its packets are counted as what they
-            // are. Never resolved: not installed.
-            _ if stream.installed.is_some() => stream::NextHop::default(),
-            _ => return Vec::new(),
+        let specs = [0, 1].map(|index| entry.spec(&self.policy, id, index));
+        let Body::Held { pair, streams, .. } = &mut entry.body else {
+            return Vec::new();
         };
-        let (into, out) = (&pair.legs[index], &pair.legs[1 - index]);
-        let spec = StreamSpec {
-            source: endpoint(into.remote),
-            local: endpoint(into.local),
-            new_source: endpoint(out.sends_from),
-            new_destination: endpoint(out.remote),
-            next_hop,
-            dscp: match policy.dscp {
-                Dscp::Keep => DSCP_KEEP,
-                Dscp::Set(value) => value,
-                Dscp::Map(_) => DSCP_MAP,
-            },
-            slot: stream.slot,
-            opposite_slot: streams[1 - index].slot,
-            keepalive: stream.keepalive,
-            pair: id,
-            leg: index as u8,
-            feed: match origin {
-                Origin::Api => feed::API,
-                Origin::Ami { .. } | Origin::Adopted => feed::AMI,
-            },
-            proof: policy.proof_of(pair),
-            priority: policy.priority_of(pair).map_or(0, Priority::value),
-            own_priority: pair.priority.is_some(),
-        };
-        let stream = &mut streams[index];
-        if stream.installed.replace(spec).is_some() {
-            return vec![Change::Update(spec)];
+        if let [Some(one), Some(other)] = specs
+            && !one.next_hop.is_known()
+            && !other.next_hop.is_known()
+            && streams[0].installed.is_none()
+        {
+            return Vec::new();
         }
-        let mut changes = vec![Change::Install(spec)];
-        changes.extend(stream.start(pair, index, last_epoch));
+        let mut changes = Vec::with_capacity(4);
+        let mut begun = Vec::with_capacity(2);
+        for (index, spec) in specs.into_iter().enumerate() {
+            let Some(spec) = spec else {
+                continue;
+            };
+            match streams[index].installed.replace(spec) {
+                // What is in the maps already need not be written again.
+                Some(before) if before == spec => {}
+                Some(_) => changes.push(Change::Update(spec)),
+                None => {
+                    changes.push(Change::Install(spec));
+                    begun.push(index);
+                }
+            }
+        }
+        let last_epoch = &mut self.last_epoch;
+        let begin = |index: usize| streams[index].start(pair, index, last_epoch);
+        changes.extend(begun.into_iter().filter_map(begin));
         changes
     }
 
@@ -824,27 +852,19 @@ impl Registry {
         let Some(streams) = self.paths.get(&notice.path) else {
             return Vec::new();
         };
-        let mut changes = Vec::new();
+        let mut touched = Vec::new();
         for (id, index) in streams.clone() {
-            let Some(Entry {
-                body: Body::Held { streams, .. },
-                ..
-            }) = self.entries.get_mut(&id)
-            else {
+            let Some(StreamEntry { way, .. }) = self.stream_mut(id, index) else {
                 continue;
             };
-            let differed = vlans_differ(streams.each_ref().map(|stream| &stream.way));
-            let way = &mut streams[index].way;
             if way.serial == notice.serial && way.resolution != notice.resolution {
                 way.resolution = notice.resolution.clone();
-                let differ = vlans_differ(streams.each_ref().map(|stream| &stream.way));
-                changes.extend(self.settle(id, index));
-                if differ != differed {
-                    changes.extend(self.settle(id, 1 - index));
-                }
+                touched.push(id);
             }
         }
-        changes
+        // Both streams of a pair may leave by the path.
+        touched.dedup();
+        touched.into_iter().flat_map(|id| self.settle(id)).collect()
     }
 
     /// Forgets a pair.
@@ -919,9 +939,9 @@ impl Registry {
                 changes.push(Change::Remove(spec));
             }
             self.slots.remove(&stream.slot);
-            self.free_slots.push_back(stream.slot);
             self.locals.remove(&leg.local);
         }
+        self.free_slots.push_back(streams[0].slot);
         for (index, leg) in pair.legs.iter().enumerate() {
             let path = path_to(leg);
             if let Some(streams) = self.paths.get_mut(&path) {
@@ -1237,15 +1257,15 @@ fn heirloom(
     let [one, other] = specs;
     let fits = |into: &StreamSpec, back: &StreamSpec| {
         into.new_destination == back.source
-            && into.opposite_slot == back.slot
-            && into.feed == back.feed
+            && into.slot == opposite(back.slot)
+            && into.is_ami == back.is_ami
             && into.proof == back.proof
             // Without a proof it has nothing to relay by, and with one it need not go unproven.
             && (into.proof == 0 || policy.proof != 0)
-            && (into.feed == feed::API || (into.proof == 0) == (policy.proof == 0))
+            && (!into.is_ami || (into.proof == 0) == (policy.proof == 0))
             && into.slot < policy.max_streams
     };
-    if !fits(one, other) || !fits(other, one) || [one.leg, other.leg] != [0, 1] {
+    if !fits(one, other) || !fits(other, one) {
         return None;
     }
     let leg = |into: &StreamSpec, back: &StreamSpec| Leg {
@@ -1270,9 +1290,10 @@ fn heirloom(
     Some(Heirloom {
         id,
         pair: pair.with_priority(own),
-        origin: match one.feed {
-            feed::API => Origin::Api,
-            _ => Origin::Adopted,
+        origin: if one.is_ami {
+            Origin::Adopted
+        } else {
+            Origin::Api
         },
         specs: *specs,
         // A stream that was taken back has epoch 0, but still counts as proven in its last round.
@@ -1470,17 +1491,12 @@ fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
     };
     let mut vlans = [stream::VlanTag::default(); 2];
     for (entry, tag) in vlans.iter_mut().zip(&next_hop.vlan) {
-        *entry = stream::VlanTag {
-            tpid: tag.protocol,
-            id: tag.id,
-        };
+        *entry = stream::VlanTag::new(tag.protocol, tag.id);
     }
     stream::NextHop {
         destination_mac: mac(|macs| macs.destination),
         source_mac: mac(|macs| macs.source),
         vlans,
-        vlan_depth: next_hop.vlan.len() as u8,
-        known: 1,
         mtu: next_hop.mtu,
     }
 }
@@ -1619,13 +1635,13 @@ mod tests {
             .add(Origin::Api, pair, [known(11), known(12)], UNKNOWN)
             .expect("room");
         let [
-            Change::Install(stream),
+            Change::Install(one),
+            Change::Install(other),
             Change::Offload {
                 payload_types: there,
                 slot,
                 epoch,
             },
-            Change::Install(opposite),
             Change::Offload {
                 payload_types: back,
                 ..
@@ -1634,28 +1650,29 @@ mod tests {
         else {
             panic!("{changes:?}");
         };
-        assert_eq!((*slot, *epoch), (stream.slot, 1));
-        assert_eq!((stream.local.port, opposite.local.port), (10_000, 10_002));
-        assert_eq!((stream.source.port, opposite.source.port), (30_000, 30_002));
+        assert_eq!((*slot, *epoch), (one.slot, 1));
+        assert_eq!((one.local.port, other.local.port), (10_000, 10_002));
+        assert_eq!((one.source.port, other.source.port), (30_000, 30_002));
         assert_eq!(
-            (stream.new_source.port, stream.new_destination.port),
+            (one.new_source.port, one.new_destination.port),
             (10_002, 30_002)
         );
         assert_eq!(
-            stream.next_hop.destination_mac.bytes[5], 12,
+            one.next_hop.destination_mac.bytes[5], 12,
             "towards the second leg"
         );
-        assert_eq!(opposite.next_hop.destination_mac.bytes[5], 11);
+        assert_eq!(other.next_hop.destination_mac.bytes[5], 11);
         assert_eq!(
-            (stream.slot, stream.opposite_slot),
-            (opposite.opposite_slot, opposite.slot)
+            (one.slot, other.slot),
+            (opposite(other.slot), opposite(one.slot))
         );
+        assert_eq!([one.slot, other.slot].map(stream::leg_of), [0, 1]);
         let renumbered = |types: &[PayloadType]| (types[1].from, types[1].to);
         assert_eq!(
             (renumbered(there), renumbered(back)),
             ((101, 96), (96, 101))
         );
-        assert_eq!((stream.dscp, stream.keepalive), (46, 0));
+        assert_eq!((one.dscp, one.keepalive), (46, 0));
 
         let report = registry.report(id, offloaded, at(0)).expect("report");
         assert_eq!((report.state, report.why), (PairState::Offloaded, None));
@@ -1663,25 +1680,37 @@ mod tests {
     }
 
     #[test]
-    fn an_unresolved_stream_is_not_installed_and_says_what_it_waits_for() {
+    fn an_unresolved_stream_is_not_relayed_and_says_what_it_waits_for() {
         let mut registry = registry(2);
         let pair = numbered(0);
-        let [_, to_second] = Registry::paths_of(&pair);
+        let [to_first, to_second] = Registry::paths_of(&pair);
         let (id, changes) = registry
-            .add(Origin::Api, pair, [known(11), waiting()], UNKNOWN)
+            .add(Origin::Api, pair, [waiting(), waiting()], UNKNOWN)
             .expect("room");
+        assert!(changes.is_empty(), "nothing to relay: {changes:?}");
+
+        // Both, for each says where the other's echoes leave.
+        let changes = registry.resolved(&notice(to_first, known(11)));
         assert!(
-            matches!(changes.as_slice(), [Change::Install(spec), Change::Offload { .. }] if spec.local.port == 10_001),
-            "only the stream towards the known leg: {changes:?}"
+            matches!(
+                changes.as_slice(),
+                [
+                    Change::Install(one),
+                    Change::Install(other),
+                    Change::Offload { .. },
+                    Change::Offload { .. },
+                ] if !one.next_hop.is_known() && other.next_hop.is_known() && other.local.port == 10_001
+            ),
+            "{changes:?}"
         );
         let report = registry.report(id, offloaded, at(0)).expect("report");
         assert_eq!(report.state, PairState::Waiting);
         assert!(report.why.expect("why").contains("192.0.2.12"));
+        let states: Vec<_> = report.streams.iter().map(|stream| stream.state).collect();
+        assert_eq!(states, [StreamState::Waiting, StreamState::Offloaded]);
 
         let changes = registry.resolved(&notice(to_second, known(12)));
-        assert!(
-            matches!(changes.as_slice(), [Change::Install(spec), Change::Offload { .. }] if spec.local.port == 10_000)
-        );
+        assert!(matches!(changes.as_slice(), [Change::Update(spec)] if spec.local.port == 10_000));
         assert!(
             registry.resolved(&notice(to_second, known(12))).is_empty(),
             "nothing new"
@@ -1701,7 +1730,7 @@ mod tests {
         );
         let changes = registry.resolved(&notice(to_second, waiting()));
         assert!(
-            matches!(changes.as_slice(), [Change::Update(spec)] if spec.next_hop.known == 0),
+            matches!(changes.as_slice(), [Change::Update(spec)] if !spec.next_hop.is_known()),
             "the datapath must stop using the lost neighbour: {changes:?}"
         );
     }
@@ -1817,14 +1846,14 @@ mod tests {
             .expect("room");
         let [
             Change::Install(one),
-            Change::Watch { slot, epoch },
             Change::Install(other),
+            Change::Watch { slot, epoch },
             Change::Watch { epoch: second, .. },
         ] = changes.as_slice()
         else {
             panic!("{changes:?}");
         };
-        assert_eq!((*slot, one.proof, one.feed), (one.slot, 8, feed::AMI));
+        assert_eq!((*slot, one.proof, one.is_ami), (one.slot, 8, true));
         assert_ne!(epoch, second, "each round has its own number");
         // A third of 30 s and of the default's 3 s, in ticks.
         assert_eq!((one.keepalive, other.keepalive), (9536, 2861));

@@ -5,7 +5,9 @@ use std::{collections::HashMap, time::Duration};
 
 use relay_common::{
     reason::Reason,
-    stream::{Address, Counter, State, Stream, StreamKey, StreamSpec, mode},
+    stream::{
+        Address, Counter, State, Stream, StreamKey, StreamSpec, leg_of, mode, opposite, role,
+    },
 };
 
 use crate::{
@@ -58,7 +60,9 @@ impl Snapshot {
             .streams()?
             .iter()
             // Those without an address look for where a phone really sends to, and are no one's stream.
-            .filter(|(key, _)| key.local_address != Address::default())
+            .filter(|(key, _)| {
+                key.role == role::RECEIVES && key.local_address != Address::default()
+            })
             .filter_map(|(key, stream)| {
                 Some(Sample {
                     spec: stream.spec(key),
@@ -86,7 +90,7 @@ impl Snapshot {
     #[must_use]
     pub fn stream_state(&self, sample: &Sample) -> StreamState {
         match sample.state.mode() {
-            _ if sample.spec.next_hop.known == 0 => StreamState::Waiting,
+            _ if !sample.spec.next_hop.is_known() => StreamState::Waiting,
             mode::OFFLOADED if self.lease_ms() == 0 => StreamState::Suspended,
             mode::OFFLOADED => StreamState::Offloaded,
             mode::SUSPENDED => StreamState::Suspended,
@@ -115,10 +119,10 @@ impl Snapshot {
         for sample in &self.streams {
             let unknown = || self.way(&sample.spec);
             let ways = ways
-                .entry(sample.spec.pair)
+                .entry(sample.spec.pair.into())
                 .or_insert_with(|| [unknown(), unknown()]);
             // What comes in on the first leg leaves on the second.
-            ways[usize::from(sample.spec.leg == 0)] = self.way(&sample.spec);
+            ways[usize::from(leg_of(opposite(sample.spec.slot)))] = self.way(&sample.spec);
         }
         for heirloom in heirlooms {
             if let Some(ways) = ways.remove(&heirloom.id) {
@@ -151,7 +155,7 @@ impl Snapshot {
     /// How a stream leaves, as far as its entry says.
     fn way(&self, spec: &StreamSpec) -> Watched {
         let hop = &spec.next_hop;
-        let resolution = if hop.known == 0 {
+        let resolution = if !hop.is_known() {
             Resolution::Waiting {
                 neighbour: spec.new_destination.address.into(),
                 interface: self.interface.clone(),
@@ -161,13 +165,13 @@ impl Snapshot {
                 source: hop.source_mac.bytes,
                 destination: hop.destination_mac.bytes,
             };
-            let tags = hop.vlans.iter().take(usize::from(hop.vlan_depth));
+            let tags = hop.vlans.iter().take(hop.vlan_depth());
             Resolution::Known(NextHop {
                 macs: (macs.destination != [0; 6]).then_some(macs),
                 vlan: tags
                     .map(|tag| VlanTag {
-                        protocol: tag.tpid,
-                        id: tag.id,
+                        protocol: tag.tpid(),
+                        id: tag.id(),
                     })
                     .collect(),
                 mtu: hop.mtu,
@@ -201,7 +205,7 @@ impl Snapshot {
 #[cfg(test)]
 pub(crate) mod tests {
     use relay_common::{
-        stream::{Endpoint, PayloadType, feed},
+        stream::{Endpoint, PayloadType},
         wire::Mac,
     };
 
@@ -216,7 +220,7 @@ pub(crate) mod tests {
     }
 
     /// Both streams of a pair, with the same proof and next hop.
-    pub(crate) fn streams(pair: u64, first_slot: u32) -> [Sample; 2] {
+    pub(crate) fn streams(pair: u32, first_slot: u32) -> [Sample; 2] {
         let port = 10_000 + 4 * pair;
         let locals = [0, 2].map(|more| endpoint(&format!("192.0.2.1:{}", port + more)));
         let remotes = [11, 12].map(|host| endpoint(&format!("192.0.2.{host}:{port}")));
@@ -235,6 +239,7 @@ pub(crate) mod tests {
                 spec: StreamSpec {
                     source: remotes[into],
                     local: locals[into],
+                    sends_from: locals[into],
                     new_source: locals[out],
                     new_destination: remotes[out],
                     next_hop: relay_common::stream::NextHop {
@@ -244,17 +249,14 @@ pub(crate) mod tests {
                         source_mac: Mac {
                             bytes: [2, 0, 0, 0, 0, 1],
                         },
-                        known: 1,
                         mtu: 1500,
                         ..Default::default()
                     },
                     dscp: 46,
                     slot: first_slot + u32::from(leg),
-                    opposite_slot: first_slot + u32::from(1 - leg),
                     keepalive: 0,
                     pair,
-                    leg,
-                    feed: feed::AMI,
+                    is_ami: true,
                     proof: 8,
                     priority: 0,
                     own_priority: false,

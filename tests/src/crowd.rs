@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Map, MapData};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::libc;
-use relay_common::stream::{OutLeg, State, Stream, StreamKey, StreamSpec};
+use relay_common::stream::{State, Stream, StreamKey, StreamSpec};
 use relay_user::datapath::names;
 use zerocopy::{Immutable, IntoBytes};
 
@@ -65,17 +65,9 @@ impl Kernel {
             if batch.is_empty() {
                 return Ok(());
             }
-            let entries: Vec<(StreamKey, Stream)> = batch
-                .iter()
-                .map(|spec| (spec.key(), spec.compile()))
-                .collect();
+            let entries: Vec<(StreamKey, Stream)> =
+                batch.iter().flat_map(StreamSpec::entries).collect();
             update(self.data(names::STREAMS)?, &entries).context(names::STREAMS)?;
-            let entries: Vec<(StreamKey, OutLeg)> = batch
-                .iter()
-                .filter(|spec| spec.proof != 0)
-                .map(StreamSpec::out_leg)
-                .collect();
-            update(self.data(names::OUT_LEGS)?, &entries).context(names::OUT_LEGS)?;
         }
     }
 

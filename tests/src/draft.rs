@@ -242,9 +242,9 @@ impl Draft {
         for (tag, vlan) in out
             .tags
             .iter_mut()
-            .zip(&next_hop.vlans[..usize::from(next_hop.vlan_depth)])
+            .zip(&next_hop.vlans[..next_hop.vlan_depth()])
         {
-            *tag = (vlan.tpid, tag.1 & 0xf000 | vlan.id);
+            *tag = (vlan.tpid(), tag.1 & 0xf000 | vlan.id());
         }
         out.source = socket_address(stream.new_source);
         out.destination = socket_address(stream.new_destination);

@@ -8,7 +8,7 @@ use relay_common::{
     reason::Reason,
     stream::{
         self, DSCP_EF, DSCP_KEEP, DSCP_MAP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State,
-        StreamSpec, VlanTag, feed,
+        StreamSpec, VlanTag,
     },
     wire::Mac,
 };
@@ -171,23 +171,20 @@ pub fn stream(family: Family) -> StreamSpec {
     StreamSpec {
         source: endpoint(near(family)),
         local: endpoint(pbx(family, 10_000)),
+        sends_from: endpoint(pbx(family, 10_000)),
         new_source: endpoint(pbx(family, 10_002)),
         new_destination: endpoint(far(family)),
         next_hop: NextHop {
             destination_mac: Mac { bytes: FAR },
             source_mac: Mac { bytes: PBX },
             vlans: [VlanTag::default(); 2],
-            vlan_depth: 0,
-            known: 1,
             mtu: 1500,
         },
         dscp: DSCP_EF,
         slot: 4,
-        opposite_slot: 5,
         keepalive: 0,
         pair: 1,
-        leg: 0,
-        feed: feed::API,
+        is_ami: false,
         proof: 0,
         priority: 0,
         own_priority: false,
@@ -610,9 +607,8 @@ fn tagged(fixtures: &mut Vec<Fixture>, family: Family) {
     };
     let to = |vlans: &[(u16, u16)]| {
         let mut stream = stream(family);
-        stream.next_hop.vlan_depth = vlans.len() as u8;
         for (place, &(tpid, id)) in stream.next_hop.vlans.iter_mut().zip(vlans) {
-            *place = VlanTag { tpid, id };
+            *place = VlanTag::new(tpid, id);
         }
         stream
     };
@@ -808,10 +804,7 @@ fn not_the_streams(fixtures: &mut Vec<Fixture>, family: Family) {
         &|_| {},
     );
     let mut unknown = stream;
-    unknown.next_hop = NextHop {
-        mtu: 1500,
-        ..NextHop::default()
-    };
+    unknown.next_hop = NextHop::default();
     add("no next hop yet", unknown, Reason::NextHopUnknown, &|_| {});
     let stray = StreamSpec {
         slot: u32::MAX,
@@ -922,7 +915,7 @@ fn not_now(fixtures: &mut Vec<Fixture>, family: Family) {
 
     let keepalive = |passed, rtcp: Option<u64>| {
         changed(&|entry| {
-            entry.stream.keepalive = stream::ticks(10 * SECOND);
+            entry.stream.keepalive = stream::ticks(10 * SECOND) as u16;
             entry.state.last_passed = ago(passed);
             entry.state.last_rtcp = rtcp.map_or(0, ago);
         })

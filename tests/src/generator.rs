@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use relay_common::{
     stream::{
         Address, DSCP_KEEP, DSCP_MAP, Endpoint, NextHop, PAYLOAD_TYPES, PayloadType, State,
-        StreamSpec, VlanTag, feed, ticks,
+        StreamSpec, VlanTag, opposite, ticks,
     },
     wire::Mac,
 };
@@ -102,27 +102,55 @@ impl Generator {
         Endpoint { address, port }
     }
 
-    /// Up to six streams, mostly offloaded, each with a slot of its own among `slots`.
+    /// Up to four pairs of streams, mostly offloaded, each with a slot of its own among `slots`.
     pub fn table(&mut self, slots: u32) -> Vec<Entry> {
-        (0..=self.below(6) as u32)
-            .map(|number| {
-                let mut entry = self.entry();
-                entry.stream.slot = (self.below(slots as usize / 8) as u32) * 8 + number;
+        (0..=self.below(4) as u32)
+            .flat_map(|number| {
+                let mut pair = self.pair();
+                let mut first = (self.below(slots as usize / 8) as u32) * 8 + 2 * number;
                 if self.one_in(40) {
-                    entry.stream.slot = slots + number;
+                    first = slots + 2 * number;
                 }
-                match self.below(12) {
-                    0 => entry.state.proven = 0,
-                    1 => entry.state.suspended = entry.state.epoch,
-                    2 => entry.state.epoch = 0,
-                    _ => {}
+                let is_old = self.one_in(2);
+                for (entry, slot) in pair.iter_mut().zip([first, opposite(first)]) {
+                    entry.stream.slot = slot;
+                    match self.below(12) {
+                        0 => entry.state.proven = 0,
+                        1 => entry.state.suspended = entry.state.epoch,
+                        2 => entry.state.epoch = 0,
+                        _ => {}
+                    }
+                    if is_old {
+                        self.grow_old(entry);
+                    }
                 }
-                if self.one_in(2) {
-                    self.grow_old(&mut entry);
-                }
-                entry
+                pair
             })
             .collect()
+    }
+
+    /// Both directions of a call, as [`Self::entry`]. Now and then the PBX sends from elsewhere than it receives.
+    fn pair(&mut self) -> [Entry; 2] {
+        let [mut one, mut other] = [self.entry(), self.entry()];
+        let v4 = one.stream.source.address.is_mapped();
+        other.stream = StreamSpec {
+            source: one.stream.new_destination,
+            local: one.stream.new_source,
+            sends_from: one.stream.new_source,
+            new_source: one.stream.local,
+            new_destination: one.stream.source,
+            pair: one.stream.pair,
+            is_ami: one.stream.is_ami,
+            ..other.stream
+        };
+        if self.one_in(8) {
+            other.stream.local = self.endpoint(v4);
+        }
+        if self.one_in(8) {
+            one.stream.sends_from = self.endpoint(v4);
+            other.stream.new_source = one.stream.sends_from;
+        }
+        [one, other]
     }
 
     /// Has a stream proven on the wire, with anything that may have happened to it by now. Its times are so far from
@@ -130,7 +158,7 @@ impl Generator {
     fn grow_old(&mut self, entry: &mut Entry) {
         let (stream, state) = (&mut entry.stream, &mut entry.state);
         stream.proof = self.pick(&[1, 2, 8, 255]);
-        stream.keepalive = self.pick(&[0, ticks(1000 * SECOND)]);
+        stream.keepalive = self.pick(&[0, u16::MAX]);
         let mut before = |times: &[u64]| match self.pick(times) {
             0 => 0,
             time => ago(time * SECOND),
@@ -219,32 +247,31 @@ impl Generator {
         }
         let vlan_depth = self.pick(&[0, 0, 0, 1, 2]);
         let mut vlans = [VlanTag::default(); 2];
-        for vlan in &mut vlans[..usize::from(vlan_depth)] {
+        for vlan in &mut vlans[..vlan_depth] {
             let tpid = self.pick(&[VLAN, QINQ]);
-            let id = self.word() & 0xfff;
-            *vlan = VlanTag { tpid, id };
+            let id = 1 + self.word() % 4094;
+            *vlan = VlanTag::new(tpid, id);
         }
-        let known = u8::from(!self.one_in(20));
+        let is_known = !self.one_in(20);
+        let mtu = self.pick(&[1500, 1500, 1500, 9000, 300]);
+        let local = self.endpoint(v4);
         let stream = StreamSpec {
             source: self.endpoint(v4),
-            local: self.endpoint(v4),
+            local,
+            sends_from: local,
             new_source: self.endpoint(v4),
             new_destination: self.endpoint(v4),
             next_hop: NextHop {
                 destination_mac: Mac { bytes: self.mac() },
                 source_mac: Mac { bytes: self.mac() },
                 vlans,
-                vlan_depth,
-                known,
-                mtu: self.pick(&[1500, 1500, 1500, 9000, 300]),
+                mtu: if is_known { mtu } else { 0 },
             },
             dscp: self.pick(&[DSCP_KEEP, DSCP_MAP, 46, 46, 0, 63]),
             slot: 0,
-            opposite_slot: 1,
             keepalive: 0,
-            pair: self.next(),
-            leg: self.byte() % 2,
-            feed: self.pick(&[feed::API, feed::AMI]),
+            pair: self.next() as u32,
+            is_ami: self.one_in(2),
             proof: 0,
             priority: 0,
             own_priority: false,
@@ -264,9 +291,9 @@ impl Generator {
     /// [`Draft::ambiguous`].
     pub fn packet_of(&mut self, entry: &Entry) -> Draft {
         let stream = &entry.stream;
-        let depth = match stream.next_hop.vlan_depth {
+        let depth = match stream.next_hop.vlan_depth() {
             0 => self.below(3),
-            depth => usize::from(depth),
+            depth => depth,
         };
         let mut tags = Vec::new();
         for _ in 0..depth {

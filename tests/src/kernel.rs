@@ -18,7 +18,7 @@ use nix::time::{ClockId, clock_gettime};
 use relay_common::{
     capture::{Capture, Captured},
     reason::{Reason, Verdict},
-    stream::{Counter, Event, Lease, OutLeg, State, Stream, StreamKey, ticks},
+    stream::{Counter, Event, Lease, State, Stream, StreamKey, ticks},
 };
 use relay_user::{
     datapath::{self, AttachMode, names},
@@ -42,7 +42,6 @@ const TC_ACT_REDIRECT: u32 = 7;
 
 const KEY: usize = size_of::<StreamKey>();
 const VALUE: usize = size_of::<Stream>();
-const OUT_LEG: usize = size_of::<OutLeg>();
 const STATE: usize = size_of::<State>();
 const COUNTER: usize = size_of::<Counter>();
 const LEASE: usize = size_of::<Lease>();
@@ -96,21 +95,11 @@ impl Kernel {
             streams.remove(&key)?;
         }
         for entry in entries {
-            let key: [u8; KEY] = zerocopy::transmute!(entry.stream.key());
-            let value: [u8; VALUE] = zerocopy::transmute!(entry.stream.compile());
-            streams.insert(key, value, 0)?;
-        }
-        let mut out_legs: HashMap<_, [u8; KEY], [u8; OUT_LEG]> =
-            HashMap::try_from(self.map_mut(names::OUT_LEGS)?)?;
-        let old: Vec<_> = out_legs.keys().collect::<Result<_, _>>()?;
-        for key in old {
-            out_legs.remove(&key)?;
-        }
-        for entry in entries.iter().filter(|entry| entry.stream.proof != 0) {
-            let (key, value) = entry.stream.out_leg();
-            let (key, value): ([u8; KEY], [u8; OUT_LEG]) =
-                (zerocopy::transmute!(key), zerocopy::transmute!(value));
-            out_legs.insert(key, value, 0)?;
+            for (key, value) in entry.stream.entries() {
+                let (key, value): ([u8; KEY], [u8; VALUE]) =
+                    (zerocopy::transmute!(key), zerocopy::transmute!(value));
+                streams.insert(key, value, 0)?;
+            }
         }
         let mut counters: PerCpuArray<_, [u8; COUNTER]> =
             PerCpuArray::try_from(self.map_mut(names::COUNTERS)?)?;

@@ -13,7 +13,7 @@ use relay_common::{
     reason::{Reason, Verdict},
     relay::relay,
     stream::{
-        DSCP_EF, Endpoint, Event, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec, feed,
+        DSCP_EF, Endpoint, Event, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec,
         ticks,
     },
     wire::Mac,
@@ -51,22 +51,20 @@ pub fn streams(proof: u8) -> [Entry; 2] {
         let stream = StreamSpec {
             source: endpoint(source),
             local: endpoint(local),
+            sends_from: endpoint(local),
             new_source: endpoint(new_source),
             new_destination: endpoint(new_destination),
             next_hop: NextHop {
                 destination_mac: Mac { bytes: [6; 6] },
                 source_mac: Mac { bytes: [2; 6] },
-                known: 1,
                 mtu: 1500,
                 ..NextHop::default()
             },
             dscp: DSCP_EF,
             slot: SLOTS[usize::from(leg)],
-            opposite_slot: SLOTS[1 - usize::from(leg)],
             keepalive: 0,
             pair: 1,
-            leg,
-            feed: feed::AMI,
+            is_ami: true,
             proof,
             priority: 0,
             own_priority: false,

@@ -11,7 +11,7 @@ use relay_common::{
     packet::Tables,
     reason::Reason,
     reception::Reception,
-    stream::{Counter, Event, OutLeg, State, Stream, StreamKey, StreamSpec},
+    stream::{Counter, Event, State, Stream, StreamKey, StreamSpec},
 };
 use zerocopy::FromZeros as _;
 
@@ -88,7 +88,6 @@ pub fn timeless(mut state: State) -> State {
 #[derive(Debug)]
 pub struct MemoryTables {
     streams: HashMap<StreamKey, Stream>,
-    out_legs: HashMap<StreamKey, OutLeg>,
     states: Vec<UnsafeCell<State>>,
     counters: [Cell<Counter>; Reason::COUNT],
     lease: Cell<u64>,
@@ -113,12 +112,7 @@ impl MemoryTables {
         Self {
             streams: entries
                 .iter()
-                .map(|entry| (entry.stream.key(), entry.stream.compile()))
-                .collect(),
-            out_legs: entries
-                .iter()
-                .filter(|entry| entry.stream.proof != 0)
-                .map(|entry| entry.stream.out_leg())
+                .flat_map(|entry| entry.stream.entries())
                 .collect(),
             states: states.into_iter().map(UnsafeCell::new).collect(),
             counters: array::from_fn(|_| Cell::default()),
@@ -184,10 +178,6 @@ impl MemoryTables {
 impl Tables for MemoryTables {
     fn stream(&self, key: &StreamKey) -> Option<&Stream> {
         self.streams.get(key)
-    }
-
-    fn out_leg(&self, key: &StreamKey) -> Option<&OutLeg> {
-        self.out_legs.get(key)
     }
 
     fn state(&self, slot: u32) -> Option<*mut State> {

@@ -6,10 +6,10 @@ use relay_common::{
     packet::Frame,
     reason::Reason,
     relay::relay,
-    stream::{Counter, PayloadType, State, event},
+    stream::{Counter, PayloadType, State, VlanTag, event},
 };
 use relay_tests::{
-    draft::Draft,
+    draft::{Draft, VLAN},
     fixture::{
         self, Family, Hook, SECOND, SLOTS, ago, proven, received, stream, suspended, taken_back,
         watching,
@@ -144,7 +144,7 @@ fn what_is_not_asked_for_is_not_captured() {
         received(Family::V4).bytes(),
         fixture::offloaded(stream(Family::V4)),
     );
-    let pair = entry.stream.pair;
+    let pair = u64::from(entry.stream.pair);
     let copies = |capture| captured(&frame, &[entry], capture).len();
     assert_eq!(copies(Capture { pair, ..EVERYTHING }), 2);
     assert_eq!(
@@ -215,7 +215,7 @@ const FAULTS: [(Reason, Fault); 18] = [
         entry.stream.next_hop.mtu = 100;
     }),
     (Reason::VlanMismatch, |_, entry, _| {
-        entry.stream.next_hop.vlan_depth = 1;
+        entry.stream.next_hop.vlans[0] = VlanTag::new(VLAN, 100);
     }),
     (Reason::Keepalive, |_, entry, _| entry.stream.keepalive = 1),
     (Reason::NewSsrc, |_, entry, _| entry.state.ssrc += 1),
@@ -401,7 +401,9 @@ proptest! {
     fn what_is_relayed_equals_the_packet_written_anew(seed: u64) {
         let mut generator = Generator::new(seed);
         let mut entry = generator.entry();
-        entry.stream.next_hop.known = 1;
+        if !entry.stream.next_hop.is_known() {
+            entry.stream.next_hop.mtu = 1500;
+        }
         let packet = generator.packet_of(&entry);
         let frame = packet.bytes();
         for hook in [Hook::NativeXdp, Hook::GenericXdp] {

@@ -480,7 +480,6 @@ fn bpftool_shows_names() {
             ("new_source_port", 10_002),
             ("new_destination_port", 65_535),
             ("mtu", 1500),
-            ("known", 1),
             ("slot", 4),
             ("dscp", 46),
         ],

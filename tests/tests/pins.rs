@@ -17,8 +17,7 @@ use aya::{
 };
 use relay_common::{
     stream::{
-        Endpoint, Event, NextHop, OutLeg, PAYLOAD_TYPES, PayloadType, StreamSpec, VlanTag, event,
-        feed,
+        Endpoint, Event, NextHop, PAYLOAD_TYPES, PayloadType, Stream, StreamSpec, VlanTag, event,
     },
     wire::Mac,
 };
@@ -62,23 +61,20 @@ fn spec(leg: u8) -> StreamSpec {
     StreamSpec {
         source: remote(leg),
         local: local(leg),
+        sends_from: local(leg),
         new_source: local(other),
         new_destination: remote(other),
         next_hop: NextHop {
             destination_mac: Mac { bytes: PHONES_MAC },
             source_mac: Mac { bytes: PBX_MAC },
             vlans: [VlanTag::default(); 2],
-            vlan_depth: 0,
-            known: 1,
             mtu: 1500,
         },
         dscp: 46,
         slot: leg.into(),
-        opposite_slot: other.into(),
         keepalive: 0,
         pair: 7,
-        leg,
-        feed: feed::API,
+        is_ami: false,
         proof: 0,
         priority: 0,
         own_priority: false,
@@ -828,35 +824,36 @@ fn events_wait_for_the_next_daemon() {
 }
 
 #[test]
-fn an_out_leg_without_its_stream_does_not_outlive_its_daemon() {
+fn half_of_a_stream_does_not_outlive_its_daemon() {
     let site = Site::new();
     let mut datapath = site.fresh(GENERIC, MAX_STREAMS);
-    let mut proven = spec(0);
-    proven.proof = 8;
-    datapath.install(&proven).expect("installed");
-    // As a daemon that was killed between the two entries leaves it.
-    let mut half = spec(1);
-    half.proof = 8;
-    datapath.install(&half).expect("installed");
-    let path = |name: &str| PathBuf::from(DIRECTORY).join(name);
-    let entries = || {
+    // The PBX sends from another address than it receives at.
+    let elsewhere = |leg: u8| endpoint((PBX_V4, LOCAL_PORTS[usize::from(leg)] + 100));
+    let stream = |leg: u8| StreamSpec {
+        sends_from: elsewhere(leg),
+        new_source: elsewhere(1 - leg),
+        ..spec(leg)
+    };
+    for leg in 0..2 {
+        datapath.install(&stream(leg)).expect("installed");
+    }
+    let with = |change: &dyn Fn(&mut HashMap<MapData, [u8; 20], [u8; size_of::<Stream>()]>)| {
         site.host().run(|| {
-            let map = MapData::from_pin(path(names::OUT_LEGS)).expect("map");
-            let map = Map::HashMap(map);
-            let map: HashMap<_, [u8; 20], [u8; size_of::<OutLeg>()]> = map.try_into().expect("map");
+            let pin = PathBuf::from(DIRECTORY).join(names::STREAMS);
+            let map = MapData::from_pin(pin).expect("map");
+            let mut map = Map::HashMap(map).try_into().expect("map");
+            change(&mut map);
             map.keys().count()
         })
     };
-    site.host().run(|| {
-        let map = MapData::from_pin(path(names::STREAMS)).expect("map");
-        let map = Map::HashMap(map);
-        let mut map: HashMap<_, [u8; 20], [u8; 112]> = map.try_into().expect("map");
-        map.remove(&zerocopy::transmute!(half.key()))
-            .expect("removed");
-    });
-    assert_eq!(entries(), 2);
+    let entries = || with(&|_| {});
+    assert_eq!(entries(), 4);
+    // As a daemon that was killed between the two entries leaves it.
+    let key: [u8; 20] = zerocopy::transmute!(stream(1).key());
+    with(&|map| map.remove(&key).expect("removed"));
+    assert_eq!(entries(), 3);
     site.leave(datapath);
     let (datapath, adopted) = site.adopt(GENERIC);
-    assert_eq!((adopted.streams.len(), entries()), (1, 1));
+    assert_eq!((adopted.streams.len(), entries()), (1, 2));
     site.drop(datapath);
 }

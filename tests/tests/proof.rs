@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     thread,
     time::{Duration, Instant},
 };
@@ -13,7 +13,7 @@ use relay_common::{
     stream::{Address, Event, PayloadType, State, event, mode, ticks},
 };
 use relay_tests::{
-    fixture::SECOND,
+    fixture::{SECOND, endpoint},
     proof::{
         FAR, HEADERS, Host, IN, InKernel, OUT, PACKET_TIME, PHONE, Programs as _, SLOTS, frame,
         fuzz::{Outcome, trial},
@@ -629,7 +629,7 @@ fn a_new_source_and_a_pause_are_proven_by_one_packet() {
 #[test]
 fn a_keepalive_is_an_audit() {
     let mut entries = streams(4);
-    entries[0].stream.keepalive = ticks(SECOND);
+    entries[0].stream.keepalive = ticks(SECOND) as u16;
     let mut call = Call::with(entries);
     for _ in 0..4 {
         call.through(0);
@@ -728,12 +728,43 @@ fn without_a_lease_the_observer_looks_away() {
     assert_eq!((call.state(0).suspended, call.events()), (0, vec![]));
 }
 
+/// A PBX with two addresses may send from one what it receives at the other.
+#[test]
+fn what_leaves_from_elsewhere_is_proven_there_and_nowhere_else() {
+    let mut entries = streams(2);
+    let elsewhere = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 99), OUT.port());
+    entries[1].stream.local = endpoint(SocketAddr::V4(elsewhere));
+    assert_ne!(entries[1].stream.local, entries[1].stream.sends_from);
+    let mut call = Call::with(entries);
+    for _ in 0..4 {
+        call.say(0);
+        let rtp = call.inside.pop_front().expect("a packet inside");
+        let from_where_it_receives = frame(elsewhere, FAR, &rtp);
+        call.host.leave(&from_where_it_receives).expect("memory");
+        assert_eq!((call.host.reason, call.events()), (None, vec![]));
+    }
+    for _ in 0..2 {
+        assert_eq!(call.events(), NONE);
+        call.through(0);
+    }
+    assert_eq!(call.events(), [event::PROVEN]);
+    assert_eq!(call.say(0), Reason::Relayed);
+    // The other phone is heard where the PBX receives.
+    let rtp = call.rtp(0);
+    for (to, reason) in [(OUT, Reason::NoStream), (elsewhere, Reason::Watching)] {
+        call.host.receive(&frame(FAR, to, &rtp)).expect("memory");
+        assert_eq!(call.host.reason, Some(reason), "{to}");
+    }
+}
+
 /// Where the PBX is bound to no address in particular, the wire tells which it uses.
 #[test]
 fn scouts_report_the_addresses_in_use() {
     let mut entries = streams(4);
-    entries[0].stream.local.address = Address::default();
-    entries[0].stream.new_source.address = Address::default();
+    for entry in &mut entries {
+        entry.stream.local.address = Address::default();
+        entry.stream.sends_from = entry.stream.local;
+    }
     let mut call = Call::with(entries);
     for round in 0..2 {
         for _ in 0..3 {

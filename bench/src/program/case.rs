@@ -116,11 +116,7 @@ fn packets() -> Vec<(&'static str, Entry, Draft, Reason)> {
     let entry = fixture::offloaded(stream);
     let (stream_v6, packet_v6) = fixture::cycle(Family::V6);
     let mut stream_vlan = stream;
-    stream_vlan.next_hop.vlan_depth = 1;
-    stream_vlan.next_hop.vlans[0] = VlanTag {
-        tpid: VLAN,
-        id: 100,
-    };
+    stream_vlan.next_hop.vlans[0] = VlanTag::new(VLAN, 100);
     let tags = vec![(VLAN, 0xa000 | 100)];
     let mut elsewhere = stream;
     elsewhere.local.port += 2;

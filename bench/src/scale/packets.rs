@@ -164,12 +164,11 @@ fn spec(stream: u32, next: u32) -> StreamSpec {
     StreamSpec {
         source: endpoint(population::remote(stream)),
         local: endpoint(population::local(stream)),
+        sends_from: endpoint(population::local(stream)),
         new_source: endpoint(population::remote(next)),
         new_destination: endpoint(population::local(next)),
         slot: stream,
-        opposite_slot: stream ^ 1,
-        pair: u64::from(stream / 2) + 1,
-        leg: (stream % 2) as u8,
+        pair: stream / 2 + 1,
         proof: 8,
         ..cycle
     }

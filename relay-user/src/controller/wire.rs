@@ -167,12 +167,6 @@ fn silence_of(last_seen: u32, ticks: u32, age: Duration) -> Duration {
     Duration::from_nanos((ticks.max(0) as u64) << 20).min(age)
 }
 
-/// Whether a stream must be looked for at other addresses: `provable` ones of Asterisk's are, of which nothing was heard
-/// or nothing came out of the PBX.
-fn needs_scout(provable: bool, last_seen: u32, unanswered: bool, age: Duration) -> bool {
-    provable && (last_seen == 0 || unanswered) && age >= LOOK
-}
-
 impl Vigil {
     /// Whether a look would lead to nothing: the streams are what they were, and heard as they were. `limits` are
     /// those of silence and of expiry.
@@ -186,6 +180,8 @@ impl Vigil {
     ) -> bool {
         let age = now.saturating_duration_since(self.since);
         let [silence, expire] = limits;
+        let is_lost =
+            age >= LOOK && (0..2).any(|leg| standing.provable[leg] && is_lost(&pulses[leg]));
         (0..2).all(|leg| {
             let (pulse, provable) = (&pulses[leg], standing.provable[leg]);
             let silence_limit = match standing.states[leg] {
@@ -195,10 +191,9 @@ impl Vigil {
                 StreamState::Watching => expire,
                 StreamState::Waiting | StreamState::Suspended => return false,
             };
-            let scouted = needs_scout(provable, pulse.last_seen, pulse.unanswered, age);
             StreamState::of_mode(pulse.mode) == standing.states[leg]
                 && silence_of(pulse.last_seen, ticks, age) < silence_limit
-                && scouted == self.scouts[leg].is_some()
+                && is_lost == self.scouts[leg].is_some()
                 && !self.silent[leg]
                 && self.samples[leg].is_none()
                 && Sample::of(&pulse.reception).is_none()
@@ -403,11 +398,11 @@ impl Controller {
         let mut silence = [age; 2];
         let mut offloaded = [false; 2];
         let mut suspended = [false; 2];
+        self.scout(id, &read, age);
         for (leg, read) in read.into_iter().enumerate() {
             let Some((spec, state)) = read else {
                 continue;
             };
-            self.scout(id, leg, &spec, &state, age);
             self.learn_clock(id, leg, spec.slot, &state);
             offloaded[leg] = state.mode() == mode::OFFLOADED;
             if state.mode() == mode::SUSPENDED {
@@ -434,27 +429,35 @@ impl Controller {
         self.expire(id, silence, offloaded).await
     }
 
-    /// Looks for a stream at any local address of the host, where it is not seen at the one that
-    /// Asterisk names: bound to the wildcard address, it may not know better.
-    fn scout(&mut self, id: u64, leg: usize, spec: &StreamSpec, state: &State, age: Duration) {
+    /// Looks for the streams of a pair at any local address of the host, where one is not seen at those
+    /// that Asterisk names: bound to the wildcard address, it may not know better. What comes in on one
+    /// leg may be lost on the other, where Asterisk sends it on.
+    fn scout(&mut self, id: u64, read: &[Option<(StreamSpec, State)>; 2], age: Duration) {
         let Some(vigil) = self.wire.pairs.get_mut(&id) else {
             return;
         };
-        let answered = state.echoed != 0 || state.unequal != 0;
-        let unanswered = state.noted != 0 && !answered;
-        let provable = self.registry.is_ami(id) && spec.proof != 0;
-        if needs_scout(provable, state.last_seen, unanswered, age) {
-            if vigil.scouts[leg].is_none() {
-                let mut scout = *spec;
-                scout.local.address = Address::default();
-                scout.new_source.address = Address::default();
-                match self.datapath.install(&scout) {
-                    Ok(()) => vigil.scouts[leg] = Some(Box::new(scout)),
+        let is_lost = self.registry.is_ami(id)
+            && age >= LOOK
+            && read
+                .iter()
+                .flatten()
+                .any(|(spec, state)| spec.proof != 0 && is_lost(&Pulse::of(state)));
+        if !is_lost {
+            let scouts = vigil.scouts.iter_mut().filter_map(Option::take);
+            let scouts: Vec<_> = scouts.map(|scout| *scout).collect();
+            self.withdraw(&scouts);
+            return;
+        }
+        for (scout, (spec, _)) in vigil.scouts.iter_mut().zip(read.iter().flatten()) {
+            if scout.is_none() {
+                let mut anywhere = *spec;
+                anywhere.local.address = Address::default();
+                anywhere.sends_from = anywhere.local;
+                match self.datapath.install(&anywhere) {
+                    Ok(()) => *scout = Some(Box::new(anywhere)),
                     Err(error) => tracing::debug!(pair = id, %error, "no scout"),
                 }
             }
-        } else if let Some(scout) = vigil.scouts[leg].take() {
-            self.withdraw(&[*scout]);
         }
     }
 
@@ -614,6 +617,11 @@ impl Controller {
     }
 }
 
+/// Whether a stream is not seen where it should come in, or its echoes where they should leave.
+const fn is_lost(pulse: &Pulse) -> bool {
+    pulse.last_seen == 0 || !pulse.is_answered
+}
+
 #[cfg(test)]
 mod tests {
     use relay_common::{
@@ -686,7 +694,7 @@ mod tests {
         let mut pulses = [Pulse {
             mode: mode::OFFLOADED,
             last_seen: TICKS - 20,
-            unanswered: false,
+            is_answered: true,
             reception,
         }; 2];
         change(&mut vigil, &mut standing, &mut pulses);
@@ -708,7 +716,7 @@ mod tests {
             standing.states[0] = StreamState::Watching;
             (pulses[0].mode, pulses[0].last_seen) = (mode::WATCHING, 0);
             pulses[0].reception = Reception::default();
-            vigil.scouts[0] = Some(scout());
+            vigil.scouts = [0, 1].map(|_| Some(scout()));
         }));
     }
 
@@ -736,7 +744,7 @@ mod tests {
             vigil.samples[0] = Sample::of(&earlier);
         }));
         // It is to be looked for elsewhere, or no longer.
-        assert!(!goes_on(|_, _, pulses| pulses[0].unanswered = true));
+        assert!(!goes_on(|_, _, pulses| pulses[0].is_answered = false));
         assert!(!goes_on(|vigil, _, _| vigil.scouts[0] = Some(scout())));
     }
 }

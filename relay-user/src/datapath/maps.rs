@@ -15,16 +15,13 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::libc;
 use relay_common::{
     reception::Reception,
-    stream::{
-        Counter, DscpMap, Lease, OutLeg, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, mode,
-    },
+    stream::{Counter, DscpMap, Lease, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, mode},
 };
 
 use super::{DatapathError, load::OBJECT, names};
 
 pub(super) const KEY: usize = size_of::<StreamKey>();
 pub(super) const VALUE: usize = size_of::<Stream>();
-pub(super) const OUT_LEG: usize = size_of::<OutLeg>();
 const COUNTER: usize = size_of::<Counter>();
 
 /// Packets and bytes, of each CPU.
@@ -35,7 +32,6 @@ const DSCP_MAP: usize = size_of::<DscpMap>();
 pub(super) struct Maps {
     pub(super) max_streams: u32,
     pub(super) streams: HashMap<MapData, [u8; KEY], [u8; VALUE]>,
-    pub(super) out_legs: HashMap<MapData, [u8; KEY], [u8; OUT_LEG]>,
     pub(super) state: StateMap,
     pub(super) lease: LeaseMap,
     pub(super) counters: Counters,
@@ -52,7 +48,6 @@ impl Maps {
             state: StateMap::new(map(ebpf, names::STATE)?, max_streams)?,
             lease: LeaseMap::new(map(ebpf, names::LEASE)?)?,
             streams: take(ebpf, names::STREAMS)?,
-            out_legs: take(ebpf, names::OUT_LEGS)?,
             counters: take(ebpf, names::COUNTERS)?,
             dscp_map: take(ebpf, names::DSCP_MAP)?,
             events: Some(take(ebpf, names::EVENTS)?),
@@ -224,17 +219,29 @@ pub(super) fn mapped(
     memory.map_err(|source| DatapathError::Mmap { map: name, source })
 }
 
-/// Of a [`State`], what a look at a stream that simply goes on takes.
+/// As much of a [`State`] as a look at a stream that simply goes on takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pulse {
     /// [`State::mode`].
     pub(crate) mode: u32,
     /// [`State::last_seen`].
     pub(crate) last_seen: u32,
-    /// Whether packets were passed up, and nothing came out of the PBX since ever.
-    pub(crate) unanswered: bool,
+    /// Whether something came out of the PBX, if anything went in.
+    pub(crate) is_answered: bool,
     /// [`State::reception`].
     pub(crate) reception: Reception,
+}
+
+impl Pulse {
+    /// Of a state that was read whole.
+    pub(crate) const fn of(state: &State) -> Self {
+        Self {
+            mode: state.mode(),
+            last_seen: state.last_seen,
+            is_answered: state.noted == 0 || state.echoed != 0 || state.unequal != 0,
+            reception: state.reception,
+        }
+    }
 }
 
 /// `STATE`, mapped into memory: reading 100,000 streams costs no system call.
@@ -317,9 +324,9 @@ impl StateMap {
             Pulse {
                 mode: mode::of(epoch, proven, suspended),
                 last_seen: (&raw const (*state).last_seen).read_volatile(),
-                unanswered: (&raw const (*state).noted).read_volatile() != 0
-                    && (&raw const (*state).echoed).read_volatile() == 0
-                    && (&raw const (*state).unequal).read_volatile() == 0,
+                is_answered: (&raw const (*state).noted).read_volatile() == 0
+                    || (&raw const (*state).echoed).read_volatile() != 0
+                    || (&raw const (*state).unequal).read_volatile() != 0,
                 reception: (&raw const (*state).reception).read_volatile(),
             }
         }

@@ -24,14 +24,16 @@ use aya::{
 use nix::libc;
 use relay_common::{
     reason::Reason,
-    stream::{Counter, OutLeg, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, StreamSpec},
+    stream::{
+        Counter, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, StreamSpec, opposite, role,
+    },
 };
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::maps::Pulse;
 use self::{
     attachment::RelayAttachment,
-    maps::{KEY, Maps, OUT_LEG, VALUE, removed, total},
+    maps::{KEY, Maps, VALUE, removed, total},
     pins::{Directory, Earlier, Pins},
     tc::{Order, TcAttachment, TcHook},
 };
@@ -75,10 +77,8 @@ pub mod names {
         direction: Direction::Egress,
         order: Order::First,
     };
-    /// Streams by local address.
+    /// Streams by the addresses of the PBX.
     pub const STREAMS: &str = "STREAMS";
-    /// What may leave, by the address that the PBX sends from.
-    pub const OUT_LEGS: &str = "OUT_LEGS";
     /// What happened to each stream.
     pub const STATE: &str = "STATE";
     /// Packets and bytes by reason.
@@ -102,11 +102,11 @@ pub mod names {
     /// Load-time constant: 1 in generic XDP.
     pub const GENERIC: &str = "GENERIC";
     /// All maps that are pinned, by their own names.
-    pub const MAPS: [&str; 10] = [
-        STREAMS, OUT_LEGS, STATE, COUNTERS, DSCP_MAP, LEASE, EVENTS, CAPTURE, KEPT, CAPTURED,
+    pub const MAPS: [&str; 9] = [
+        STREAMS, STATE, COUNTERS, DSCP_MAP, LEASE, EVENTS, CAPTURE, KEPT, CAPTURED,
     ];
     /// Those that hold as many entries as there may be streams.
-    pub const SIZED: [&str; 3] = [STREAMS, OUT_LEGS, STATE];
+    pub const SIZED: [&str; 2] = [STREAMS, STATE];
     /// Pin of the XDP program's link.
     pub const XDP_LINK: &str = "xdp_link";
     /// Pin of the TC program's link.
@@ -335,7 +335,7 @@ impl Datapath {
                 source: Box::new(source),
             }
         };
-        let streams: Vec<(StreamKey, Stream)> = self
+        let entries: Vec<(StreamKey, Stream)> = self
             .maps
             .streams
             .iter()
@@ -344,28 +344,26 @@ impl Datapath {
                 Ok((zerocopy::transmute!(key), zerocopy::transmute!(stream)))
             })
             .collect::<Result<_, DatapathError>>()?;
+        let (streams, second): (Vec<_>, Vec<_>) = entries
+            .into_iter()
+            .partition(|(key, _)| key.role == role::RECEIVES);
         // That daemon may have been killed between the two entries of a stream. What is left would
         // blame the PBX's packets on whichever stream has the slot next.
+        let slots: HashSet<u32> = streams.iter().map(|(_, stream)| stream.slot).collect();
         let used: HashSet<(StreamKey, u32)> = streams
             .iter()
-            .filter(|(_, stream)| stream.proof != 0)
             .map(|(_, stream)| {
                 (
-                    StreamKey::new(stream.new_source, stream.new_source_port),
-                    stream.slot,
+                    StreamKey::sends(stream.new_source, stream.new_source_port),
+                    opposite(stream.slot),
                 )
             })
+            .filter(|(_, slot)| slots.contains(slot))
             .collect();
-        let out_legs: Vec<_> = self
-            .maps
-            .out_legs
-            .iter()
-            .collect::<Result<_, _>>()
-            .map_err(failed(names::OUT_LEGS))?;
-        for (key, out_leg) in out_legs {
-            let out_leg: OutLeg = zerocopy::transmute!(out_leg);
-            if !used.contains(&(zerocopy::transmute!(key), out_leg.slot)) {
-                removed(names::OUT_LEGS, self.maps.out_legs.remove(&key))?;
+        for (key, stream) in second {
+            if !used.contains(&(key, stream.slot)) {
+                let key = zerocopy::transmute!(key);
+                removed(names::STREAMS, self.maps.streams.remove(&key))?;
             }
         }
         Ok(Adopted {
@@ -410,22 +408,16 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::Full`].
     pub fn install(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
-        // The observer first: it must know the echo of the first packet that is noted.
-        if spec.proof != 0 {
-            let (key, out_leg) = spec.out_leg();
-            let (key, out_leg): ([u8; KEY], [u8; OUT_LEG]) =
-                (zerocopy::transmute!(key), zerocopy::transmute!(out_leg));
-            let inserted = self.maps.out_legs.insert(key, out_leg, 0);
-            inserted.map_err(|source| self.insert_error(names::OUT_LEGS, source))?;
+        for (key, stream) in spec.entries() {
+            let (key, stream): ([u8; KEY], [u8; VALUE]) =
+                (zerocopy::transmute!(key), zerocopy::transmute!(stream));
+            let inserted = self.maps.streams.insert(key, stream, 0);
+            inserted.map_err(|source| self.insert_error(source))?;
         }
-        let (key, stream) = (spec.key(), spec.compile());
-        let (key, stream): ([u8; KEY], [u8; VALUE]) =
-            (zerocopy::transmute!(key), zerocopy::transmute!(stream));
-        let inserted = self.maps.streams.insert(key, stream, 0);
-        inserted.map_err(|source| self.insert_error(names::STREAMS, source))
+        Ok(())
     }
 
-    fn insert_error(&self, map: &'static str, source: MapError) -> DatapathError {
+    fn insert_error(&self, source: MapError) -> DatapathError {
         match &source {
             MapError::SyscallError(error)
                 if error.io_error.raw_os_error() == Some(nix::libc::E2BIG) =>
@@ -435,7 +427,7 @@ impl Datapath {
                 }
             }
             _ => DatapathError::Map {
-                map,
+                map: names::STREAMS,
                 source: Box::new(source),
             },
         }
@@ -455,15 +447,11 @@ impl Datapath {
     /// # Errors
     /// As [`Self::remove`].
     pub fn withdraw(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
-        removed(
-            names::STREAMS,
-            self.maps.streams.remove(&zerocopy::transmute!(spec.key())),
-        )?;
-        let (key, _) = spec.out_leg();
-        removed(
-            names::OUT_LEGS,
-            self.maps.out_legs.remove(&zerocopy::transmute!(key)),
-        )
+        for key in [spec.key()].into_iter().chain(spec.sends_key()) {
+            let key = zerocopy::transmute!(key);
+            removed(names::STREAMS, self.maps.streams.remove(&key))?;
+        }
+        Ok(())
     }
 
     /// Forgets what happened to the slot's earlier stream, and leaves the new one to the PBX.

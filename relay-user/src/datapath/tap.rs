@@ -233,7 +233,7 @@ impl Tap {
             HashMap::try_from(streams).map_err(failed)?;
         Ok(streams.iter().flatten().any(|(_, stream)| {
             let stream: Stream = zerocopy::transmute!(stream);
-            stream.pair == pair
+            u64::from(stream.pair) == pair
         }))
     }
 

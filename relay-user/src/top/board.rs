@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use relay_common::stream::StreamSpec;
+use relay_common::stream::{StreamSpec, leg_of};
 
 use super::{
     daemon::Daemon,
@@ -245,10 +245,10 @@ impl Board {
                 .collect();
             for sample in &snapshot.streams {
                 let key = key_of(&sample.spec);
-                pairs.insert(sample.spec.pair);
+                pairs.insert(key.0);
                 let past = self.histories.get(&key);
                 let known = told.and_then(|told| {
-                    let rows = told.get(&sample.spec.pair)?;
+                    let rows = told.get(&key.0)?;
                     rows.iter().find(|row| row.leg == key.1)
                 });
                 let mut row = measured(sample, states[&key], known);
@@ -290,7 +290,7 @@ impl Board {
 }
 
 fn key_of(spec: &StreamSpec) -> Key {
-    (spec.pair, Some(spec.leg))
+    (spec.pair.into(), Some(leg_of(spec.slot)))
 }
 
 fn key_of_row(row: &Row) -> Key {
@@ -317,13 +317,11 @@ fn measured(sample: &Sample, state: StreamState, known: Option<&Row>) -> Row {
         StreamState::Suspended => told().or_else(|| Some("taken back".into())),
         StreamState::Waiting => told().or_else(|| Some("its next hop is not known".into())),
     };
-    let feed = match spec.feed {
-        relay_common::stream::feed::API => Feed::Api,
-        _ => Feed::Ami,
-    };
+    let feed = if spec.is_ami { Feed::Ami } else { Feed::Api };
+    let (pair, leg) = key_of(spec);
     Row {
-        pair: spec.pair,
-        leg: Some(spec.leg),
+        pair,
+        leg,
         state: state.into(),
         pair_state: state.into(),
         feed: Some(feed),

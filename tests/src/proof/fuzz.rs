@@ -373,7 +373,7 @@ pub fn trial(seed: u64, programs: &mut impl Programs) -> Result<Outcome> {
     let lively = !plain && random.one_in(2);
     let mut entries = streams(proof as u8);
     if !plain && random.one_in(2) {
-        entries[0].stream.keepalive = ticks(4 * PACKET_TIME + PACKET_TIME / 2);
+        entries[0].stream.keepalive = ticks(4 * PACKET_TIME + PACKET_TIME / 2) as u16;
     }
     programs.begin(&entries)?;
     let mut pbx = Pbx::new(&mut random, plain);
