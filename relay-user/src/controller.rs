@@ -380,8 +380,9 @@ impl Controller {
                 limit,
                 reply,
             } => {
-                let ids = self.registry.ids_after(after);
-                let reports = ids.filter_map(|id| self.pair_report(id)).take(limit);
+                let now = Now::read();
+                let ids = self.registry.ids_after(after).take(limit);
+                let reports = ids.filter_map(|id| self.registry.report(id, self.state(), now));
                 send(reply, Ok(reports.collect()));
             }
             Command::Show { id, reply } => {

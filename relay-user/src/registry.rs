@@ -1501,11 +1501,22 @@ fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
     }
 }
 
+/// Without the formatting machinery: a long list has four for each pair.
+fn mac_text(bytes: [u8; 6]) -> String {
+    let digit = |value: u8| char::from(b"0123456789abcdef"[usize::from(value & 0xf)]);
+    let mut text = String::with_capacity("00:00:00:00:00:00".len());
+    for byte in bytes {
+        if !text.is_empty() {
+            text.push(':');
+        }
+        text.push(digit(byte >> 4));
+        text.push(digit(byte));
+    }
+    text
+}
+
 fn next_hop_report(next_hop: &NextHop) -> NextHopReport {
-    let mac = |which: fn(Macs) -> [u8; 6]| {
-        let [a, b, c, d, e, f] = next_hop.macs.map(which)?;
-        Some(format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"))
-    };
+    let mac = |which: fn(Macs) -> [u8; 6]| next_hop.macs.map(|macs| mac_text(which(macs)));
     NextHopReport {
         source_mac: mac(|macs| macs.source),
         destination_mac: mac(|macs| macs.destination),

@@ -8,6 +8,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use relay_common::{reason, stream::mode};
 use serde::{Deserialize, Serialize};
 
+use super::address;
 use crate::{
     clock,
     datapath::AttachMode,
@@ -207,10 +208,13 @@ pub struct PairReport {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LegReport {
     /// Where the PBX receives RTP for this leg.
+    #[serde(serialize_with = "address::serialize")]
     pub local: SocketAddr,
     /// Where the phone sends from and receives at.
+    #[serde(serialize_with = "address::serialize")]
     pub remote: SocketAddr,
     /// Where the PBX sends from; differs from `local` on some hosts with several addresses.
+    #[serde(serialize_with = "address::serialize")]
     pub sends_from: SocketAddr,
     /// The PBX's name of the leg, such as `PJSIP/alice-00000001`; none for `api`.
     pub channel: Option<String>,
@@ -222,8 +226,10 @@ pub struct StreamReport {
     /// The leg it comes in on: 0 for the first, 1 for the second.
     pub leg: u8,
     /// The phone that sends it.
+    #[serde(serialize_with = "address::serialize")]
     pub from: SocketAddr,
     /// The phone that gets it.
+    #[serde(serialize_with = "address::serialize")]
     pub to: SocketAddr,
     /// What the datapath does with it.
     pub state: StreamState,
