@@ -21,7 +21,13 @@ pub fn monotonic_now() -> u64 {
 /// The time of day in UTC as RFC 3339 writes it, with milliseconds.
 #[must_use]
 pub fn utc_now() -> String {
-    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+    utc(SystemTime::now())
+}
+
+/// A time of day, written likewise.
+#[must_use]
+pub fn utc(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
 }
 
 /// One moment on two clocks.

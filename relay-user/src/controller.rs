@@ -380,8 +380,9 @@ impl Controller {
                 limit,
                 reply,
             } => {
-                let ids = self.registry.ids_after(after);
-                let reports = ids.filter_map(|id| self.pair_report(id)).take(limit);
+                let now = Now::read();
+                let ids = self.registry.ids_after(after).take(limit);
+                let reports = ids.filter_map(|id| self.registry.report(id, self.state(), now));
                 send(reply, Ok(reports.collect()));
             }
             Command::Show { id, reply } => {
@@ -560,16 +561,17 @@ impl Controller {
     }
 
     /// Publishes what has become of a pair, or of one of its streams.
-    fn tell(&self, id: u64, leg: Option<usize>, kind: TransitionKind, cause: &str) {
+    fn tell(&self, id: u64, leg: Option<usize>, kind: TransitionKind, cause: impl Into<String>) {
+        let cause = cause.into();
         tracing::debug!(pair = id, leg, ?kind, cause, "transition");
-        let call = self.registry.call(id).map(ToString::to_string);
+        let (feed, call) = match self.registry.origin(id) {
+            Some(Origin::Ami { call, .. }) => (Feed::Ami, Some(call.to_string())),
+            Some(Origin::Adopted) => (Feed::Ami, None),
+            Some(Origin::Api) | None => (Feed::Api, None),
+        };
         let subject = Subject {
             pair: Some(id),
-            feed: Some(if self.registry.is_ami(id) {
-                Feed::Ami
-            } else {
-                Feed::Api
-            }),
+            feed: Some(feed),
             call,
             stream: leg.map(|leg| leg as u8),
         };

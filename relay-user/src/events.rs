@@ -4,7 +4,7 @@
 //! latest, and each subscriber reads along at its own pace. One that falls behind by more than is
 //! kept is told how many it missed.
 
-use std::{collections::VecDeque, fmt, sync::Arc};
+use std::{collections::VecDeque, fmt, sync::Arc, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -184,13 +184,42 @@ pub struct EventBus {
     places: Arc<Semaphore>,
 }
 
+/// A transition, as most are: nobody ever reads it, so that its words are not put together yet.
+struct Kept {
+    at: SystemTime,
+    subject: Subject,
+    kind: TransitionKind,
+    cause: String,
+}
+
+impl Kept {
+    fn transition(&self, serial: u64) -> Transition {
+        let Subject {
+            pair,
+            feed,
+            call,
+            stream,
+        } = self.subject.clone();
+        Transition {
+            serial,
+            time: clock::utc(self.at),
+            pair,
+            feed,
+            call,
+            stream,
+            kind: self.kind,
+            cause: self.cause.clone(),
+        }
+    }
+}
+
 /// The latest transitions.
 #[derive(Default)]
 struct Log {
     /// Serial of the latest; 0 before the first.
     last: u64,
     /// Oldest first, without gaps, up to `last`.
-    kept: VecDeque<Transition>,
+    kept: VecDeque<Kept>,
     /// How many of each kind, kept or not, in the order of [`TransitionKind::ALL`].
     counts: [u64; TransitionKind::ALL.len()],
 }
@@ -201,9 +230,10 @@ impl Log {
         self.last - self.kept.len() as u64 + 1
     }
 
-    fn get(&self, serial: u64) -> Option<&Transition> {
+    fn get(&self, serial: u64) -> Option<Transition> {
         let index = serial.checked_sub(self.oldest())?;
-        self.kept.get(usize::try_from(index).ok()?)
+        let kept = self.kept.get(usize::try_from(index).ok()?)?;
+        Some(kept.transition(serial))
     }
 }
 
@@ -219,25 +249,22 @@ impl EventBus {
 
     /// Tells all subscribers, those to come included, as far as [`KEPT`] goes. Never waits for any.
     pub fn publish(&self, subject: Subject, kind: TransitionKind, cause: impl Into<String>) {
-        let time = clock::utc_now();
-        let call = subject.call.map(bounded);
-        let cause = bounded(cause.into());
-        self.log.send_modify(|log| {
+        let kept = Kept {
+            at: SystemTime::now(),
+            subject: Subject {
+                call: subject.call.map(bounded),
+                ..subject
+            },
+            kind,
+            cause: bounded(cause.into()),
+        };
+        self.log.send_modify(move |log| {
             log.last += 1;
             log.counts[kind as usize] += 1;
             if log.kept.len() == KEPT {
                 log.kept.pop_front();
             }
-            log.kept.push_back(Transition {
-                serial: log.last,
-                time,
-                pair: subject.pair,
-                feed: subject.feed,
-                call,
-                stream: subject.stream,
-                kind,
-                cause,
-            });
+            log.kept.push_back(kept);
         });
     }
 
@@ -308,7 +335,7 @@ impl Subscription {
             self.next = oldest;
             return Some(Event::Lagged(Lagged { missed }));
         }
-        let transition = log.get(self.next)?.clone();
+        let transition = log.get(self.next)?;
         self.next += 1;
         Some(Event::Transition(transition))
     }

@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use relay_common::reception::{Reception, clock_of};
 
-use crate::{clock::Now, control::model::ReceptionReport, quality::codec_of};
+use crate::{
+    clock::{self, Now},
+    control::model::ReceptionReport,
+    quality::codec_of,
+};
 
 /// What the figures of a stream say at a time.
 #[must_use]
@@ -26,10 +30,7 @@ pub fn report(reception: &Reception, now: Now) -> ReceptionReport {
         jitter_max_ms: mean.map(|_| milliseconds(reception.jitter_max())),
         clock_rate: reception.clock_rate().filter(|_| heard),
         largest_gap_ms: milliseconds(reception.gap_max()),
-        last_arrival: heard.then(|| {
-            let at = now.wall_time_of(reception.arrival);
-            humantime::format_rfc3339_millis(at).to_string()
-        }),
+        last_arrival: heard.then(|| clock::utc(now.wall_time_of(reception.arrival))),
         ssrc: heard.then(|| format!("{:#010x}", reception.source)),
         ssrc_changes: reception.source_changes.into(),
         payload_type,

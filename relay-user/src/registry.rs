@@ -5,12 +5,14 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    mem,
     net::SocketAddr,
     ops::Bound,
     time::Duration,
 };
 
+use hashbrown::HashMap;
 use relay_common::{
     stream::{
         self, Address, DSCP_KEEP, DSCP_MAP, Endpoint, PAYLOAD_TYPES, PayloadType, State, Stream,
@@ -78,6 +80,17 @@ pub struct Turn {
     pub now: StreamState,
 }
 
+/// How a pair in the datapath's care stands, by the leg that each stream comes in on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Where the state of each stream is.
+    pub slots: [u32; 2],
+    /// What each was when last looked at.
+    pub states: [StreamState; 2],
+    /// Whether Asterisk has to prove it.
+    pub provable: [bool; 2],
+}
+
 /// What holds for every pair of this daemon.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -92,6 +105,22 @@ pub struct Policy {
     /// How often a phone without RTCP is heard of by the PBX, where its timeout is not known; 0 is
     /// never.
     pub keepalive: Duration,
+}
+
+impl Policy {
+    /// Packets in a row that prove a stream of this pair.
+    fn proof_of(&self, pair: &Pair) -> u8 {
+        match pair.proof {
+            Proof::Wire => self.proof,
+            Proof::None => 0,
+        }
+    }
+
+    /// Priority of a pair's packets; none where that is left as it is.
+    fn priority_of(&self, pair: &Pair) -> Option<Priority> {
+        let priority = pair.priority.or(self.priority);
+        priority.and_then(Priority::effective)
+    }
 }
 
 /// Why a pair is not taken. The text names the thing and the remedy.
@@ -288,6 +317,72 @@ struct StreamEntry {
     last: StreamState,
 }
 
+impl Entry {
+    /// A stream of a held pair, as it is to stand in the maps.
+    fn spec(&self, policy: &Policy, id: u64, index: usize) -> Option<StreamSpec> {
+        let Body::Held { pair, streams, .. } = &self.body else {
+            return None;
+        };
+        let stream = &streams[index];
+        let next_hop = match &stream.way.resolution {
+            Resolution::Known(next_hop)
+                if !vlans_differ(streams.each_ref().map(|stream| &stream.way)) =>
+            {
+                next_hop_of(next_hop)
+            }
+            // Its packets are counted as what they are.
+            _ => stream::NextHop::default(),
+        };
+        let (into, out) = (&pair.legs[index], &pair.legs[1 - index]);
+        Some(StreamSpec {
+            source: endpoint(into.remote),
+            local: endpoint(into.local),
+            sends_from: endpoint(into.sends_from),
+            new_source: endpoint(out.sends_from),
+            new_destination: endpoint(out.remote),
+            next_hop,
+            dscp: match policy.dscp {
+                Dscp::Keep => DSCP_KEEP,
+                Dscp::Set(value) => value,
+                Dscp::Map(_) => DSCP_MAP,
+            },
+            slot: stream.slot,
+            keepalive: stream.keepalive,
+            pair: u32::try_from(id).ok()?,
+            is_ami: match self.origin {
+                Origin::Api => false,
+                Origin::Ami { .. } | Origin::Adopted => true,
+            },
+            proof: policy.proof_of(pair),
+            priority: policy.priority_of(pair).map_or(0, Priority::value),
+            own_priority: pair.priority.is_some(),
+        })
+    }
+}
+
+impl StreamEntry {
+    /// Begins a new round, if it is installed. `index` is its leg's.
+    fn start(&mut self, pair: &Pair, index: usize, last_epoch: &mut u32) -> Option<Change> {
+        let spec = self.installed?;
+        // 0 says "taken back".
+        *last_epoch = last_epoch.checked_add(1).unwrap_or(1);
+        let epoch = *last_epoch;
+        self.why = None;
+        Some(if spec.proof == 0 {
+            Change::Offload {
+                slot: spec.slot,
+                epoch,
+                payload_types: payload_types(pair, index),
+            }
+        } else {
+            Change::Watch {
+                slot: spec.slot,
+                epoch,
+            }
+        })
+    }
+}
+
 /// What a watch of a path has told so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Watched {
@@ -310,15 +405,17 @@ impl Registry {
     /// Without pairs.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
+        // To grow when there are many would keep everything else waiting.
+        let most = policy.max_streams as usize;
         Self {
             policy,
             next_id: 1,
             last_epoch: 0,
             entries: BTreeMap::new(),
-            locals: HashMap::new(),
+            locals: HashMap::with_capacity(most),
             calls: HashMap::new(),
-            paths: HashMap::new(),
-            slots: HashMap::new(),
+            paths: HashMap::with_capacity(most),
+            slots: HashMap::with_capacity(most),
             free_slots: (0..policy.max_streams / 2)
                 .map(|couple| 2 * couple)
                 .collect(),
@@ -588,7 +685,7 @@ impl Registry {
         pair: &Pair,
         rtp_timeout: [Option<Duration>; 2],
     ) -> [u16; 2] {
-        if *origin == Origin::Api && self.proof_of(pair) == 0 {
+        if *origin == Origin::Api && self.policy.proof_of(pair) == 0 {
             return [0; 2];
         }
         rtp_timeout.map(|timeout| {
@@ -598,43 +695,32 @@ impl Registry {
         })
     }
 
-    /// Packets in a row that prove a stream of this pair.
-    fn proof_of(&self, pair: &Pair) -> u8 {
-        match pair.proof {
-            Proof::Wire => self.policy.proof,
-            Proof::None => 0,
-        }
-    }
-
-    /// Priority of a pair's packets; none where that is left as it is.
-    fn priority_of(&self, pair: &Pair) -> Option<Priority> {
-        let priority = pair.priority.or(self.policy.priority);
-        priority.and_then(Priority::effective)
-    }
-
     /// Brings the maps in line with what is known of the next hops of a pair.
     ///
     /// Its streams come into the maps together, as soon as one of them can be relayed: each says where
     /// the other's echoes leave.
     fn settle(&mut self, id: u64) -> Vec<Change> {
-        let specs = [0, 1].map(|index| self.spec(id, index));
+        let Some(entry) = self.entries.get_mut(&id) else {
+            return Vec::new();
+        };
+        let specs = [0, 1].map(|index| entry.spec(&self.policy, id, index));
+        let Body::Held { pair, streams, .. } = &mut entry.body else {
+            return Vec::new();
+        };
         if let [Some(one), Some(other)] = specs
             && !one.next_hop.is_known()
             && !other.next_hop.is_known()
-            && self.installed(id, 0).is_none()
+            && streams[0].installed.is_none()
         {
             return Vec::new();
         }
-        let mut changes = Vec::new();
-        let mut begun = Vec::new();
+        let mut changes = Vec::with_capacity(4);
+        let mut begun = Vec::with_capacity(2);
         for (index, spec) in specs.into_iter().enumerate() {
             let Some(spec) = spec else {
                 continue;
             };
-            let before = self
-                .stream_mut(id, index)
-                .and_then(|stream| stream.installed.replace(spec));
-            match before {
+            match streams[index].installed.replace(spec) {
                 // What is in the maps already need not be written again.
                 Some(before) if before == spec => {}
                 Some(_) => changes.push(Change::Update(spec)),
@@ -644,50 +730,10 @@ impl Registry {
                 }
             }
         }
-        changes.extend(begun.into_iter().filter_map(|index| self.start(id, index)));
+        let last_epoch = &mut self.last_epoch;
+        let begin = |index: usize| streams[index].start(pair, index, last_epoch);
+        changes.extend(begun.into_iter().filter_map(begin));
         changes
-    }
-
-    /// A stream of a held pair, as it is to stand in the maps.
-    fn spec(&self, id: u64, index: usize) -> Option<StreamSpec> {
-        let entry = self.entries.get(&id)?;
-        let Body::Held { pair, streams, .. } = &entry.body else {
-            return None;
-        };
-        let stream = &streams[index];
-        let next_hop = match &stream.way.resolution {
-            Resolution::Known(next_hop)
-                if !vlans_differ(streams.each_ref().map(|stream| &stream.way)) =>
-            {
-                next_hop_of(next_hop)
-            }
-            // Its packets are counted as what they are.
-            _ => stream::NextHop::default(),
-        };
-        let (into, out) = (&pair.legs[index], &pair.legs[1 - index]);
-        Some(StreamSpec {
-            source: endpoint(into.remote),
-            local: endpoint(into.local),
-            sends_from: endpoint(into.sends_from),
-            new_source: endpoint(out.sends_from),
-            new_destination: endpoint(out.remote),
-            next_hop,
-            dscp: match self.policy.dscp {
-                Dscp::Keep => DSCP_KEEP,
-                Dscp::Set(value) => value,
-                Dscp::Map(_) => DSCP_MAP,
-            },
-            slot: stream.slot,
-            keepalive: stream.keepalive,
-            pair: u32::try_from(id).ok()?,
-            is_ami: match entry.origin {
-                Origin::Api => false,
-                Origin::Ami { .. } | Origin::Adopted => true,
-            },
-            proof: self.proof_of(pair),
-            priority: self.priority_of(pair).map_or(0, Priority::value),
-            own_priority: pair.priority.is_some(),
-        })
     }
 
     fn stream_mut(&mut self, id: u64, index: usize) -> Option<&mut StreamEntry> {
@@ -699,9 +745,6 @@ impl Registry {
 
     /// Begins a new round with a stream that is installed.
     fn start(&mut self, id: u64, index: usize) -> Option<Change> {
-        // 0 says "taken back".
-        self.last_epoch = self.last_epoch.checked_add(1).unwrap_or(1);
-        let epoch = self.last_epoch;
         let Some(Entry {
             body: Body::Held { pair, streams, .. },
             ..
@@ -709,21 +752,7 @@ impl Registry {
         else {
             return None;
         };
-        let stream = &mut streams[index];
-        let spec = stream.installed?;
-        stream.why = None;
-        Some(if spec.proof == 0 {
-            Change::Offload {
-                slot: spec.slot,
-                epoch,
-                payload_types: payload_types(pair, index),
-            }
-        } else {
-            Change::Watch {
-                slot: spec.slot,
-                epoch,
-            }
-        })
+        streams[index].start(pair, index, &mut self.last_epoch)
     }
 
     /// Begins a new round with the streams of a pair that are taken back or suspended. `state` reads
@@ -772,16 +801,41 @@ impl Registry {
         self.slots.get(&slot).copied()
     }
 
-    /// The streams of a pair that are another thing than when last looked at. `state` reads a slot.
-    pub fn turns(&mut self, id: u64, state: impl Fn(u32) -> State) -> Vec<Turn> {
-        (0..2)
-            .filter_map(|leg| {
-                let stream = self.stream_mut(id, leg)?;
-                let now = stream_state(stream, &state);
-                let before = std::mem::replace(&mut stream.last, now);
-                (before != now).then_some(Turn { pair: id, leg, now })
-            })
-            .collect()
+    /// The streams of a pair that are another thing than when last looked at. `mode` reads a slot.
+    pub fn turns(&mut self, id: u64, mode: impl Fn(u32) -> u32) -> Vec<Turn> {
+        let Some(Entry {
+            body: Body::Held { streams, .. },
+            ..
+        }) = self.entries.get_mut(&id)
+        else {
+            return Vec::new();
+        };
+        let turns = streams.iter_mut().enumerate().filter_map(|(leg, stream)| {
+            let now = stream_state_by(stream, &mode);
+            let before = mem::replace(&mut stream.last, now);
+            (before != now).then_some(Turn { pair: id, leg, now })
+        });
+        turns.collect()
+    }
+
+    /// How a pair stood when last looked at; none unless both of its streams are in the maps and know their
+    /// way.
+    #[must_use]
+    pub fn standing(&self, id: u64) -> Option<Standing> {
+        let entry = self.entries.get(&id)?;
+        let Body::Held { streams, .. } = &entry.body else {
+            return None;
+        };
+        let is_known = |stream: &StreamEntry| matches!(stream.way.resolution, Resolution::Known(_));
+        if !streams.iter().all(is_known) {
+            return None;
+        }
+        let proofs = [streams[0].installed?.proof, streams[1].installed?.proof];
+        Some(Standing {
+            slots: [streams[0].slot, streams[1].slot],
+            states: [streams[0].last, streams[1].last],
+            provable: proofs.map(|proof| proof != 0 && entry.origin != Origin::Api),
+        })
     }
 
     /// A stream as it stands in the maps.
@@ -875,7 +929,7 @@ impl Registry {
             state: PairState::Waiting,
             why: String::new(),
         };
-        let Body::Held { pair, streams, .. } = std::mem::replace(&mut entry.body, aside) else {
+        let Body::Held { pair, streams, .. } = mem::replace(&mut entry.body, aside) else {
             return Vec::new();
         };
         let mut changes = Vec::new();
@@ -954,6 +1008,12 @@ impl Registry {
         };
         self.calls.insert(call.clone(), id);
         Some(id)
+    }
+
+    /// Where a pair comes from.
+    #[must_use]
+    pub fn origin(&self, id: u64) -> Option<&Origin> {
+        Some(&self.entries.get(&id)?.origin)
     }
 
     /// The call of a pair that AMI fed.
@@ -1038,7 +1098,8 @@ impl Registry {
             return None;
         };
         let stream = &streams[leg];
-        why_not(stream, stream_state(stream, &state), &state(stream.slot))
+        let state = state(stream.slot);
+        why_not(stream, stream_state(stream, &|_| state), &state)
     }
 
     /// Pairs by state. `state` reads a slot.
@@ -1047,7 +1108,7 @@ impl Registry {
         for entry in self.entries.values() {
             census.pairs += 1;
             if let Body::Held { pair, streams, .. } = &entry.body {
-                census.unproven += u64::from(self.proof_of(pair) == 0);
+                census.unproven += u64::from(self.policy.proof_of(pair) == 0);
                 for stream in streams.iter() {
                     census.stream_states.count(stream_state(stream, &state));
                 }
@@ -1147,7 +1208,7 @@ impl Registry {
                 })
                 .collect(),
             proof: pair.map_or_else(Proof::default, |pair| pair.proof),
-            priority: pair.and_then(|pair| self.priority_of(pair)),
+            priority: pair.and_then(|pair| self.policy.priority_of(pair)),
             payload_types: self.payload_types_of(&entry.body, &state),
             streams,
         })
@@ -1163,7 +1224,7 @@ impl Registry {
                     .map_or_else(Vec::new, |pair| pair.payload_types.clone());
             }
         };
-        if self.proof_of(pair) == 0 {
+        if self.policy.proof_of(pair) == 0 {
             return pair.payload_types.clone();
         }
         let mut all = Vec::new();
@@ -1283,13 +1344,14 @@ fn summary(body: &Body, state: &impl Fn(u32) -> State) -> (PairState, Option<Str
 }
 
 fn stream_state(stream: &StreamEntry, state: &impl Fn(u32) -> State) -> StreamState {
-    let (Some(spec), Resolution::Known(_)) = (stream.installed, &stream.way.resolution) else {
-        return StreamState::Waiting;
-    };
-    match state(spec.slot).mode() {
-        mode::OFFLOADED => StreamState::Offloaded,
-        mode::SUSPENDED => StreamState::Suspended,
-        _ => StreamState::Watching,
+    stream_state_by(stream, &|slot| state(slot).mode())
+}
+
+/// The same where `mode` reads no more of a slot.
+fn stream_state_by(stream: &StreamEntry, mode: &impl Fn(u32) -> u32) -> StreamState {
+    match (&stream.installed, &stream.way.resolution) {
+        (Some(spec), Resolution::Known(_)) => StreamState::of_mode(mode(spec.slot)),
+        _ => StreamState::Waiting,
     }
 }
 
@@ -1439,11 +1501,22 @@ fn next_hop_of(next_hop: &NextHop) -> stream::NextHop {
     }
 }
 
+/// Without the formatting machinery: a long list has four for each pair.
+fn mac_text(bytes: [u8; 6]) -> String {
+    let digit = |value: u8| char::from(b"0123456789abcdef"[usize::from(value & 0xf)]);
+    let mut text = String::with_capacity("00:00:00:00:00:00".len());
+    for byte in bytes {
+        if !text.is_empty() {
+            text.push(':');
+        }
+        text.push(digit(byte >> 4));
+        text.push(digit(byte));
+    }
+    text
+}
+
 fn next_hop_report(next_hop: &NextHop) -> NextHopReport {
-    let mac = |which: fn(Macs) -> [u8; 6]| {
-        let [a, b, c, d, e, f] = next_hop.macs.map(which)?;
-        Some(format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"))
-    };
+    let mac = |which: fn(Macs) -> [u8; 6]| next_hop.macs.map(|macs| mac_text(which(macs)));
     NextHopReport {
         source_mac: mac(|macs| macs.source),
         destination_mac: mac(|macs| macs.destination),
@@ -1870,12 +1943,15 @@ mod tests {
             suspended: if slot == one { first } else { 0 },
             ..State::default()
         };
-        let turns = registry.turns(id, state);
+        let turns = registry.turns(id, |slot| state(slot).mode());
         assert_eq!(
             turns.iter().map(|turn| turn.now).collect::<Vec<_>>(),
             [StreamState::Suspended, StreamState::Offloaded]
         );
-        assert!(registry.turns(id, state).is_empty(), "told once");
+        assert!(
+            registry.turns(id, |slot| state(slot).mode()).is_empty(),
+            "told once"
+        );
         registry.explain(id, "talk-back");
         let report = registry.report(id, state, at(0)).expect("report");
         assert_eq!(report.why.as_deref(), Some("talk-back"));

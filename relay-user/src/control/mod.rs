@@ -3,6 +3,7 @@
 //! HTTP/1.1 with JSON over a Unix socket; `docs/api.md` is its description. The server only turns
 //! requests into [`Command`]s; whoever owns the registry and the maps answers them.
 
+mod address;
 pub mod client;
 pub(crate) mod connection;
 pub mod model;

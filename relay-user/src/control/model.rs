@@ -5,9 +5,10 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use relay_common::reason;
+use relay_common::{reason, stream::mode};
 use serde::{Deserialize, Serialize};
 
+use super::address;
 use crate::{
     clock,
     datapath::AttachMode,
@@ -137,6 +138,17 @@ pub enum StreamState {
     Suspended,
 }
 
+impl StreamState {
+    /// Of a stream in the maps that is in this [`mode`].
+    pub(crate) const fn of_mode(mode: u32) -> Self {
+        match mode {
+            mode::OFFLOADED => Self::Offloaded,
+            mode::SUSPENDED => Self::Suspended,
+            _ => Self::Watching,
+        }
+    }
+}
+
 /// How many streams there are of each [`StreamState`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamStates {
@@ -196,10 +208,13 @@ pub struct PairReport {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LegReport {
     /// Where the PBX receives RTP for this leg.
+    #[serde(serialize_with = "address::serialize")]
     pub local: SocketAddr,
     /// Where the phone sends from and receives at.
+    #[serde(serialize_with = "address::serialize")]
     pub remote: SocketAddr,
     /// Where the PBX sends from; differs from `local` on some hosts with several addresses.
+    #[serde(serialize_with = "address::serialize")]
     pub sends_from: SocketAddr,
     /// The PBX's name of the leg, such as `PJSIP/alice-00000001`; none for `api`.
     pub channel: Option<String>,
@@ -211,8 +226,10 @@ pub struct StreamReport {
     /// The leg it comes in on: 0 for the first, 1 for the second.
     pub leg: u8,
     /// The phone that sends it.
+    #[serde(serialize_with = "address::serialize")]
     pub from: SocketAddr,
     /// The phone that gets it.
+    #[serde(serialize_with = "address::serialize")]
     pub to: SocketAddr,
     /// What the datapath does with it.
     pub state: StreamState,

@@ -298,9 +298,12 @@ async fn list_all(api: Arc<Api>) -> Response {
 /// Pairs in a part of a list.
 const PART: usize = 1000;
 
+/// What those mostly take.
+const PART_BYTES: usize = 2 * PART * 1024;
+
 /// Pairs as they stand in a list: each on a line of its own, for those who read it without a program.
 fn part(pairs: &[PairReport], begun: bool) -> Result<Bytes, ApiError> {
-    let mut text = Vec::new();
+    let mut text = Vec::with_capacity(PART_BYTES);
     if !begun {
         text.extend_from_slice(b"{\"pairs\":[");
     }

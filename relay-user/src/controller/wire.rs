@@ -1,7 +1,7 @@
 //! What the wire tells: the datapath's events, the states in its map, and the questions that follow.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     ops::Bound,
     time::{Duration, Instant},
@@ -13,11 +13,12 @@ use super::{Controller, ControllerError, TICK, kind_of};
 use crate::{
     ami::FeedCommand,
     clock,
-    control::model::PairState,
+    control::model::{PairState, StreamState},
+    datapath::Pulse,
     events::TransitionKind,
     pair::Pair,
     reception::Sample,
-    registry::{Origin, Turn},
+    registry::{Origin, Standing, Turn},
 };
 
 /// How often the states of all streams are looked at, for what no event told.
@@ -29,6 +30,9 @@ const PARTS: usize = (LOOK.as_millis() / TICK.as_millis()) as usize;
 /// Longest time that a part takes, so that most of it is left for everything else. With more pairs than can be looked at
 /// in it, each is looked at less often.
 const LONGEST_PART: Duration = Duration::from_millis(50);
+
+/// Pairs between two looks at the clock.
+const STRIDE: usize = 64;
 
 /// The first wait before a pair is asked about again; doubled each time.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
@@ -46,6 +50,8 @@ const FORGIVEN: Duration = Duration::from_secs(60);
 #[derive(Default)]
 pub(super) struct Watch {
     pairs: BTreeMap<u64, Vigil>,
+    /// Those that have something to ask, now or later, and some that had.
+    asking: BTreeSet<u64>,
     /// The pair that was looked at last.
     looked: Option<u64>,
     /// When the first of all was.
@@ -69,7 +75,7 @@ struct Vigil {
     /// Streams whose silence was told of, by leg.
     silent: [bool; 2],
     /// Entries of the maps that look for a stream at any local address, by leg.
-    scouts: [Option<StreamSpec>; 2],
+    scouts: [Option<Box<StreamSpec>>; 2],
     /// The last look at a stream whose clock rate is not known, by leg.
     samples: [Option<Sample>; 2],
 }
@@ -88,29 +94,45 @@ impl Watch {
                 strangers: 0,
                 stranger_told: None,
                 silent: [false; 2],
-                scouts: [None; 2],
+                scouts: [None, None],
                 samples: [None; 2],
             },
         );
     }
 
-    /// One pair after the other, and the first again once [`LOOK`] is over.
-    fn next_to_look_at(&mut self, now: Instant) -> Option<u64> {
-        let later = |looked| (Bound::Excluded(looked), Bound::Unbounded);
-        let next = self.looked.and_then(|looked| {
-            let (id, _) = self.pairs.range(later(looked)).next()?;
-            Some(*id)
-        });
-        if next.is_some() {
-            self.looked = next;
-            return next;
+    /// The next so many pairs, one after the other, and the first again once [`LOOK`] is over; fewer, or none,
+    /// before that.
+    fn next_to_look_at(&mut self, now: Instant, count: usize) -> Vec<u64> {
+        let ids = |from| {
+            let pairs = self.pairs.range((from, Bound::Unbounded));
+            pairs.map(|(id, _)| *id).take(count).collect::<Vec<_>>()
+        };
+        let mut next = self.looked.map(Bound::Excluded).map_or(Vec::new(), ids);
+        if next.is_empty() && self.round.is_none_or(|began| now >= began + LOOK) {
+            next = ids(Bound::Unbounded);
+            self.round = next.first().map(|_| now).or(self.round);
         }
-        if self.round.is_some_and(|began| now < began + LOOK) {
-            return None;
+        self.looked = next.last().copied().or(self.looked);
+        next
+    }
+
+    /// Changes when a pair asks.
+    fn ask(&mut self, id: u64, change: impl FnOnce(&mut Vigil)) {
+        if let Some(vigil) = self.pairs.get_mut(&id) {
+            change(vigil);
+            if vigil.ask_at.is_some() {
+                self.asking.insert(id);
+            }
         }
-        let (first, _) = self.pairs.first_key_value()?;
-        (self.looked, self.round) = (Some(*first), Some(now));
-        self.looked
+    }
+
+    /// Pairs whose time to ask has come.
+    fn due(&mut self, now: Instant) -> Vec<u64> {
+        let pairs = &self.pairs;
+        let ask_at = |id: &u64| pairs.get(id).and_then(|vigil| vigil.ask_at);
+        self.asking.retain(|id| ask_at(id).is_some());
+        let due = |id: &&u64| ask_at(id).is_some_and(|at| now >= at);
+        self.asking.iter().filter(due).copied().collect()
     }
 
     /// A pair is no longer in its care. Returns what is left of it in the maps.
@@ -120,6 +142,7 @@ impl Watch {
             .into_iter()
             .flat_map(|vigil| vigil.scouts)
             .flatten()
+            .map(|scout| *scout)
             .collect()
     }
 }
@@ -134,7 +157,49 @@ fn wait(times: u32) -> Duration {
     }
 }
 
+/// For how long nothing has come from a phone, of a pair that is watched for a time of `age`.
+fn silence_of(last_seen: u32, ticks: u32, age: Duration) -> Duration {
+    if last_seen == 0 {
+        return age;
+    }
+    // The datapath's clock may be a tick ahead.
+    let ticks = ticks.wrapping_sub(last_seen) as i32;
+    Duration::from_nanos((ticks.max(0) as u64) << 20).min(age)
+}
+
 impl Vigil {
+    /// Whether a look would lead to nothing: the streams are what they were, and heard as they were. `limits` are
+    /// those of silence and of expiry.
+    fn goes_on(
+        &self,
+        standing: &Standing,
+        pulses: &[Pulse; 2],
+        now: Instant,
+        ticks: u32,
+        limits: [Duration; 2],
+    ) -> bool {
+        let age = now.saturating_duration_since(self.since);
+        let [silence, expire] = limits;
+        let is_lost =
+            age >= LOOK && (0..2).any(|leg| standing.provable[leg] && is_lost(&pulses[leg]));
+        (0..2).all(|leg| {
+            let (pulse, provable) = (&pulses[leg], standing.provable[leg]);
+            let silence_limit = match standing.states[leg] {
+                StreamState::Offloaded => silence.min(expire),
+                // A call is Asterisk's to end, however silent.
+                StreamState::Watching if provable => Duration::MAX,
+                StreamState::Watching => expire,
+                StreamState::Waiting | StreamState::Suspended => return false,
+            };
+            StreamState::of_mode(pulse.mode) == standing.states[leg]
+                && silence_of(pulse.last_seen, ticks, age) < silence_limit
+                && is_lost == self.scouts[leg].is_some()
+                && !self.silent[leg]
+                && self.samples[leg].is_none()
+                && Sample::of(&pulse.reception).is_none()
+        })
+    }
+
     fn ask(&mut self, at: Instant) {
         self.ask_at = Some(self.ask_at.map_or(at, |earlier| earlier.min(at)));
     }
@@ -207,13 +272,13 @@ impl Controller {
             }
             event::UNEXPECTED_SOURCE => {
                 let mut is_news = false;
-                if let Some(vigil) = self.wire.pairs.get_mut(&id) {
+                self.wire.ask(id, |vigil| {
                     vigil.stranger(now);
                     is_news = vigil.stranger_told.is_none_or(|told| now >= told + LOOK);
                     if is_news {
                         vigil.stranger_told = Some(now);
                     }
-                }
+                });
                 if is_news {
                     let cause = format!("a packet came from {address}");
                     self.tell(id, Some(leg), TransitionKind::UnexpectedSource, &cause);
@@ -245,16 +310,14 @@ impl Controller {
         tracing::info!(pair = id, cause, "suspended");
         self.registry.explain(id, cause);
         self.notice(id);
-        if let Some(vigil) = self.wire.pairs.get_mut(&id) {
-            vigil.relapse(now);
-        }
+        self.wire.ask(id, |vigil| vigil.relapse(now));
         self.ask_what_is_due(id, now).await
     }
 
     /// Publishes how the streams of a pair have changed since they were last looked at.
     pub(super) fn notice(&mut self, id: u64) {
         let datapath = &self.datapath;
-        for turn in self.registry.turns(id, |slot| datapath.state(slot)) {
+        for turn in self.registry.turns(id, |slot| datapath.pulse(slot).mode) {
             self.tell_turn(&turn);
         }
     }
@@ -276,36 +339,46 @@ impl Controller {
             cause.to_owned()
         });
         if let Some(kind) = kind_of(turn.now) {
-            self.tell(id, Some(leg), kind, &cause);
+            self.tell(id, Some(leg), kind, cause);
         }
     }
 
     /// Looks at every stream once a second, part by part, and at what is due more often.
     pub(super) async fn look(&mut self, now: Instant) -> Result<(), ControllerError> {
-        let due: Vec<_> = self
-            .wire
-            .pairs
-            .iter()
-            .filter(|(_, vigil)| vigil.ask_at.is_some_and(|at| now >= at))
-            .map(|(id, _)| *id)
-            .collect();
-        for id in due {
+        for id in self.wire.due(now) {
             self.ask_what_is_due(id, now).await?;
         }
         let begin = Instant::now();
-        for _ in 0..self.wire.pairs.len().div_ceil(PARTS) {
-            let Some(id) = self.wire.next_to_look_at(now) else {
+        let mut left = self.wire.pairs.len().div_ceil(PARTS);
+        while left > 0 && begin.elapsed() <= LONGEST_PART {
+            let ids = self.wire.next_to_look_at(now, left.min(STRIDE));
+            if ids.is_empty() {
                 break;
-            };
-            self.look_at(id, now).await?;
-            if begin.elapsed() > LONGEST_PART {
-                break;
+            }
+            left -= ids.len();
+            let ticks = ticks(clock::monotonic_now());
+            for id in ids {
+                if !self.goes_on(id, now, ticks) {
+                    self.look_at(id, now, ticks).await?;
+                }
             }
         }
         Ok(())
     }
 
-    async fn look_at(&mut self, id: u64, now: Instant) -> Result<(), ControllerError> {
+    /// Whether a look at a pair would lead to nothing, as with most pairs most of the time. It takes a few
+    /// words of memory to tell.
+    fn goes_on(&self, id: u64, now: Instant, ticks: u32) -> bool {
+        let (Some(vigil), Some(standing)) = (self.wire.pairs.get(&id), self.registry.standing(id))
+        else {
+            return false;
+        };
+        let pulses = standing.slots.map(|slot| self.datapath.pulse(slot));
+        let (silence, expire) = (self.settings.silence, self.settings.expire);
+        vigil.goes_on(&standing, &pulses, now, ticks, [silence, expire])
+    }
+
+    async fn look_at(&mut self, id: u64, now: Instant, ticks: u32) -> Result<(), ControllerError> {
         let read = [0, 1].map(|leg| {
             let spec = self.registry.installed(id, leg)?;
             Some((spec, self.datapath.state(spec.slot)))
@@ -315,14 +388,13 @@ impl Controller {
             let read = read.iter().flatten().find(|(spec, _)| spec.slot == slot);
             read.map_or_else(State::default, |(_, state)| *state)
         };
-        for turn in self.registry.turns(id, state) {
+        for turn in self.registry.turns(id, |slot| state(slot).mode()) {
             self.tell_turn(&turn);
         }
         let Some(vigil) = self.wire.pairs.get(&id) else {
             return Ok(());
         };
         let age = now.saturating_duration_since(vigil.since);
-        let now_ticks = ticks(clock::monotonic_now());
         let mut silence = [age; 2];
         let mut offloaded = [false; 2];
         let mut suspended = [false; 2];
@@ -337,19 +409,19 @@ impl Controller {
                 // The datapath does not look at its packets.
                 silence[leg] = Duration::ZERO;
                 suspended[leg] = true;
-            } else if state.last_seen != 0 {
-                // The datapath's clock may be a tick ahead.
-                let ticks = now_ticks.wrapping_sub(state.last_seen) as i32;
-                silence[leg] = Duration::from_nanos((ticks.max(0) as u64) << 20).min(age);
+            } else {
+                silence[leg] = silence_of(state.last_seen, ticks, age);
             }
         }
         // The event that would have led to a question is lost, or its answer came at a wrong moment.
-        if suspended.contains(&true)
-            && let Some(vigil) = self.wire.pairs.get_mut(&id)
-            && vigil.ask_at.is_none()
-            && vigil.asked.is_none_or(|asked| now >= asked + UNANSWERED)
-        {
-            vigil.relapse(now);
+        if suspended.contains(&true) {
+            self.wire.ask(id, |vigil| {
+                if vigil.ask_at.is_none()
+                    && vigil.asked.is_none_or(|asked| now >= asked + UNANSWERED)
+                {
+                    vigil.relapse(now);
+                }
+            });
         }
         for leg in (0..2).filter(|leg| !suspended[*leg]) {
             self.tell_of_silence(id, leg, silence[leg], offloaded[leg]);
@@ -369,9 +441,10 @@ impl Controller {
             && read
                 .iter()
                 .flatten()
-                .any(|(spec, state)| spec.proof != 0 && is_lost(state));
+                .any(|(spec, state)| spec.proof != 0 && is_lost(&Pulse::of(state)));
         if !is_lost {
-            let scouts: Vec<_> = vigil.scouts.iter_mut().filter_map(Option::take).collect();
+            let scouts = vigil.scouts.iter_mut().filter_map(Option::take);
+            let scouts: Vec<_> = scouts.map(|scout| *scout).collect();
             self.withdraw(&scouts);
             return;
         }
@@ -381,7 +454,7 @@ impl Controller {
                 anywhere.local.address = Address::default();
                 anywhere.sends_from = anywhere.local;
                 match self.datapath.install(&anywhere) {
-                    Ok(()) => *scout = Some(anywhere),
+                    Ok(()) => *scout = Some(Box::new(anywhere)),
                     Err(error) => tracing::debug!(pair = id, %error, "no scout"),
                 }
             }
@@ -490,9 +563,7 @@ impl Controller {
                 self.tell(id, Some(leg), TransitionKind::Expired, &why());
                 self.apply(vec![change]).await?;
                 self.notice(id);
-                if let Some(vigil) = self.wire.pairs.get_mut(&id) {
-                    vigil.ask(Instant::now());
-                }
+                self.wire.ask(id, |vigil| vigil.ask(Instant::now()));
             }
         }
         Ok(())
@@ -500,9 +571,7 @@ impl Controller {
 
     /// Asks about a pair as soon as possible.
     pub(super) async fn ask_now(&mut self, id: u64, now: Instant) -> Result<(), ControllerError> {
-        if let Some(vigil) = self.wire.pairs.get_mut(&id) {
-            vigil.ask(now);
-        }
+        self.wire.ask(id, |vigil| vigil.ask(now));
         self.ask_what_is_due(id, now).await
     }
 
@@ -549,34 +618,133 @@ impl Controller {
 }
 
 /// Whether a stream is not seen where it should come in, or its echoes where they should leave.
-const fn is_lost(state: &State) -> bool {
-    let is_heard = state.last_seen != 0;
-    let is_answered = state.echoed != 0 || state.unequal != 0;
-    !is_heard || state.noted != 0 && !is_answered
+const fn is_lost(pulse: &Pulse) -> bool {
+    pulse.last_seen == 0 || !pulse.is_answered
 }
 
 #[cfg(test)]
 mod tests {
+    use relay_common::{
+        reception::Reception,
+        stream::{Stream, StreamKey},
+    };
+    use zerocopy::FromZeros as _;
+
     use super::*;
 
     #[test]
     fn pairs_are_looked_at_in_turn_and_none_too_soon() {
         let (start, mut watch) = (Instant::now(), Watch::default());
-        assert_eq!(watch.next_to_look_at(start), None);
+        assert!(watch.next_to_look_at(start, 1).is_empty());
         for id in [2, 5, 9] {
             watch.begin(id, start);
         }
-        // As many as there are answers.
-        fn look<const N: usize>(watch: &mut Watch, now: Instant) -> [Option<u64>; N] {
-            [(); N].map(|()| watch.next_to_look_at(now))
-        }
         let round = start + LOOK;
-        assert_eq!(look(&mut watch, round), [Some(2), Some(5)]);
+        assert_eq!(watch.next_to_look_at(round, 2), [2, 5]);
         watch.end(5);
         watch.begin(7, start);
-        assert_eq!(look(&mut watch, round + TICK), [Some(7), Some(9), None]);
+        assert_eq!(watch.next_to_look_at(round + TICK, 3), [7, 9]);
+        assert!(watch.next_to_look_at(round + TICK, 1).is_empty());
         watch.begin(10, start);
-        assert_eq!(look(&mut watch, round + 2 * TICK), [Some(10), None]);
-        assert_eq!(look(&mut watch, round + LOOK), [Some(2), Some(7)]);
+        assert_eq!(watch.next_to_look_at(round + 2 * TICK, 2), [10]);
+        assert!(watch.next_to_look_at(round + 2 * TICK, 1).is_empty());
+        assert_eq!(watch.next_to_look_at(round + LOOK, 2), [2, 7]);
+    }
+
+    #[test]
+    fn pairs_ask_when_their_time_has_come() {
+        let (start, mut watch) = (Instant::now(), Watch::default());
+        for id in [1, 2, 3] {
+            watch.begin(id, start);
+        }
+        watch.ask(2, |vigil| vigil.ask(start + TICK));
+        watch.ask(3, |vigil| vigil.ask(start));
+        watch.ask(4, |vigil| vigil.ask(start));
+        assert_eq!(watch.due(start), [3]);
+        watch.ask(3, |vigil| vigil.ask_at = None);
+        assert_eq!(watch.due(start + TICK), [2]);
+        watch.end(2);
+        assert!(watch.due(start + TICK).is_empty());
+        assert!(watch.asking.is_empty());
+    }
+
+    /// Looks for any stream.
+    fn scout() -> Box<StreamSpec> {
+        let key = StreamKey::new(Address::default(), 0);
+        Box::new(Stream::new_zeroed().spec(&key))
+    }
+
+    /// A pair that was seen a second ago, and whether a look at it would lead to nothing.
+    fn goes_on(change: impl FnOnce(&mut Vigil, &mut Standing, &mut [Pulse; 2])) -> bool {
+        let now = Instant::now();
+        let mut watch = Watch::default();
+        watch.begin(1, now);
+        let mut vigil = watch.pairs.remove(&1).expect("begun");
+        let mut standing = Standing {
+            slots: [0, 1],
+            states: [StreamState::Offloaded; 2],
+            provable: [true; 2],
+        };
+        const TICKS: u32 = 1_000_000;
+        let reception = Reception {
+            packets: 100,
+            payload_type: 0,
+            ..Reception::default()
+        };
+        let mut pulses = [Pulse {
+            mode: mode::OFFLOADED,
+            last_seen: TICKS - 20,
+            is_answered: true,
+            reception,
+        }; 2];
+        change(&mut vigil, &mut standing, &mut pulses);
+        let limits = [Duration::from_secs(10), Duration::from_secs(60)];
+        let later = now + Duration::from_secs(100);
+        vigil.goes_on(&standing, &pulses, later, TICKS, limits)
+    }
+
+    #[test]
+    fn nothing_is_to_be_done_for_streams_that_go_on() {
+        assert!(goes_on(|_, _, _| {}));
+        // The PBX forwards one of them still.
+        assert!(goes_on(|_, standing, pulses| {
+            standing.states[1] = StreamState::Watching;
+            pulses[1].mode = mode::WATCHING;
+        }));
+        // Heard never, and looked for at other addresses already.
+        assert!(goes_on(|vigil, standing, pulses| {
+            standing.states[0] = StreamState::Watching;
+            (pulses[0].mode, pulses[0].last_seen) = (mode::WATCHING, 0);
+            pulses[0].reception = Reception::default();
+            vigil.scouts = [0, 1].map(|_| Some(scout()));
+        }));
+    }
+
+    #[test]
+    fn whatever_changes_is_looked_at() {
+        // It was suspended, or is proven, or was told of as suspended.
+        assert!(!goes_on(|_, _, pulses| pulses[0].mode = mode::SUSPENDED));
+        assert!(!goes_on(|_, standing, _| {
+            standing.states[1] = StreamState::Watching;
+        }));
+        assert!(!goes_on(|_, standing, pulses| {
+            standing.states[1] = StreamState::Suspended;
+            pulses[1].mode = mode::SUSPENDED;
+        }));
+        // It falls silent, or speaks again.
+        assert!(!goes_on(|_, _, pulses| pulses[1].last_seen -= 20_000));
+        assert!(!goes_on(|vigil, _, _| vigil.silent[1] = true));
+        // Its clock is not known, or was not.
+        assert!(!goes_on(|_, _, pulses| {
+            pulses[0].reception.payload_type = 96;
+        }));
+        assert!(!goes_on(|vigil, _, pulses| {
+            let mut earlier = pulses[0].reception;
+            earlier.payload_type = 96;
+            vigil.samples[0] = Sample::of(&earlier);
+        }));
+        // It is to be looked for elsewhere, or no longer.
+        assert!(!goes_on(|_, _, pulses| pulses[0].is_answered = false));
+        assert!(!goes_on(|vigil, _, _| vigil.scouts[0] = Some(scout())));
     }
 }

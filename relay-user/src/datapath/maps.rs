@@ -13,8 +13,11 @@ use aya::{
 use aya_obj::Object;
 use memmap2::{MmapOptions, MmapRaw};
 use nix::libc;
-use relay_common::stream::{
-    Control, Counter, DscpMap, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
+use relay_common::{
+    reception::Reception,
+    stream::{
+        Control, Counter, DscpMap, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, mode,
+    },
 };
 
 use super::{DatapathError, load::OBJECT, names};
@@ -218,6 +221,31 @@ pub(super) fn mapped(
     memory.map_err(|source| DatapathError::Mmap { map: name, source })
 }
 
+/// As much of a [`State`] as a look at a stream that simply goes on takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pulse {
+    /// [`State::mode`].
+    pub(crate) mode: u32,
+    /// [`State::last_seen`].
+    pub(crate) last_seen: u32,
+    /// Whether something came out of the PBX, if anything went in.
+    pub(crate) is_answered: bool,
+    /// [`State::reception`].
+    pub(crate) reception: Reception,
+}
+
+impl Pulse {
+    /// Of a state that was read whole.
+    pub(crate) const fn of(state: &State) -> Self {
+        Self {
+            mode: state.mode(),
+            last_seen: state.last_seen,
+            is_answered: state.noted == 0 || state.echoed != 0 || state.unequal != 0,
+            reception: state.reception,
+        }
+    }
+}
+
 /// `STATE`, mapped into memory: reading 100,000 streams costs no system call.
 pub(super) struct StateMap {
     memory: MmapRaw,
@@ -286,6 +314,24 @@ impl StateMap {
         // SAFETY: inside the mapping. No entry of a map names the slot yet, so that the datapath
         // does not touch it.
         unsafe { self.slot(slot).write_volatile(State::default()) };
+    }
+
+    pub(super) fn pulse(&self, slot: u32) -> Pulse {
+        let state: *const State = self.slot(slot);
+        // SAFETY: inside the mapping, and as in `read`.
+        unsafe {
+            let epoch = (&raw const (*state).epoch).read_volatile();
+            let proven = (&raw const (*state).proven).read_volatile();
+            let suspended = (&raw const (*state).suspended).read_volatile();
+            Pulse {
+                mode: mode::of(epoch, proven, suspended),
+                last_seen: (&raw const (*state).last_seen).read_volatile(),
+                is_answered: (&raw const (*state).noted).read_volatile() == 0
+                    || (&raw const (*state).echoed).read_volatile() != 0
+                    || (&raw const (*state).unequal).read_volatile() != 0,
+                reception: (&raw const (*state).reception).read_volatile(),
+            }
+        }
     }
 
     pub(super) fn read(&self, slot: u32) -> State {

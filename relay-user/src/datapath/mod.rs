@@ -30,6 +30,7 @@ use relay_common::{
 };
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::maps::Pulse;
 use self::{
     attachment::RelayAttachment,
     maps::{KEY, Maps, VALUE, removed, total},
@@ -506,6 +507,11 @@ impl Datapath {
     #[must_use]
     pub fn state(&self, slot: u32) -> State {
         self.maps.state.read(slot)
+    }
+
+    /// As much of that as tells whether a stream goes on as before.
+    pub(crate) fn pulse(&self, slot: u32) -> Pulse {
+        self.maps.state.pulse(slot)
     }
 
     /// Packets and bytes by reason, all CPUs together.

@@ -2,11 +2,13 @@
 //! resolver asks what is due, asks the kernel, and brings the answers.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::{Duration, Instant},
 };
+
+use hashbrown::{HashMap, HashSet};
 
 use super::{
     MAX_VLAN_TAGS, Macs, NextHop, NextHopError, Path, Resolution,
