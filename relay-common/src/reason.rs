@@ -7,7 +7,7 @@ macro_rules! reasons {
         ///
         /// Append only: the number indexes the `COUNTERS` map, the name is the metric label.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[repr(u32)]
+        #[repr(u8)]
         pub enum Reason {
             $($(#[doc = $doc])* $variant = $number,)*
         }

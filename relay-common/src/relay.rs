@@ -9,7 +9,7 @@ use crate::{
     proof::{note, renumbered, suspend},
     reason::{Reason, Verdict},
     reception::{Arrival, receive},
-    rewrite::{Rewrite, rewrite},
+    rewrite::rewrite,
     state::{load, store},
     stream::{
         Address, Control, Event, State, Stream, StreamKey, event, leg_of, mode, opposite, ticks,
@@ -196,7 +196,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
         mode,
     };
     let reason = match plan(packet, parsed, stream, state, at, &rtp, &moment) {
-        Ok(plan) => match rewrite(packet, parsed, stream, &plan, tables) {
+        Ok(to) => match rewrite(packet, parsed, stream, rtp.marker_type, to, tables) {
             Ok(()) => {
                 account(state, bytes);
                 return Ok(());
@@ -398,7 +398,7 @@ pub(crate) const fn is_report_due(reported: u32, now_ticks: u32) -> bool {
     reported == 0 || now_ticks.wrapping_sub(reported) >= REPORT_INTERVAL
 }
 
-/// How to rewrite the packet, or why it is Asterisk's.
+/// The marker and payload type to send the packet with, or why it is Asterisk's.
 #[inline(always)]
 fn plan<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
@@ -408,7 +408,7 @@ fn plan<N: Network, P: Packet + ?Sized>(
     at: usize,
     rtp: &RtpFields,
     moment: &Moment,
-) -> Result<Rewrite, Reason> {
+) -> Result<u8, Reason> {
     // The stack takes it apart again. Its echoes will be none of what is noted of it.
     if packet.is_aggregate() {
         return Err(Reason::Aggregate);
@@ -416,7 +416,7 @@ fn plan<N: Network, P: Packet + ?Sized>(
     if moment.mode == mode::WATCHING {
         return Err(Reason::Watching);
     }
-    let plan = validate(packet, parsed, stream, state, at, rtp)?;
+    let marker_type = validate(packet, parsed, stream, state, at, rtp)?;
     if is_keepalive_due(stream, state, moment) {
         return Err(Reason::Keepalive);
     }
@@ -432,7 +432,7 @@ fn plan<N: Network, P: Packet + ?Sized>(
             return Err(Reason::AwaitingEcho);
         }
     }
-    Ok(plan)
+    Ok(marker_type)
 }
 
 /// Whether the PBX has heard nothing of the phone for too long. A phone that sends RTCP is heard:
@@ -465,7 +465,8 @@ fn is_unanswered(state: *mut State, reason: Reason) -> bool {
     unanswered > UNANSWERED_MAX
 }
 
-/// Everything about the packet that could make it Asterisk's, before a byte of it changes.
+/// Everything about the packet that could make it Asterisk's, before a byte of it changes. Returns the
+/// marker and payload type to send it with.
 #[inline(always)]
 fn validate<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
@@ -474,7 +475,7 @@ fn validate<N: Network, P: Packet + ?Sized>(
     state: *mut State,
     at: usize,
     rtp: &RtpFields,
-) -> Result<Rewrite, Reason> {
+) -> Result<u8, Reason> {
     const PADDING: u8 = 0x20;
     // ast_rtp_interpret() in res_rtp_asterisk.c shortens the packet and leaves the bit set.
     if rtp.version_count & PADDING != 0 {
@@ -500,10 +501,7 @@ fn validate<N: Network, P: Packet + ?Sized>(
     if depth != 0 && depth != parsed.vlan_depth {
         return Err(Reason::VlanMismatch);
     }
-    Ok(Rewrite {
-        marker_type: rtp.marker_type,
-        new_marker_type: rtp.marker_type & 0x80 | new_payload_type,
-    })
+    Ok(rtp.marker_type & 0x80 | new_payload_type)
 }
 
 /// Bytes of the whole RTP header: contributing sources and extension included (RFC 3550 section 5).

@@ -10,27 +10,20 @@ use crate::{
     wire::{Be16, Ethernet, Tag, Vlan},
 };
 
-/// What validation found out and the rewrite needs.
-pub(crate) struct Rewrite {
-    /// RTP's second byte as it came.
-    pub(crate) marker_type: u8,
-    /// The same with the payload type of the other leg.
-    pub(crate) new_marker_type: u8,
-}
-
-/// Rewrites the packet. The checksum goes first: it is the only step that can still pass the packet,
+/// Rewrites the packet, RTP's second byte, marker and payload type, among the rest. The checksum goes first: it is the only step that can still pass the packet,
 /// which is then as it arrived.
 #[inline(always)]
 pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
     packet: &mut P,
     parsed: &Parsed<N>,
     stream: &Stream,
-    plan: &Rewrite,
+    marker_type: u8,
+    new_marker_type: u8,
     tables: &impl Tables,
 ) -> Result<(), Reason> {
     // The second byte of RTP is the low byte of its word.
-    let datagram = Sum::new(stream.port_change)
-        .change(u16::from(plan.marker_type), u16::from(plan.new_marker_type));
+    let datagram =
+        Sum::new(stream.port_change).change(u16::from(marker_type), u16::from(new_marker_type));
     let checksum = if parsed.udp_checksum != 0 {
         packet.change_udp_checksum(&UdpChange {
             old: parsed.udp_checksum,
@@ -49,14 +42,14 @@ pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
     };
 
     let class = traffic_class(stream, parsed.traffic_class, tables);
-    let (ip, udp, [_, marker_type]) = N::split(packet.header(parsed.ip)?);
+    let (ip, udp, [_, second]) = N::split(packet.header(parsed.ip)?);
     let change = ip.rewrite(stream, class);
     udp.source = Be16::new(stream.new_source_port);
     udp.destination = Be16::new(stream.new_destination_port);
     if let Some(checksum) = checksum {
         udp.checksum = Be16::new(checksum);
     }
-    *marker_type = plan.new_marker_type;
+    *second = new_marker_type;
     if let Some(change) = change {
         packet.sum_changed(change);
     }
