@@ -7,10 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya_obj::{Object, generated::bpf_insn};
-use relay_common::{
-    capture::Capture,
-    stream::{Counter, Lease, StreamKey},
-};
+use relay_common::stream::{Control, Counter, StreamKey};
 use relay_tests::{fixture::Hook, program::Instruction, tables::Entry};
 use relay_user::datapath::{OBJECT, names};
 use zerocopy::IntoBytes as _;
@@ -89,15 +86,18 @@ pub(crate) fn trace(hook: Hook, stream: Entry, frame: &[u8], now: u64) -> Result
 
     let mut memory = memory(hook, frame);
     let mut handles = HashMap::new();
+    let control = Control {
+        lease: u64::MAX,
+        ..Control::default()
+    };
     for (number, (name, map)) in numbered {
         let handle = MAPS * number as u64;
         handles.insert(handle, name.clone());
         let content = match &name[..] {
             names::STREAMS => stream.stream.compile().as_bytes().to_vec(),
             names::STATE => stream.state.as_bytes().to_vec(),
-            names::LEASE => Lease { deadline: u64::MAX }.as_bytes().to_vec(),
+            names::CONTROL => control.as_bytes().to_vec(),
             names::COUNTERS => vec![0; size_of::<Counter>()],
-            names::CAPTURE => vec![0; size_of::<Capture>()],
             _ => map.data().to_vec(),
         };
         memory.push((handle, content));

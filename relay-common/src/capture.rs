@@ -11,6 +11,7 @@ use crate::{
     abi::abi,
     packet::{Packet, Tables},
     reason::{Reason, Verdict},
+    stream::Control,
     wire::Tag,
 };
 
@@ -21,8 +22,7 @@ pub const SNAP_MAX: usize = 2048;
 pub const SNAP_MIN: usize = 28;
 
 abi! {
-    /// Value of `CAPTURE`, one entry: what is captured. Written by the process that captures, only read
-    /// by the datapath.
+    /// What is captured, in [`Control`]. Written by the process that captures, only read by the datapath.
     #[derive(Default)]
     pub struct Capture(32, align 8) {
         /// Until when: `CLOCK_MONOTONIC`, ns. The process keeps pushing it forward, so that a capture
@@ -96,27 +96,27 @@ abi! {
     }
 }
 
-/// Keeps a copy of a packet of a pair's leg, if it is to be captured: `capture` is what
-/// [`Tables::capture`] returned, and the packet came at `time` (`CLOCK_MONOTONIC`, ns). Nothing depends
+/// Keeps a copy of a packet of a pair's leg, if it is to be captured: `control` is what
+/// [`Tables::control`] returned, and the packet came at `time` (`CLOCK_MONOTONIC`, ns). Nothing depends
 /// on whether it is.
 #[inline(always)]
 pub(crate) fn keep<P: Packet + ?Sized>(
     packet: &P,
     tables: &impl Tables,
-    capture: *const Capture,
+    control: *const Control,
     time: impl FnOnce() -> u64,
     side: u8,
     of: impl Fn() -> (u64, u8),
 ) {
-    // SAFETY: `Tables::capture` points into a map that outlives the packet. The process that captures
+    // SAFETY: `Tables::control` points into a map that outlives the packet. The process that captures
     // writes it meanwhile, hence volatile; an aligned word cannot tear.
     let capture = unsafe {
-        let until = (&raw const (*capture).until).read_volatile();
+        let until = (&raw const (*control).capture.until).read_volatile();
         if until == 0 {
             return;
         }
         cold_path();
-        capture.read_volatile()
+        (&raw const (*control).capture).read_volatile()
     };
     let Some(kept) = tables.kept() else {
         return;
@@ -156,11 +156,11 @@ fn fill<P: Packet + ?Sized>(packet: &P, kept: &mut Kept, snap: u32) {
 pub(crate) fn conclude<P: Packet + ?Sized>(
     packet: &P,
     tables: &impl Tables,
-    capture: *const Capture,
+    control: *const Control,
     reason: Option<Reason>,
 ) {
     // SAFETY: as in `keep`.
-    if unsafe { (&raw const (*capture).until).read_volatile() } == 0 {
+    if unsafe { (&raw const (*control).capture.until).read_volatile() } == 0 {
         return;
     }
     cold_path();
@@ -176,7 +176,7 @@ pub(crate) fn conclude<P: Packet + ?Sized>(
     hand_over(tables, kept);
     if reason.map(Reason::verdict) == Some(Verdict::Send) {
         // SAFETY: as in `keep`.
-        let snap = unsafe { (&raw const (*capture).snap).read_volatile() };
+        let snap = unsafe { (&raw const (*control).capture.snap).read_volatile() };
         kept.header.time = tables.now_precise();
         kept.header.side = side::SENT;
         fill(packet, kept, snap);

@@ -3,10 +3,10 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    capture::{Capture, Kept, SNAP_MAX},
+    capture::{Kept, SNAP_MAX},
     checksum::{self, ClassChange, PartialChecksum, Sum, UdpChange},
     reason::Reason,
-    stream::{Event, State, Stream, StreamKey},
+    stream::{Control, Event, State, Stream, StreamKey},
     wire::{Be16, Ipv4, Tag},
 };
 
@@ -129,9 +129,6 @@ pub trait Tables {
     /// The DSCP that `DSCP_MAP` translates one (0–63) to.
     fn translated(&self, dscp: u8) -> u8;
 
-    /// The deadline in `LEASE`, ns.
-    fn lease(&self) -> u64;
-
     /// `CLOCK_MONOTONIC_COARSE`, ns: up to a timer tick behind, and next to free.
     fn now(&self) -> u64;
 
@@ -144,8 +141,8 @@ pub trait Tables {
     /// Adds a packet of `bytes` to `COUNTERS`.
     fn count(&self, reason: Reason, bytes: usize);
 
-    /// `CAPTURE`, shared with the process that captures.
-    fn capture(&self) -> Option<*const Capture>;
+    /// `CONTROL`, shared with the controller and with the process that captures.
+    fn control(&self) -> Option<*const Control>;
 
     /// This CPU's `KEPT`.
     fn kept(&self) -> Option<*mut Kept>;

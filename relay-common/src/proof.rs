@@ -10,11 +10,11 @@ use crate::{
     packet::{Packet, Tables},
     parse::{Link, Parsed, link, parse},
     reason::Reason,
-    relay::{is_report_due, nonzero, payload, rtp, u32_of},
+    relay::{is_report_due, lease, nonzero, payload, rtp, u32_of},
     state::{load, store},
     stream::{
-        Address, Event, NOTES, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, event, flag,
-        leg_of, mode, opposite, ticks,
+        Address, Control, Event, NOTES, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey,
+        event, flag, leg_of, mode, opposite, ticks,
     },
     wire::{Ipv4, Ipv6, Rtp, ethertype},
 };
@@ -111,16 +111,16 @@ fn observe_by<N: Network, P: Packet + ?Sized>(
     if back.proof == 0 {
         return None;
     }
-    let capture = tables.capture()?;
+    let control = tables.control()?;
     let now = || tables.now_precise();
-    capture::keep(packet, tables, capture, now, side::PBX, || {
+    capture::keep(packet, tables, control, now, side::PBX, || {
         (u64::from(back.pair), leg_of(opposite(back.slot)))
     });
-    let reason = judge(packet, &parsed, to, back, tables);
+    let reason = judge(packet, &parsed, to, back, control, tables);
     if let Some(reason) = reason {
         tables.count(reason, bytes);
     }
-    capture::conclude(packet, tables, capture, reason);
+    capture::conclude(packet, tables, control, reason);
     reason
 }
 
@@ -141,12 +141,13 @@ fn judge<N: Network, P: Packet + ?Sized>(
     parsed: &Parsed<N>,
     to: (Address, u16),
     back: &Stream,
+    control: *const Control,
     tables: &impl Tables,
 ) -> Option<Reason> {
     let slot = opposite(back.slot);
     let state = tables.state(slot)?;
     let now = tables.now();
-    if now >= tables.lease() {
+    if now >= lease(control) {
         return None;
     }
     let (at, length) = payload(parsed);

@@ -11,7 +11,9 @@ use crate::{
     reception::{Arrival, receive},
     rewrite::{Rewrite, rewrite},
     state::{load, store},
-    stream::{Address, Event, State, Stream, StreamKey, event, leg_of, mode, opposite, ticks},
+    stream::{
+        Address, Control, Event, State, Stream, StreamKey, event, leg_of, mode, opposite, ticks,
+    },
     wire::{Be16, Ipv4, Ipv6, Rtp, RtpExtension, Udp, ethertype},
 };
 
@@ -69,22 +71,23 @@ fn relay_by<N: Network, P: Packet + ?Sized>(
     {
         return pass(Reason::OtherHost);
     }
-    let Some(capture) = tables.capture() else {
+    let Some(control) = tables.control() else {
         return pass(Reason::NoState);
     };
     let now = tables.now_precise();
     let of = || (u64::from(stream.pair), leg_of(stream.slot));
-    capture::keep(packet, tables, capture, || now, side::RECEIVED, of);
-    let Passed { reason, is_noted } = match decide(packet, &parsed, stream, bytes, now, tables) {
-        Ok(()) => {
-            tables.count(Reason::Relayed, bytes);
-            capture::conclude(packet, tables, capture, Some(Reason::Relayed));
-            return Decision::by(Reason::Relayed);
-        }
-        Err(passed) => passed,
-    };
+    capture::keep(packet, tables, control, || now, side::RECEIVED, of);
+    let Passed { reason, is_noted } =
+        match decide(packet, &parsed, stream, bytes, now, control, tables) {
+            Ok(()) => {
+                tables.count(Reason::Relayed, bytes);
+                capture::conclude(packet, tables, control, Some(Reason::Relayed));
+                return Decision::by(Reason::Relayed);
+            }
+            Err(passed) => passed,
+        };
     tables.count(reason, bytes);
-    capture::conclude(packet, tables, capture, Some(reason));
+    capture::conclude(packet, tables, control, Some(reason));
     let decision = Decision::by(reason);
     if decision.verdict != Verdict::Pass {
         return decision;
@@ -146,13 +149,14 @@ fn decide<N: Network, P: Packet + ?Sized>(
     stream: &Stream,
     bytes: usize,
     now: u64,
+    control: *const Control,
     tables: &impl Tables,
 ) -> Result<(), Passed> {
     let state = tables.state(stream.slot).ok_or(Reason::NoState)?;
     let (at, length) = payload(parsed);
     let now_ticks = nonzero(ticks(now));
     if !N::is(parsed.source, &stream.source) || parsed.source_port != stream.source_port {
-        let (epoch, _) = standing(state, now, tables)?;
+        let (epoch, _) = standing(state, now, control)?;
         let event = Event {
             kind: event::UNEXPECTED_SOURCE,
             slot: stream.slot,
@@ -167,7 +171,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
     let rtp = match rtp(packet, at, length) {
         Ok(rtp) => RtpFields::from(rtp),
         Err(reason) => {
-            standing(state, now, tables)?;
+            standing(state, now, control)?;
             if reason == Reason::Rtcp {
                 store!(state, now_ticks, last_rtcp);
             }
@@ -183,7 +187,7 @@ fn decide<N: Network, P: Packet + ?Sized>(
         dscp: parsed.traffic_class >> 2,
     };
     receive(state, &arrival, &rtp);
-    let (epoch, mode) = standing(state, now, tables)?;
+    let (epoch, mode) = standing(state, now, control)?;
     let last_seen = load!(state, last_seen);
     store!(state, now_ticks, last_seen);
     let moment = Moment {
@@ -225,8 +229,8 @@ fn decide<N: Network, P: Packet + ?Sized>(
 
 /// The round of proof of a stream that the datapath looks after, and its mode.
 #[inline(always)]
-fn standing(state: *mut State, now: u64, tables: &impl Tables) -> Result<(u32, u32), Reason> {
-    if now >= tables.lease() {
+fn standing(state: *mut State, now: u64, control: *const Control) -> Result<(u32, u32), Reason> {
+    if now >= lease(control) {
         return Err(Reason::LeaseOver);
     }
     let epoch = load!(state, epoch);
@@ -234,6 +238,14 @@ fn standing(state: *mut State, now: u64, tables: &impl Tables) -> Result<(u32, u
         mode::SUSPENDED => Err(Reason::Suspended),
         mode => Ok((epoch, mode)),
     }
+}
+
+/// The end of the lease, ns.
+#[inline(always)]
+pub(crate) fn lease(control: *const Control) -> u64 {
+    // SAFETY: `Tables::control` points into a map that outlives the packet. The controller writes it
+    // meanwhile, hence volatile; an aligned word cannot tear.
+    unsafe { (&raw const (*control).lease).read_volatile() }
 }
 
 /// When a packet came, and how the stream stood.

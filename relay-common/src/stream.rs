@@ -11,6 +11,7 @@ use core::{
 
 use crate::{
     abi::abi,
+    capture::Capture,
     checksum::Sum,
     reception::Reception,
     wire::{Be16, Mac, Rtp, ethertype, protocol},
@@ -650,12 +651,14 @@ pub const fn ticks(nanoseconds: u64) -> u32 {
 }
 
 abi! {
-    /// Value of `LEASE`, one entry.
+    /// Value of `CONTROL`, one entry: what holds for all streams. The datapath only reads it.
     #[derive(Default)]
-    pub struct Lease(8, align 8) {
-        /// Until when streams may be relayed: `CLOCK_MONOTONIC`, ns. The controller keeps pushing
-        /// it forward.
-        pub deadline: u64,
+    pub struct Control(40, align 8) {
+        /// Controller: the end of the lease, until when streams may be relayed: `CLOCK_MONOTONIC`, ns. It
+        /// keeps pushing it forward.
+        pub lease: u64,
+        /// The process that captures: what.
+        pub capture: Capture,
     }
 }
 

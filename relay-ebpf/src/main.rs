@@ -19,13 +19,13 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use relay_common::{
-    capture::{Capture, Captured, Kept, SNAP_MAX},
+    capture::{Captured, Kept, SNAP_MAX},
     checksum::PartialChecksum,
     packet::{Header, Packet, Tables},
     proof::observe,
     reason::{Reason, Verdict},
     relay::relay,
-    stream::{Counter, DscpMap, Event, Lease, State, Stream, StreamKey},
+    stream::{Control, Counter, DscpMap, Event, State, Stream, StreamKey},
 };
 use relay_ebpf::skb::{Skb, header_at, snapped};
 
@@ -48,9 +48,10 @@ static COUNTERS: PerCpuArray<Counter, { Reason::COUNT }> = PerCpuArray::new();
 #[btf_map]
 static DSCP_MAP: Array<DscpMap, 1> = Array::new();
 
-/// Until when anything is relayed. The controller pushes it through `mmap`.
+/// Until when anything is relayed, and what is captured. Written through `mmap`, by the controller and by the
+/// process that captures.
 #[btf_map]
-static LEASE: Array<Lease, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+static CONTROL: Array<Control, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Bytes of `EVENTS`, a power of two and of pages: 1,365 events of 48 bytes with their headers.
 const EVENT_BYTES: usize = 65_536;
@@ -58,10 +59,6 @@ const EVENT_BYTES: usize = 65_536;
 /// Rare facts for the controller.
 #[btf_map]
 static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
-
-/// What is captured. Written by the process that captures, through `mmap`.
-#[btf_map]
-static CAPTURE: Array<Capture, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// The packet that is being looked at, where it is captured. All programs here run with softirqs off, and
 /// so one at a time on a CPU.
@@ -110,15 +107,6 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn lease(&self) -> u64 {
-        match LEASE.get_ptr(0) {
-            // SAFETY: the controller writes it meanwhile, hence volatile; an aligned word.
-            Some(lease) => unsafe { (&raw const (*lease).deadline).read_volatile() },
-            None => 0,
-        }
-    }
-
-    #[inline(always)]
     fn now(&self) -> u64 {
         // Behind by one timer tick at most, and without a read of the hardware clock.
         // SAFETY: a helper without arguments.
@@ -153,8 +141,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn capture(&self) -> Option<*const Capture> {
-        CAPTURE.get_ptr(0)
+    fn control(&self) -> Option<*const Control> {
+        CONTROL.get_ptr(0)
     }
 
     #[inline(always)]

@@ -18,7 +18,7 @@ use nix::time::{ClockId, clock_gettime};
 use relay_common::{
     capture::{Capture, Captured},
     reason::{Reason, Verdict},
-    stream::{Counter, Event, Lease, State, Stream, StreamKey, ticks},
+    stream::{Control, Counter, Event, State, Stream, StreamKey, ticks},
 };
 use relay_user::{
     datapath::{self, AttachMode, names},
@@ -44,8 +44,7 @@ const KEY: usize = size_of::<StreamKey>();
 const VALUE: usize = size_of::<Stream>();
 const STATE: usize = size_of::<State>();
 const COUNTER: usize = size_of::<Counter>();
-const LEASE: usize = size_of::<Lease>();
-const CAPTURE: usize = size_of::<Capture>();
+const CONTROL: usize = size_of::<Control>();
 
 /// The programs of the object, and its maps.
 pub struct Kernel {
@@ -132,9 +131,7 @@ impl Kernel {
     /// # Errors
     /// The map cannot be written.
     pub fn set_lease(&mut self, deadline: u64) -> Result<()> {
-        let mut lease: Array<_, [u8; LEASE]> = Array::try_from(self.map_mut(names::LEASE)?)?;
-        lease.set(0, deadline.to_ne_bytes(), 0)?;
-        Ok(())
+        self.set_control(|control| control.lease = deadline)
     }
 
     /// Sets what is captured.
@@ -142,9 +139,15 @@ impl Kernel {
     /// # Errors
     /// The map cannot be written.
     pub fn set_capture(&mut self, capture: Capture) -> Result<()> {
-        let mut map: Array<_, [u8; CAPTURE]> = Array::try_from(self.map_mut(names::CAPTURE)?)?;
-        let capture: [u8; CAPTURE] = zerocopy::transmute!(capture);
-        map.set(0, capture, 0)?;
+        self.set_control(|control| control.capture = capture)
+    }
+
+    fn set_control(&mut self, change: impl FnOnce(&mut Control)) -> Result<()> {
+        let mut map: Array<_, [u8; CONTROL]> = Array::try_from(self.map_mut(names::CONTROL)?)?;
+        let mut control: Control = zerocopy::transmute!(map.get(&0, 0)?);
+        change(&mut control);
+        let control: [u8; CONTROL] = zerocopy::transmute!(control);
+        map.set(0, control, 0)?;
         Ok(())
     }
 

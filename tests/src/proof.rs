@@ -13,8 +13,7 @@ use relay_common::{
     reason::{Reason, Verdict},
     relay::relay,
     stream::{
-        DSCP_EF, Endpoint, Event, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec,
-        ticks,
+        DSCP_EF, Endpoint, Event, NextHop, PAYLOAD_TYPES, PayloadType, State, StreamSpec, ticks,
     },
     wire::Mac,
 };

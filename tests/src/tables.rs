@@ -11,7 +11,7 @@ use relay_common::{
     packet::Tables,
     reason::Reason,
     reception::Reception,
-    stream::{Counter, Event, State, Stream, StreamKey, StreamSpec},
+    stream::{Control, Counter, Event, State, Stream, StreamKey, StreamSpec},
 };
 use zerocopy::FromZeros as _;
 
@@ -90,10 +90,9 @@ pub struct MemoryTables {
     streams: HashMap<StreamKey, Stream>,
     states: Vec<UnsafeCell<State>>,
     counters: [Cell<Counter>; Reason::COUNT],
-    lease: Cell<u64>,
     now: Cell<u64>,
     events: RefCell<Vec<Event>>,
-    capture: Cell<Capture>,
+    control: Cell<Control>,
     kept: Cell<Kept>,
     captured: RefCell<Vec<(Captured, Vec<u8>)>>,
 }
@@ -116,10 +115,12 @@ impl MemoryTables {
                 .collect(),
             states: states.into_iter().map(UnsafeCell::new).collect(),
             counters: array::from_fn(|_| Cell::default()),
-            lease: Cell::new(u64::MAX),
             now: Cell::new(NOW),
             events: RefCell::default(),
-            capture: Cell::default(),
+            control: Cell::new(Control {
+                lease: u64::MAX,
+                capture: Capture::default(),
+            }),
             kept: Cell::new(Kept::new_zeroed()),
             captured: RefCell::default(),
         }
@@ -127,7 +128,11 @@ impl MemoryTables {
 
     /// Sets the end of the lease, ns.
     pub fn set_lease(&self, deadline: u64) {
-        self.lease.set(deadline);
+        let capture = self.control.get().capture;
+        self.control.set(Control {
+            lease: deadline,
+            capture,
+        });
     }
 
     /// Sets the clock, ns.
@@ -161,7 +166,8 @@ impl MemoryTables {
 
     /// Sets what is captured.
     pub fn set_capture(&self, capture: Capture) {
-        self.capture.set(capture);
+        let lease = self.control.get().lease;
+        self.control.set(Control { lease, capture });
     }
 
     /// What was captured since the last call: each header, and the bytes behind it.
@@ -188,10 +194,6 @@ impl Tables for MemoryTables {
         TRANSLATED[usize::from(dscp)]
     }
 
-    fn lease(&self) -> u64 {
-        self.lease.get()
-    }
-
     fn now(&self) -> u64 {
         self.now.get()
     }
@@ -216,8 +218,8 @@ impl Tables for MemoryTables {
         });
     }
 
-    fn capture(&self) -> Option<*const Capture> {
-        Some(self.capture.as_ptr())
+    fn control(&self) -> Option<*const Control> {
+        Some(self.control.as_ptr())
     }
 
     fn kept(&self) -> Option<*mut Kept> {

@@ -1446,7 +1446,7 @@ fn people_and_programs_can_read_the_state() {
             ],
         ),
         ("STATE", FIRST_ENTRY, &["\"payload_types\"", "\"proven\": "]),
-        ("LEASE", FIRST_ENTRY, &["\"deadline\": "]),
+        ("CONTROL", FIRST_ENTRY, &["\"lease\": "]),
     ];
     for (map, how, fields) in maps {
         let mut command = Command::new("bpftool");

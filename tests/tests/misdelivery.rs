@@ -9,7 +9,7 @@ use std::{
 
 use aya::maps::{Array, Map, MapData};
 use nix::sys::signal::Signal;
-use relay_common::stream::Lease;
+use relay_common::stream::Control;
 use relay_tests::{
     kernel,
     pbx::{self, Pbx},
@@ -227,13 +227,13 @@ struct KernelsLease<'a> {
 
 impl<'a> KernelsLease<'a> {
     fn of(office: &'a Office, status: &Value) -> Self {
-        let path = Path::new(status["pins"].as_str().expect("a folder")).join("LEASE");
+        let path = Path::new(status["pins"].as_str().expect("a folder")).join("CONTROL");
         Self { office, path }
     }
 
     fn with<T: Send>(
         &self,
-        work: impl FnOnce(&mut Array<MapData, [u8; size_of::<Lease>()]>) -> T + Send,
+        work: impl FnOnce(&mut Array<MapData, [u8; size_of::<Control>()]>) -> T + Send,
     ) -> T {
         self.office.net.pbx.run(|| {
             let map = MapData::from_pin(&self.path).expect("a pinned map");
@@ -242,7 +242,9 @@ impl<'a> KernelsLease<'a> {
     }
 
     fn end(&self) -> u64 {
-        u64::from_ne_bytes(self.with(|map| map.get(&0, 0).expect("the lease")))
+        let control = self.with(|map| map.get(&0, 0).expect("the lease"));
+        let control: Control = zerocopy::transmute!(control);
+        control.lease
     }
 
     fn await_end(&self) {
@@ -251,7 +253,12 @@ impl<'a> KernelsLease<'a> {
 
     /// Makes it last for ever, while nobody else writes it.
     fn disable(&self) {
-        self.with(|map| map.set(0, u64::MAX.to_ne_bytes(), 0).expect("set"));
+        let control = Control {
+            lease: u64::MAX,
+            ..Control::default()
+        };
+        let control: [u8; size_of::<Control>()] = zerocopy::transmute!(control);
+        self.with(|map| map.set(0, control, 0).expect("set"));
     }
 }
 

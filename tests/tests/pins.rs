@@ -503,8 +503,8 @@ fn carries_on_what_was_being_replaced(mode: AttachMode) {
     let next = format!("{DIRECTORY}/next");
     site.host().run(|| {
         fs::create_dir(&next).expect("folder");
-        let map = MapData::from_pin(format!("{DIRECTORY}/LEASE")).expect("map");
-        map.pin(format!("{next}/LEASE")).expect("pinned");
+        let map = MapData::from_pin(format!("{DIRECTORY}/CONTROL")).expect("map");
+        map.pin(format!("{next}/CONTROL")).expect("pinned");
         // The last step before the earlier instance is touched.
         for name in [names::XDP_LINK, names::TC_LINK] {
             let link = before.links.get(name);
@@ -619,7 +619,7 @@ fn what_is_not_the_relays_is_neither_detached_nor_removed() {
     assert_eq!(owns(), Some(true));
     let alien = format!("{DIRECTORY}/alien");
     site.host().run(|| {
-        let map = MapData::from_pin(format!("{DIRECTORY}/LEASE")).expect("map");
+        let map = MapData::from_pin(format!("{DIRECTORY}/CONTROL")).expect("map");
         map.pin(&alien).expect("pinned");
     });
     let before = (site.xdp(), site.observers());
@@ -837,15 +837,16 @@ fn half_of_a_stream_does_not_outlive_its_daemon() {
     for leg in 0..2 {
         datapath.install(&stream(leg)).expect("installed");
     }
-    let with = |change: &dyn Fn(&mut HashMap<MapData, [u8; 20], [u8; size_of::<Stream>()]>)| {
-        site.host().run(|| {
-            let pin = PathBuf::from(DIRECTORY).join(names::STREAMS);
-            let map = MapData::from_pin(pin).expect("map");
-            let mut map = Map::HashMap(map).try_into().expect("map");
-            change(&mut map);
-            map.keys().count()
-        })
-    };
+    let with =
+        |change: &(dyn Fn(&mut HashMap<MapData, [u8; 20], [u8; size_of::<Stream>()]>) + Sync)| {
+            site.host().run(|| {
+                let pin = PathBuf::from(DIRECTORY).join(names::STREAMS);
+                let map = MapData::from_pin(pin).expect("map");
+                let mut map = Map::HashMap(map).try_into().expect("map");
+                change(&mut map);
+                map.keys().count()
+            })
+        };
     let entries = || with(&|_| {});
     assert_eq!(entries(), 4);
     // As a daemon that was killed between the two entries leaves it.

@@ -15,7 +15,9 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::libc;
 use relay_common::{
     reception::Reception,
-    stream::{Counter, DscpMap, Lease, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, mode},
+    stream::{
+        Control, Counter, DscpMap, PAYLOAD_TYPES, PayloadType, State, Stream, StreamKey, mode,
+    },
 };
 
 use super::{DatapathError, load::OBJECT, names};
@@ -46,7 +48,7 @@ impl Maps {
         Ok(Self {
             max_streams,
             state: StateMap::new(map(ebpf, names::STATE)?, max_streams)?,
-            lease: LeaseMap::new(map(ebpf, names::LEASE)?)?,
+            lease: LeaseMap::new(map(ebpf, names::CONTROL)?)?,
             streams: take(ebpf, names::STREAMS)?,
             counters: take(ebpf, names::COUNTERS)?,
             dscp_map: take(ebpf, names::DSCP_MAP)?,
@@ -166,23 +168,23 @@ pub(super) fn removed(
     }
 }
 
-/// `LEASE`, mapped into memory.
+/// The lease in `CONTROL`, mapped into memory.
 pub(super) struct LeaseMap(MmapRaw);
 
 impl LeaseMap {
     pub(super) fn new(map: &MapData) -> Result<Self, DatapathError> {
-        mapped(names::LEASE, map, size_of::<Lease>(), Access::Write).map(Self)
+        mapped(names::CONTROL, map, size_of::<Control>(), Access::Write).map(Self)
     }
 
     /// To be read only.
     pub(super) fn read_only(map: &MapData) -> Result<Self, DatapathError> {
-        mapped(names::LEASE, map, size_of::<Lease>(), Access::Read).map(Self)
+        mapped(names::CONTROL, map, size_of::<Control>(), Access::Read).map(Self)
     }
 
     fn word(&self) -> &AtomicU64 {
-        let lease: *mut Lease = self.0.as_mut_ptr().cast();
+        let control: *mut Control = self.0.as_mut_ptr().cast();
         // SAFETY: an aligned word inside the mapping, which lives as long as `self`.
-        unsafe { AtomicU64::from_ptr(&raw mut (*lease).deadline) }
+        unsafe { AtomicU64::from_ptr(&raw mut (*control).lease) }
     }
 
     pub(super) fn deadline(&self) -> u64 {

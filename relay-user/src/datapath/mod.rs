@@ -85,12 +85,10 @@ pub mod names {
     pub const COUNTERS: &str = "COUNTERS";
     /// What the sender's mark is translated to.
     pub const DSCP_MAP: &str = "DSCP_MAP";
-    /// Until when anything is relayed.
-    pub const LEASE: &str = "LEASE";
+    /// Until when anything is relayed, and what is captured.
+    pub const CONTROL: &str = "CONTROL";
     /// Rare facts for the controller.
     pub const EVENTS: &str = "EVENTS";
-    /// What is captured.
-    pub const CAPTURE: &str = "CAPTURE";
     /// The packet that is being looked at, where it is captured.
     pub const KEPT: &str = "KEPT";
     /// Captured packets.
@@ -102,8 +100,8 @@ pub mod names {
     /// Load-time constant: 1 in generic XDP.
     pub const GENERIC: &str = "GENERIC";
     /// All maps that are pinned, by their own names.
-    pub const MAPS: [&str; 9] = [
-        STREAMS, STATE, COUNTERS, DSCP_MAP, LEASE, EVENTS, CAPTURE, KEPT, CAPTURED,
+    pub const MAPS: [&str; 8] = [
+        STREAMS, STATE, COUNTERS, DSCP_MAP, CONTROL, EVENTS, KEPT, CAPTURED,
     ];
     /// Those that hold as many entries as there may be streams.
     pub const SIZED: [&str; 2] = [STREAMS, STATE];

@@ -31,7 +31,12 @@ use super::{
 const BATCH: usize = 4096;
 
 /// Maps that are read, in the order of their files below.
-const READ: [&str; 4] = [names::STREAMS, names::STATE, names::COUNTERS, names::LEASE];
+const READ: [&str; 4] = [
+    names::STREAMS,
+    names::STATE,
+    names::COUNTERS,
+    names::CONTROL,
+];
 
 /// The maps of one interface's instance.
 pub struct PinnedMaps {
@@ -80,7 +85,7 @@ impl PinnedMaps {
             let path = directory.join(name);
             // Only what may be written can be mapped, if only to be read: of another file, mmap(2) clears
             // the flag VM_SHARED, which bpf_map_mmap() asks for (do_mmap() in mm/mmap.c).
-            if [names::STATE, names::LEASE].contains(&name) {
+            if [names::STATE, names::CONTROL].contains(&name) {
                 return MapData::from_pin(&path).map_err(failed(name));
             }
             let descriptor = open_read_only(&path).map_err(error(&path))?;

@@ -93,7 +93,7 @@ pub(super) fn interfaces() -> Vec<String> {
         .into_iter()
         .flatten()
         .flatten()
-        .filter(|entry| entry.path().join(names::CAPTURE).exists())
+        .filter(|entry| entry.path().join(names::CONTROL).exists())
         .map(|entry| interface_of(&entry.file_name().to_string_lossy()))
         .collect();
     interfaces.sort_unstable();

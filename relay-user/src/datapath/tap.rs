@@ -16,7 +16,7 @@ use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use memmap2::MmapRaw;
 use relay_common::{
     capture::{Capture, Captured, Kept},
-    stream::Stream,
+    stream::{Control, Stream},
 };
 use zerocopy::FromBytes as _;
 
@@ -94,7 +94,7 @@ pub struct Selection {
 /// Access to the copies of packets of one interface.
 pub struct Tap {
     interface: Interface,
-    capture: MmapRaw,
+    control: MmapRaw,
     kept: PerCpuArray<MapData, [u8; KEPT]>,
     captured: RingBuf<MapData>,
     /// Where the maps are pinned, and the number that the file system gave the pin.
@@ -124,7 +124,7 @@ impl Tap {
         let found = found.clone();
         let pin = |map| pins::map_pin(&interface, map);
         let mode = attached_mode(&interface, found.index)?;
-        let (Some(mode), Ok(number)) = (mode, inode(&pin(names::CAPTURE))) else {
+        let (Some(mode), Ok(number)) = (mode, inode(&pin(names::CONTROL))) else {
             return Err(TapError::NotAttached(interface));
         };
         if mode != AttachMode::Tc && is_kernel_before(LOAD_BYTES_SINCE) {
@@ -141,19 +141,19 @@ impl Tap {
             map: names::CAPTURED,
             source: Box::new(source),
         };
-        let capture = mapped(
-            names::CAPTURE,
-            &open(names::CAPTURE)?,
-            size_of::<Capture>(),
+        let control = mapped(
+            names::CONTROL,
+            &open(names::CONTROL)?,
+            size_of::<Control>(),
             Access::Write,
         )?;
         let captured = Map::RingBuf(open(names::CAPTURED)?);
         let kept = Map::PerCpuArray(open(names::KEPT)?);
         Ok(Self {
-            capture,
+            control,
             kept: PerCpuArray::try_from(kept).map_err(typed)?,
             captured: RingBuf::try_from(captured).map_err(typed)?,
-            pin: (pin(names::CAPTURE), number),
+            pin: (pin(names::CONTROL), number),
             interface: found,
             until: 0,
             since: 0,
@@ -181,7 +181,7 @@ impl Tap {
             });
         }
         self.missed_before = self.all_missed()?;
-        let capture: *mut Capture = self.capture.as_mut_ptr().cast();
+        let capture = self.capture();
         // SAFETY: inside the mapping, which lives as long as `self`. These fields are those of whoever
         // holds the claim. The datapath reads them on other CPUs: each is an aligned word.
         unsafe {
@@ -288,14 +288,21 @@ impl Tap {
             .fold(0, u64::wrapping_add))
     }
 
+    /// Its part of `CONTROL`.
+    fn capture(&self) -> *mut Capture {
+        let control: *mut Control = self.control.as_mut_ptr().cast();
+        // SAFETY: inside the mapping, which lives as long as `self`.
+        unsafe { &raw mut (*control).capture }
+    }
+
     fn read(&self) -> Capture {
-        let capture: *const Capture = self.capture.as_ptr().cast();
+        let capture = self.capture();
         // SAFETY: inside the mapping. Any bits are valid.
         unsafe { capture.read_volatile() }
     }
 
     fn word(&self) -> &AtomicU64 {
-        let capture: *mut Capture = self.capture.as_mut_ptr().cast();
+        let capture = self.capture();
         // SAFETY: an aligned word inside the mapping, which lives as long as `self`.
         unsafe { AtomicU64::from_ptr(&raw mut (*capture).until) }
     }
