@@ -57,7 +57,8 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let ami = Ami::measure(options)?;
     let (few, most) = (packets.cost(0)?, packets.cost(STREAMS.len() - 1)?);
     let list = api.list_of(MANY)?;
-    let memory = packets.rings.last().context("no ring")?.memory;
+    let largest = packets.rings.last().context("no ring")?;
+    let memory = largest.memory;
     let line = packets.line;
     Ok(Report {
         suite: "scale".to_owned(),
@@ -78,21 +79,21 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
                 bound: Bound::AtMost(512.0),
                 measured: memory.a_stream(),
                 decimals: 0,
-                obstacle: None,
+                obstacle: Some(memory_obstacle(largest, memory)),
             },
             Target {
                 what: "pairs registered per second through the API".to_owned(),
                 bound: Bound::AtLeast(20_000.0),
                 measured: api.together.median,
                 decimals: 0,
-                obstacle: None,
+                obstacle: Some(api.registration_obstacle()),
             },
             Target {
                 what: "`list --json` of 100 k streams, seconds".to_owned(),
                 bound: Bound::AtMost(0.5),
                 measured: list.median,
                 decimals: 2,
-                obstacle: None,
+                obstacle: Some(api.list_obstacle(list)),
             },
         ],
         plots: vec![plot(&packets)?],
@@ -118,7 +119,7 @@ fn method() -> Vec<String> {
         format!(
             "API: a client registers pairs on the daemon's socket until all are in the maps, one with each request or \
              {BATCH} with each. Every phone has an address of its own, so each pair costs two route lookups too, and each \
-             stream awaits proof, so it has an entry in two maps. `list` is the command from begin to end, its output \
+             stream awaits proof. `list` is the command from begin to end, its output \
              to `/dev/null`. Adoption is from the start of a daemon until it is ready, the earlier one having left \
              its pairs (`--persist`)."
         ),
@@ -144,6 +145,22 @@ fn obstacle(few: Spread, most: Spread, line: f64, bytes: u64) -> String {
         (few.median + line) / few.median,
         grouped(most.median - few.median, 0),
         (most.median - few.median) / line,
+    )
+}
+
+/// Where the memory of a stream is.
+fn memory_obstacle(largest: &Measured, memory: Memory) -> String {
+    let a_stream = |bytes: u64| grouped(bytes as f64 / f64::from(memory.streams), 0);
+    let of_maps = largest
+        .maps
+        .iter()
+        .filter(|(_, bytes)| 100 * bytes > memory.stated);
+    let of_maps = of_maps.map(|(name, bytes)| format!("{} in `{name}`", a_stream(*bytes)));
+    format!(
+        "By the maps' own account a stream has {} bytes: {}. The kernel allocated {} for it.",
+        a_stream(memory.stated),
+        of_maps.collect::<Vec<_>>().join(", "),
+        a_stream(memory.grown),
     )
 }
 
@@ -231,6 +248,8 @@ struct Api {
     cpu: f64,
     /// By number of streams, seconds.
     list: Vec<(u32, Spread)>,
+    /// Daemon's CPU time for a list of [`MANY`] streams, seconds.
+    list_cpu: f64,
     /// Of [`MANY`] streams, seconds.
     adoption: Spread,
 }
@@ -240,7 +259,7 @@ impl Api {
         let mut registered = Registered::none(STREAMS[STREAMS.len() - 1])?;
         let (mut singly, mut together) = (Vec::new(), Vec::new());
         let (mut list, mut adoption) = (Vec::new(), Vec::new());
-        let mut cpu = Duration::ZERO;
+        let (mut cpu, mut list_cpu) = (Duration::ZERO, Duration::ZERO);
         let mut added = 0;
         for streams in STREAMS {
             let pairs = streams / 2;
@@ -260,11 +279,13 @@ impl Api {
                 }
             }
             registered.check()?;
+            let before = registered.relay.cpu_time()?;
             let times = (0..REPEATS).map(|_| registered.command(&["list", "--json"]));
             let times = times.map(|time| time.map(|it| it.as_secs_f64()));
             let times = Spread::of(&times.collect::<Result<Vec<_>>>()?);
             list.push((streams, times.context("not measured")?));
             if streams == MANY {
+                list_cpu = registered.relay.cpu_time()?.saturating_sub(before);
                 for _ in 0..REPEATS {
                     adoption.push(registered.restart()?.as_secs_f64());
                 }
@@ -276,8 +297,36 @@ impl Api {
             together: spread(&together)?,
             cpu: cpu.as_secs_f64() * 1e6 / f64::from(added),
             list,
+            list_cpu: list_cpu.as_secs_f64() / REPEATS as f64,
             adoption: spread(&adoption)?,
         })
+    }
+
+    /// What a pair takes, and whose time that is.
+    fn registration_obstacle(&self) -> String {
+        let pair = 1e6 / self.together.median;
+        format!(
+            "A pair takes {} µs from begin to end, {} µs of which the daemon computes: two route lookups, two entries of \
+             a map, two states, and the pair's place in its own tables, besides the look at all pairs that are there \
+             already. It takes {} to {} µs in the fastest and in the slowest {} pairs.",
+            grouped(pair, 1),
+            grouped(self.cpu, 1),
+            grouped(1e6 / self.together.highest, 1),
+            grouped(1e6 / self.together.lowest, 1),
+            grouped(TOGETHER.into(), 0),
+        )
+    }
+
+    /// What a stream of a long list takes.
+    fn list_obstacle(&self, list: Spread) -> String {
+        format!(
+            "The daemon computes {} s for a list, {} µs for each stream: it reads the states, makes the reports and \
+             writes them as JSON, on two threads. The command passes on what it gets, and ends after {} to {} s.",
+            grouped(self.list_cpu, 2),
+            grouped(1e6 * self.list_cpu / f64::from(MANY), 1),
+            grouped(list.lowest, 2),
+            grouped(list.highest, 2),
+        )
     }
 
     fn list_of(&self, streams: u32) -> Result<Spread> {

@@ -560,7 +560,7 @@ impl Controller {
                 continue;
             }
             if let Some(change) = self.registry.doubt(id, leg) {
-                self.tell(id, Some(leg), TransitionKind::Expired, &why());
+                self.tell(id, Some(leg), TransitionKind::Expired, why());
                 self.apply(vec![change]).await?;
                 self.notice(id);
                 self.wire.ask(id, |vigil| vigil.ask(Instant::now()));
