@@ -57,16 +57,23 @@ pub struct Sender {
     pub first: u64,
     /// Where it ends.
     pub end: u64,
-    /// When the first packet is due, ns by `CLOCK_MONOTONIC`.
+    /// When the first packet is due, ns by `CLOCK_MONOTONIC`. Moved on by as much as the generator stands still, which then
+    /// does not send at once what it has missed.
     pub start: u64,
     /// Between two packets, 1/1024 ns.
     pub interval: u64,
-    /// Packets that are due at the same time.
+    /// Packets that are due at the same time, and runs whose packets leave together, where that is more than 1.
     pub burst: u64,
+    /// Runs until now.
+    pub runs: u64,
     /// Streams.
     pub streams: u32,
     /// Interface that it sends on.
     pub interface: u32,
+    /// When it, or the receiver, which has the same processor, last looked at the clock; 0 before the first time.
+    pub looked: u64,
+    /// When the last packet was sent.
+    pub last: u64,
 }
 
 /// What the receiver has seen.
@@ -81,6 +88,10 @@ pub struct Received {
     pub twice: u64,
     /// Packets of a stream with another address, port, payload type, timestamp or checksum than they should have.
     pub wrong: u64,
+    /// [`Sender::sent`] when the last packet came; 0 before the first.
+    pub sent: u64,
+    /// The most packets that were sent between one that came and the next.
+    pub silence: u64,
 }
 
 /// Which sequence numbers of a stream have come, a bit for each.

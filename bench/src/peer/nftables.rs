@@ -15,6 +15,8 @@ use crate::wire::call::Call;
 
 /// How long the rules may take.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a connection is known without packets, seconds.
+const FOREVER: &str = "86400";
 
 /// Has the machine forward the calls, until it is gone.
 ///
@@ -33,7 +35,9 @@ pub(crate) fn forward(host: &Host, calls: &[Call]) -> Result<()> {
     drop(input);
     let status = nft.wait(PATIENCE)?;
     ensure!(status.success(), "nft refuses the rules: {status}");
-    Ok(())
+    // Nobody talks while others are measured.
+    host.sysctl("net/netfilter/nf_conntrack_udp_timeout", FOREVER)?;
+    host.sysctl("net/netfilter/nf_conntrack_udp_timeout_stream", FOREVER)
 }
 
 /// The rules. A call's two streams are the two directions of one connection.

@@ -27,17 +27,19 @@ pub(crate) fn pin_here(cpu: usize) -> Result<()> {
     pin(Pid::from_raw(0), cpu)
 }
 
-/// Has all threads that a process has now run on one CPU, and those that they start.
+/// The threads that a process has now. Those that they start inherit CPU and priority.
 ///
 /// # Errors
-/// There is no such CPU, or no such process.
-pub(crate) fn pin_process(process: u32, cpu: usize) -> Result<()> {
-    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
+/// There is no such process.
+pub(crate) fn threads_of(process: u32) -> Result<Vec<Pid>> {
+    let threads = fs::read_dir(format!("/proc/{process}/task"))?;
+    let ids = threads.map(|thread| {
         let name = thread?.file_name();
-        let thread = name.to_str().context("a thread's id")?.parse()?;
-        pin(Pid::from_raw(thread), cpu)?;
-    }
-    Ok(())
+        Ok(Pid::from_raw(
+            name.to_str().context("a thread's id")?.parse()?,
+        ))
+    });
+    ids.collect()
 }
 
 /// Puts a thread before all that are scheduled as usual (`SCHED_FIFO`), where softirqs are too.
@@ -54,14 +56,15 @@ pub(crate) fn put_first(thread: Pid) -> Result<()> {
     Ok(())
 }
 
-/// Gives the calling thread nearly all that is left of its CPU.
+/// Gives a thread nearly all that is left of its CPU. 0 is the calling one.
 ///
 /// # Errors
-/// Not root.
-pub(crate) fn take_most() -> Result<()> {
+/// There is no such thread, or not root.
+pub(crate) fn take_most(thread: Pid) -> Result<()> {
     const HIGHEST: i32 = -20;
+    let id = thread.as_raw().cast_unsigned();
     // SAFETY: a system call without pointers. To Linux, this is about the thread.
-    let set = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, HIGHEST) };
+    let set = unsafe { libc::setpriority(libc::PRIO_PROCESS, id, HIGHEST) };
     ensure!(set == 0, "setpriority: {}", io::Error::last_os_error());
     Ok(())
 }

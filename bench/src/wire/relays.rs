@@ -10,17 +10,13 @@ use anyhow::{Context as _, Result};
 use relay_tests::{
     link::Interface,
     program::{self, Kind},
-    relay::Relay,
     topology::Direct,
-};
-use relay_user::{
-    control::client::Client,
-    pair::{self, Pair, Proof},
 };
 
 use super::{
     RELAY_CPU,
     call::{self, Call},
+    own::Own,
     subject::{Class, Subject, Work},
 };
 use crate::peer::{
@@ -88,35 +84,15 @@ pub(super) fn all(calls: u16) -> Result<Vec<Subject>> {
 /// The one that the others are compared with.
 pub(super) const OURS: &str = "relay-user, native XDP";
 
-/// The relay beside a userspace relay that stands for the PBX, and from which it takes every call once that has been
-/// proven.
+/// Our relay and the PBX behind it.
 fn ours(net: &Direct, calls: &[Call], mode: &str) -> Result<Work> {
     let pbx = PerCall::start(&net.pbx, calls, RELAY_CPU)?;
-    // Nobody talks while others are measured.
-    let arguments = ["--mode", mode, "--expire", "86400"];
-    let relay = Relay::attach(&net.pbx, &net.pbx_interface.name, arguments)?;
-    net.pbx.run(|| add(&relay, calls))?;
+    let own = Own::attach(net, calls, mode)?;
     Ok(Work {
         threads: pbx.threads().to_vec(),
-        processes: vec![relay.id()],
-        relay: Some(relay),
+        processes: vec![own.id()],
+        own: Some(own),
         _guard: Box::new(pbx),
-    })
-}
-
-/// Tells the relay of the calls, which it then proves on the wire.
-fn add(relay: &Relay, calls: &[Call]) -> Result<()> {
-    let client = Client::new(relay.socket());
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        for call in calls {
-            let leg = |side: usize| -> Result<pair::Leg> { Ok(call[side].to_string().parse()?) };
-            let pair = Pair::new([leg(0)?, leg(1)?], vec![], Proof::Wire)?;
-            client.add(&pair).await?;
-        }
-        Ok(())
     })
 }
 

@@ -13,7 +13,9 @@ pub(crate) struct Search {
 }
 
 /// Where passed and failed are so near to each other, the search is over.
-const RESOLUTION: f64 = 1.01;
+const RESOLUTION: f64 = 1.02;
+/// No step is wider.
+const WIDEST: f64 = 2.0;
 /// Nothing is tried below, packets per second.
 const FLOOR: f64 = 1000.0;
 
@@ -32,7 +34,10 @@ impl Search {
 
     /// The rate to try next; none where the search is over.
     pub(crate) fn next(&self) -> Option<f64> {
-        let step = |from: f64| (from / self.first).max(self.first / from).max(self.step);
+        let step = |from: f64| {
+            let apart = (from / self.first).max(self.first / from);
+            apart.max(self.step).min(WIDEST)
+        };
         match (self.passed, self.failed) {
             (None, None) => Some(self.first),
             (Some(passed), None) if passed >= self.ceiling => None,
