@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const FIRST: &str = "192.0.2.1:10000=192.0.2.11:30000";
 const SECOND: &str = "192.0.2.1:10002=192.0.2.12:30002";
 /// Where the daemon of eth0 pins.
-const PINS: &str = "/sys/fs/bpf/relay/v5/eth0";
+const PINS: &str = "/sys/fs/bpf/relay/v6/eth0";
 /// Where refused daemons would put their sockets.
 const SOCKET: &str = "/run/refused.sock";
 /// CAP_NET_ADMIN (12) and CAP_BPF (39), as `/proc/PID/status` shows them.

@@ -35,7 +35,7 @@ use relay_user::{
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const DIRECTORY: &str = "/sys/fs/bpf/relay/v5/eth0";
+const DIRECTORY: &str = "/sys/fs/bpf/relay/v6/eth0";
 const MAX_STREAMS: u32 = 16;
 const GENERIC: AttachMode = AttachMode::Generic;
 /// Between two packets.
@@ -557,10 +557,10 @@ fn other_versions_give_way_to_this_one_and_detach_removes_them_all() {
         let datapath = site.fresh(GENERIC, MAX_STREAMS);
         site.leave(datapath);
         let link = site.pinned().links[names::XDP_LINK];
-        site.rename("/sys/fs/bpf/relay/v5", "/sys/fs/bpf/relay/v6");
+        site.rename("/sys/fs/bpf/relay/v6", "/sys/fs/bpf/relay/v7");
         for name in [names::STREAMS, names::STATE, names::COUNTERS] {
             site.host().run(|| {
-                let map = MapData::from_pin(format!("/sys/fs/bpf/relay/v6/eth0/{name}"));
+                let map = MapData::from_pin(format!("/sys/fs/bpf/relay/v7/eth0/{name}"));
                 fs::create_dir_all("/sys/fs/bpf/relay/v1/eth0").expect("folder");
                 let map = map.expect("map");
                 map.pin(format!("/sys/fs/bpf/relay/v1/eth0/{name}"))
@@ -823,6 +823,9 @@ fn events_wait_for_the_next_daemon() {
     site.drop(datapath);
 }
 
+/// `STREAMS` of the kernel.
+type StreamMap = HashMap<MapData, [u8; 20], [u8; size_of::<Stream>()]>;
+
 #[test]
 fn half_of_a_stream_does_not_outlive_its_daemon() {
     let site = Site::new();
@@ -837,21 +840,22 @@ fn half_of_a_stream_does_not_outlive_its_daemon() {
     for leg in 0..2 {
         datapath.install(&stream(leg)).expect("installed");
     }
-    let with =
-        |change: &(dyn Fn(&mut HashMap<MapData, [u8; 20], [u8; size_of::<Stream>()]>) + Sync)| {
-            site.host().run(|| {
-                let pin = PathBuf::from(DIRECTORY).join(names::STREAMS);
-                let map = MapData::from_pin(pin).expect("map");
-                let mut map = Map::HashMap(map).try_into().expect("map");
-                change(&mut map);
-                map.keys().count()
-            })
-        };
-    let entries = || with(&|_| {});
+    let with = |change: fn(&mut StreamMap)| {
+        site.host().run(|| {
+            let pin = PathBuf::from(DIRECTORY).join(names::STREAMS);
+            let map = MapData::from_pin(pin).expect("map");
+            let mut map = Map::HashMap(map).try_into().expect("map");
+            change(&mut map);
+            map.keys().count()
+        })
+    };
+    let entries = || with(|_| {});
     assert_eq!(entries(), 4);
     // As a daemon that was killed between the two entries leaves it.
-    let key: [u8; 20] = zerocopy::transmute!(stream(1).key());
-    with(&|map| map.remove(&key).expect("removed"));
+    with(|map| {
+        let key = zerocopy::transmute!(spec(1).key());
+        map.remove(&key).expect("removed");
+    });
     assert_eq!(entries(), 3);
     site.leave(datapath);
     let (datapath, adopted) = site.adopt(GENERIC);

@@ -1255,7 +1255,7 @@ fn an_unresolved_phone_waits_with_the_pbx_and_is_relayed_by_itself() {
             assert!(text.contains("waiting") && text.contains(&why), "{text}");
         }
     }
-    assert!(relay.reasons().expect("status")["no_stream"] >= 40);
+    assert!(relay.reasons().expect("status")["next_hop_unknown"] >= 40);
 
     let appears = format!("address add {v6}/64 dev eth0 nodad");
     net.phones.ip(&appears).expect("the phone appears");

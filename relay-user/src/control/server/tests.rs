@@ -165,7 +165,7 @@ fn status_report() -> StatusReport {
         dscp: crate::dscp::Dscp::Set(46),
         priority: None,
         proof: 8,
-        pins: "/sys/fs/bpf/relay/v5/eth0".into(),
+        pins: "/sys/fs/bpf/relay/v6/eth0".into(),
         uptime_seconds: 1,
         max_streams: 2,
         pairs: 0,
