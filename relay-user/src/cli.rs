@@ -217,7 +217,7 @@ struct Attach {
     #[arg(long, value_name = "N", value_parser = config::proof)]
     proof: Option<u8>,
     /// While a phone sends no RTCP, one of its packets goes through the PBX this often, lest it hang
-    /// up; where the PBX's rtp_timeout is known, a third of that counts [default: 3]
+    /// up; where the PBX's rtp_timeout is known, a third of that counts; 68 at most [default: 3]
     #[arg(long, value_name = "SECONDS", value_parser = config::time)]
     keepalive: Option<Duration>,
     /// How long calls go on in the kernel without AMI before they are taken back [default: 2]
