@@ -31,7 +31,10 @@ pub const LASTING: Duration = Duration::from_millis(400);
 pub const POLL: Duration = Duration::from_secs(2);
 /// The same for an offered call with proof: there the datapath tells of a phone that moved, on its
 /// first packet, and the poll guards against the unknown only.
-pub const PROVEN_POLL: Duration = Duration::from_secs(10);
+pub const PROVEN_POLL: Duration = Duration::from_secs(30);
+/// Parts of a [`PROVEN_POLL`] that calls take turns in. All those that a daemon finds would be asked about
+/// in the same moment otherwise, again and again.
+const TURNS: u32 = 16;
 /// Every so many polls the technology is asked as well. Its changes raise events, so this guards
 /// against the unknown only, and costs Asterisk half as much as the poll.
 const BRIDGE_POLLS: u8 = 5;
@@ -261,6 +264,8 @@ struct Bridge {
     confirm: bool,
     /// With proof: what only explains a refusal was asked for, since the last offer was taken back.
     explained: bool,
+    /// With proof: its polls have their turn.
+    has_turn: bool,
     /// When an event touched it last. `None`: it stands as it was found.
     changed: Option<Instant>,
     /// A technology that was asked about since, and what it turned out to mean.
@@ -295,6 +300,8 @@ pub struct Tracker {
     /// [`FeedEvent::Synced`].
     unsynced: Option<HashSet<CallId>>,
     last_generation: u64,
+    /// Counts the turns given.
+    turn: u32,
     /// Questions without an answer so far.
     unanswered: usize,
     /// When the first bridge of two came up before our eyes, and whether any VarSet ever came:
@@ -321,6 +328,7 @@ impl Tracker {
             list_due: None,
             unsynced: None,
             last_generation: 0,
+            turn: 0,
             unanswered: 0,
             first_pair: None,
             varset_seen: false,
@@ -521,6 +529,7 @@ impl Tracker {
                 polls: BRIDGE_POLLS,
                 confirm: false,
                 explained: false,
+                has_turn: false,
                 changed: None,
                 technology: None,
                 round: None,
@@ -1088,7 +1097,12 @@ impl Tracker {
         bridge.round = None;
         let confirm = std::mem::take(&mut bridge.confirm);
         let poll = match self.proving {
-            Some(_) if bridge.explained => PROVEN_POLL,
+            Some(_) if bridge.explained && bridge.has_turn => PROVEN_POLL,
+            Some(_) if bridge.explained => {
+                bridge.has_turn = true;
+                self.turn = self.turn % TURNS + 1;
+                PROVEN_POLL * self.turn / TURNS
+            }
             _ => POLL,
         };
         let wait = match verdict {
@@ -1982,6 +1996,31 @@ mod tests {
         // Once for each leg and offer.
         for item in ["CHANNEL(rtp,direct)", "CHANNEL(rtp,secure)"] {
             assert_eq!(asked(&simulation.queries, item).len(), 4, "{item}");
+        }
+    }
+
+    #[test]
+    fn with_proof_calls_that_are_found_together_take_turns_to_be_asked_about() {
+        let mut simulation = proving(&[], |pbx| {
+            for number in 1..TURNS {
+                let channels = ["a", "b"].map(|leg| format!("PJSIP/{leg}{number}-1"));
+                let channels = channels.each_ref().map(String::as_str);
+                pbx.bridge(&format!("call {number}"), "native_rtp", &channels);
+            }
+        });
+        assert_eq!(simulation.told().len(), TURNS as usize);
+        simulation.pass(PROVEN_POLL);
+        let polled =
+            |simulation: &Simulation| asked(&simulation.queries, "CHANNEL(rtp,dest)").len();
+        let legs_of_a_quarter = 2 * TURNS as usize / 4;
+        for _ in 0..8 {
+            let before = polled(&simulation);
+            simulation.pass(PROVEN_POLL / 4);
+            let asked = polled(&simulation) - before;
+            assert!(
+                (legs_of_a_quarter - 2..=legs_of_a_quarter + 2).contains(&asked),
+                "{asked}"
+            );
         }
     }
 
