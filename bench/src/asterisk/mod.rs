@@ -8,6 +8,7 @@ mod echo;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use relay_user::ami::tracker::PROVEN_POLL;
 
 use self::calls::{ATTEMPTS, Calls, Carrier, Measured, OFFLOADED};
 use crate::report::{Column, Machine, Report};
@@ -94,12 +95,14 @@ fn method(options: &Options) -> Vec<String> {
         format!(
             "Calls of G.711 (20 ms, so 100 packets/s each) between phones of the harness, in `native_rtp` bridges of \
              Asterisk; the relay learns them from AMI, and is attached in native XDP mode in mid-call. The same calls \
-             are measured without it and with it in turns, {} rounds of {} s without and twice as long with it, in \
-             which the daemon asks Asterisk about every call once; figures are medians of the rounds. Every packet is \
+             are measured without it and with it in turns, {} rounds of {} s without and twice as long with it; figures \
+             are medians of the rounds. The daemon asks Asterisk about every call once in {} s, and about one after the \
+             other, so that each measurement has its share of these questions. Every packet is \
              judged by its number: with the relay none may be lost, and {:.0} % must come from the kernel. Where the \
              machine was too busy for that, it is measured again, {ATTEMPTS} times in all.",
             options.rounds,
             options.seconds,
+            PROVEN_POLL.as_secs(),
             OFFLOADED * 100.0
         ),
         "CPU is user and system time of the process, in nanoseconds; with the relay that of Asterisk and of \
