@@ -47,7 +47,7 @@ enum Command {
     /// What runs in the guest of suite `guest`
     #[command(hide = true)]
     InGuest(guest::inside::Options),
-    /// Draw the pictures and write RESULTS.md anew from what was found before; measures nothing
+    /// Draw the pictures and write RESULTS.md and README.md's figures anew from what was found before; measures nothing
     Report,
 }
 
@@ -153,9 +153,17 @@ fn redraw(folder: &Path) -> Result<()> {
 fn write_results(folder: &Path) -> Result<()> {
     let tried = folder.with_file_name("tried.md");
     let tried = fs::read_to_string(&tried).with_context(|| format!("read {}", tried.display()))?;
-    let path = folder.with_file_name("RESULTS.md");
-    let text = results::document(&reports(folder)?, &tried);
-    fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    let reports = reports(folder)?;
+    let write = |path: &Path, text| {
+        fs::write(path, text).with_context(|| format!("write {}", path.display()))
+    };
+    write(
+        &folder.with_file_name("RESULTS.md"),
+        results::document(&reports, &tried),
+    )?;
+    let readme = folder.join("../../README.md");
+    let text = fs::read_to_string(&readme).with_context(|| format!("read {}", readme.display()))?;
+    write(&readme, results::quote(&text, &reports)?)
 }
 
 /// What the suites have found, in their order.

@@ -1,5 +1,7 @@
 //! `RESULTS.md`, made of what all suites have found.
 
+use anyhow::{Context as _, Result};
+
 use crate::report::{Report, Target, grouped, markdown};
 
 /// What comes first.
@@ -40,6 +42,36 @@ pub(crate) fn document(reports: &[Report], tried: &str) -> String {
         section(&mut text, report);
     }
     text + "\n" + tried
+}
+
+/// The lines of `README.md` that its figures stand between.
+const QUOTED: [&str; 2] = [
+    "<!-- cargo xtask bench writes from here -->\n",
+    "<!-- to here -->\n",
+];
+
+/// `README.md` with the figures of the targets that speed has.
+///
+/// # Errors
+/// It has no place for them.
+pub(crate) fn quote(readme: &str, reports: &[Report]) -> Result<String> {
+    let [begin, end] = QUOTED;
+    let parts = readme
+        .split_once(begin)
+        .and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
+    let (before, after) = parts.context("README.md has no place for figures")?;
+    // What becomes of voice in a queue is docs/qos.md's.
+    let of_speed = reports.iter().filter(|report| report.suite != "qos");
+    let targets = of_speed.flat_map(|report| &report.targets);
+    let rows = targets.map(|target| {
+        vec![
+            target.what.clone(),
+            target.bound.to_string(),
+            grouped(target.measured, target.decimals),
+        ]
+    });
+    let table = markdown(["what", "target", "measured"].into_iter(), rows, 1..3);
+    Ok(format!("{before}{begin}\n{table}\n{end}{after}"))
 }
 
 fn row(suite: &str, target: &Target) -> Vec<String> {
@@ -102,6 +134,15 @@ mod tests {
         assert_eq!(verdict(target(2.5, Some("the clock"))), "met");
         assert_eq!(verdict(target(2.6, Some("the clock"))), "missed: the clock");
         assert_eq!(verdict(target(2.6, None)), "missed");
+    }
+
+    #[test]
+    fn the_readme_quotes_what_was_found() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/report");
+        let reports = crate::reports(folder.as_ref()).expect("reports");
+        let readme = include_str!("../../README.md");
+        assert_eq!(quote(readme, &reports).expect("a place"), readme);
+        assert!(quote("", &reports).is_err());
     }
 
     #[test]

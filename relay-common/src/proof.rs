@@ -108,9 +108,6 @@ fn observe_by<N: Network, P: Packet + ?Sized>(
         sent_from(&key, to, tables);
         return None;
     };
-    if back.proof == 0 {
-        return None;
-    }
     let control = tables.control()?;
     let now = || tables.now_precise();
     capture::keep(packet, tables, control, now, side::PBX, || {
@@ -125,12 +122,14 @@ fn observe_by<N: Network, P: Packet + ?Sized>(
 }
 
 /// The stream that comes in on the leg that the PBX sends on from an address and port: its opposite
-/// leaves there.
+/// leaves there, and awaits proof.
 #[inline(always)]
 fn back_of<'a>(key: &StreamKey, tables: &'a impl Tables) -> Option<&'a Stream> {
     match tables.stream(key) {
-        Some(back) if back.flags & flag::SENDS_ELSEWHERE == 0 => Some(back),
-        _ => tables.stream(&StreamKey::sends(key.local_address, key.local_port)),
+        Some(back) if back.proof != 0 && back.flags & flag::SENDS_ELSEWHERE == 0 => Some(back),
+        _ => tables
+            .stream(&StreamKey::sends(key.local_address, key.local_port))
+            .filter(|back| back.proof != 0),
     }
 }
 

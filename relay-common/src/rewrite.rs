@@ -10,8 +10,8 @@ use crate::{
     wire::{Be16, Ethernet, Tag, Vlan},
 };
 
-/// Rewrites the packet, RTP's second byte, marker and payload type, among the rest. The checksum goes first: it is the only step that can still pass the packet,
-/// which is then as it arrived.
+/// Rewrites the packet; RTP's second byte, marker and payload type, is to be another. The checksum goes
+/// first: it is the only step that can still pass the packet, which is then as it arrived.
 #[inline(always)]
 pub(crate) fn rewrite<N: Network, P: Packet + ?Sized>(
     packet: &mut P,

@@ -206,7 +206,7 @@ pub mod role {
     /// It receives the stream there. It sends from there, too, but for a stream that
     /// [`SENDS_ELSEWHERE`](super::flag::SENDS_ELSEWHERE).
     pub const RECEIVES: u16 = 0;
-    /// It sends from there. The value is that of the entry where it receives.
+    /// It sends from there. The value is the same as where it receives, but for the moment between two writes.
     pub const SENDS: u16 = 1;
 }
 
@@ -233,12 +233,15 @@ abi! {
     /// A VLAN tag to send with; 0 for none.
     #[derive(Default)]
     pub struct VlanTag(2, align 2) {
-        /// VLAN identifier (12 bits, 1 to 4094), and [`VlanTag::SERVICE`].
+        /// VLAN identifier (12 bits), [`VlanTag::PRESENT`], and for some, [`VlanTag::SERVICE`].
         pub tag: u16,
     }
 }
 
 impl VlanTag {
+    /// There is a tag: one of VLAN 0 carries a priority (IEEE 802.1Q section 9.6).
+    pub const PRESENT: u16 = 1 << 14;
+
     /// The tag is a service provider's (TPID 0x88a8, IEEE 802.1ad), and not a customer's (0x8100).
     pub const SERVICE: u16 = 1 << 15;
 
@@ -251,7 +254,7 @@ impl VlanTag {
             0
         };
         Self {
-            tag: service | id & VLAN_ID,
+            tag: Self::PRESENT | service | id & VLAN_ID,
         }
     }
 

@@ -520,7 +520,12 @@ impl Controller {
             let done = match change {
                 Change::Install(spec) => {
                     self.datapath.reset(spec.slot);
-                    self.datapath.install(&spec)
+                    match self.datapath.install(&spec) {
+                        Err(DatapathError::Full { .. }) if self.dismiss_scouts() => {
+                            self.datapath.install(&spec)
+                        }
+                        done => done,
+                    }
                 }
                 Change::Update(spec) => {
                     let updated = self.datapath.install(&spec);
@@ -551,7 +556,7 @@ impl Controller {
                     Ok(())
                 }
             };
-            // The map is as large as the registry lets it become: this does not happen, and if it
+            // The map has room for whatever the registry lets in: this does not happen, and if it
             // does, the stream's packets are Asterisk's.
             if let Err(error) = done {
                 tracing::error!(%error, "the datapath refused a change");

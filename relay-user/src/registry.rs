@@ -87,7 +87,7 @@ pub struct Standing {
     pub slots: [u32; 2],
     /// What each was when last looked at.
     pub states: [StreamState; 2],
-    /// Whether Asterisk has to prove it.
+    /// Whether it is a call's of Asterisk's, which has to prove it.
     pub provable: [bool; 2],
 }
 
@@ -268,6 +268,8 @@ pub struct Registry {
     paths: HashMap<Path, BTreeSet<(u64, usize)>>,
     /// Whose state a slot holds: pair, and index of the leg that the stream comes in on.
     slots: HashMap<u32, (u64, usize)>,
+    /// Entries that the streams of all held pairs take in the map, or will.
+    map_entries: usize,
     /// Of each two neighbours, the even one. Oldest first: a slot just freed may still be in the hands of a
     /// packet on another CPU.
     free_slots: VecDeque<u32>,
@@ -416,6 +418,7 @@ impl Registry {
             calls: HashMap::new(),
             paths: HashMap::with_capacity(most),
             slots: HashMap::with_capacity(most),
+            map_entries: 0,
             free_slots: (0..policy.max_streams / 2)
                 .map(|couple| 2 * couple)
                 .collect(),
@@ -444,7 +447,7 @@ impl Registry {
         for leg in pair.legs.iter() {
             self.check_loop(pair, leg)?;
         }
-        if self.slots.len() + 2 > self.policy.max_streams as usize {
+        if self.map_entries + entries_of(pair) > self.policy.max_streams as usize {
             return Err(Refusal::Full {
                 max_streams: self.policy.max_streams,
             });
@@ -546,6 +549,7 @@ impl Registry {
         ]);
         self.slots.insert(slot, (id, 0));
         self.slots.insert(opposite(slot), (id, 1));
+        self.map_entries += entries_of(&pair);
         self.entries.insert(
             id,
             Entry {
@@ -620,6 +624,7 @@ impl Registry {
         }
         self.next_id = self.next_id.max(specs[0].pair.saturating_add(1));
         self.last_epoch = self.last_epoch.max(last_epoch);
+        self.map_entries += entries_of(&pair);
         for (index, leg) in pair.legs.iter().enumerate() {
             self.locals.insert(leg.local, (id, index));
             self.slots.insert(slots[index], (id, index));
@@ -942,6 +947,7 @@ impl Registry {
             self.locals.remove(&leg.local);
         }
         self.free_slots.push_back(streams[0].slot);
+        self.map_entries -= entries_of(&pair);
         for (index, leg) in pair.legs.iter().enumerate() {
             let path = path_to(leg);
             if let Some(streams) = self.paths.get_mut(&path) {
@@ -1244,6 +1250,13 @@ impl Registry {
         }
         all
     }
+}
+
+/// Entries that the streams of a pair take in the map: where the PBX does not send from where it receives, a
+/// stream has two.
+fn entries_of(pair: &Pair) -> usize {
+    let elsewhere = pair.legs.iter().filter(|leg| leg.sends_from != leg.local);
+    2 + elsewhere.count()
 }
 
 /// Two streams as the pair that they make, if they do.
@@ -1744,6 +1757,27 @@ mod tests {
             matches!(changes.as_slice(), [Change::Update(spec)] if !spec.next_hop.is_known()),
             "the datapath must stop using the lost neighbour: {changes:?}"
         );
+    }
+
+    #[test]
+    fn a_leg_that_is_sent_on_from_elsewhere_takes_room_for_two() {
+        let mut registry = registry(6);
+        let hop = || [known(1), known(2)];
+        let elsewhere = |number| {
+            let mut pair = numbered(number);
+            pair.legs[0].sends_from.set_port(9);
+            pair
+        };
+        let add = |registry: &mut Registry, pair| {
+            let added = registry.add(Origin::Api, pair, hop(), UNKNOWN);
+            added.map(|(id, _)| id)
+        };
+        let first = add(&mut registry, elsewhere(0)).expect("room for six");
+        add(&mut registry, elsewhere(1)).expect("room for three");
+        let full = Refusal::Full { max_streams: 6 };
+        assert_eq!(add(&mut registry, numbered(2)), Err(full));
+        registry.remove(first);
+        add(&mut registry, numbered(2)).expect("room again");
     }
 
     #[test]

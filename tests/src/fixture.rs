@@ -624,6 +624,7 @@ fn tagged(fixtures: &mut Vec<Fixture>, family: Family) {
         (&one, vec![(VLAN, 100)], vec![(VLAN, 0xa000 | 100)]),
         (&one, vec![(VLAN, 0x555)], vec![(VLAN, 0xa000 | 0x555)]),
         (&one, vec![(QINQ, 7)], vec![(QINQ, 0xa000 | 7)]),
+        (&one, vec![(VLAN, 0)], vec![(VLAN, 0xa000)]),
         (&service, vec![(QINQ, 1)], vec![(QINQ, 0x3001)]),
         (
             &two,

@@ -249,7 +249,7 @@ impl Generator {
         let mut vlans = [VlanTag::default(); 2];
         for vlan in &mut vlans[..vlan_depth] {
             let tpid = self.pick(&[VLAN, QINQ]);
-            let id = 1 + self.word() % 4094;
+            let id = self.word() & 0xfff;
             *vlan = VlanTag::new(tpid, id);
         }
         let is_known = !self.one_in(20);

@@ -461,6 +461,15 @@ impl Controller {
         }
     }
 
+    /// Gives the room that scouts take in the map to streams that need it; `false` where there are none.
+    pub(super) fn dismiss_scouts(&mut self) -> bool {
+        let vigils = self.wire.pairs.values_mut();
+        let scouts = vigils.flat_map(|vigil| vigil.scouts.iter_mut().filter_map(Option::take));
+        let scouts: Vec<_> = scouts.map(|scout| *scout).collect();
+        self.withdraw(&scouts);
+        !scouts.is_empty()
+    }
+
     /// Finds out the clock rate of a payload type that signalling gave its meaning, for the datapath
     /// to measure jitter by.
     fn learn_clock(&mut self, id: u64, leg: usize, slot: u32, state: &State) {

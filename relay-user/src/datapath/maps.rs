@@ -311,8 +311,8 @@ impl StateMap {
 
     pub(super) fn reset(&self, slot: u32) {
         self.set_epoch(slot, 0);
-        // SAFETY: inside the mapping. No entry of a map names the slot yet, so that the datapath
-        // does not touch it.
+        // SAFETY: inside the mapping. No stream of the maps has the slot yet, and an observer that
+        // comes to it by the opposite one finds epoch 0, and leaves it alone.
         unsafe { self.slot(slot).write_volatile(State::default()) };
     }
 

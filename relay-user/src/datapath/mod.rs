@@ -103,7 +103,7 @@ pub mod names {
     pub const MAPS: [&str; 8] = [
         STREAMS, STATE, COUNTERS, DSCP_MAP, CONTROL, EVENTS, KEPT, CAPTURED,
     ];
-    /// Those that hold as many entries as there may be streams.
+    /// Those that have room for as many entries as there may be streams.
     pub const SIZED: [&str; 2] = [STREAMS, STATE];
     /// Pin of the XDP program's link.
     pub const XDP_LINK: &str = "xdp_link";
@@ -431,12 +431,14 @@ impl Datapath {
         }
     }
 
-    /// Takes a stream back on the spot, then removes it.
+    /// Takes a stream back on the spot, then removes it. Its opposite is taken back too: without this
+    /// entry, nobody would see what the PBX says where that one leaves.
     ///
     /// # Errors
     /// [`DatapathError::Map`]; a stream that is not there is none.
     pub fn remove(&mut self, spec: &StreamSpec) -> Result<(), DatapathError> {
         self.take_back(spec.slot);
+        self.take_back(opposite(spec.slot));
         self.withdraw(spec)
     }
 
