@@ -47,7 +47,8 @@ enum Command {
     /// What runs in the guest of suite `guest`
     #[command(hide = true)]
     InGuest(guest::inside::Options),
-    /// Draw the pictures and write RESULTS.md and README.md's figures anew from what was found before; measures nothing
+    /// Draw the pictures and write RESULTS.md, and the figures in README.md, anew from what was found
+    /// before; measures nothing
     Report,
 }
 

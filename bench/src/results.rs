@@ -71,7 +71,7 @@ pub(crate) fn quote(readme: &str, reports: &[Report]) -> Result<String> {
         ]
     });
     let table = markdown(["what", "target", "measured"].into_iter(), rows, 1..3);
-    Ok(format!("{before}{begin}\n{table}\n{end}{after}"))
+    Ok(format!("{before}{begin}\n{table}\n\n{end}{after}"))
 }
 
 fn row(suite: &str, target: &Target) -> Vec<String> {
